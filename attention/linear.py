@@ -1,0 +1,131 @@
+"""Linear attention with a scalar decay per head: lightning attention, RetNet's retention, plain linear attention."""
+
+import torch
+from torch import Tensor
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+    documents: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``S_t = exp(decay) S_{t-1} + k_t v_t^T``, ``o_t = scale * q_t S_t``, with ``S = 0`` before each document.
+
+    The convention of the papers: the state is the one after its last token (arXiv 2405.17381 eq. 9; OpenNLPLab's code
+    keeps it multiplied by one more decay).
+
+    Args:
+        q, k: ``[batch, time, heads, key_dim]``.
+        v: ``[batch, time, heads, value_dim]``.
+        decay: natural log of each head's decay, fp32 ``[heads]``, at most 0; None is no decay.
+        state: ``[batch, heads, key_dim, value_dim]``, the state before the first token, of the first token's document.
+        documents: int ``[batch, time]``, non-decreasing: the state starts again at each new id.
+        return_state: also return the state after the last token, fp32 (fp64 for fp64).
+        backend: ``torch`` (chunks of 64 tokens), ``reference`` (the recurrence, token by token) or ``auto``.
+
+    Returns:
+        ``[batch, time, heads, value_dim]`` in the dtype of ``v``, and the last state where asked for. Differentiable in
+        ``q``, ``k``, ``v`` and ``state``. Accumulates in fp32, fp64 for fp64 inputs.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    _check(q, k, v, decay, state, documents)
+    if backend not in ("auto", *_BACKENDS):
+        raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    batch, _, heads, key_dim = q.shape
+    decay = q.new_zeros(heads, dtype=dtype) if decay is None else decay.to(dtype)
+    if state is None:
+        state = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype)
+    if documents is None:
+        documents = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    run = _BACKENDS["torch" if backend == "auto" else backend]
+    out, state = run(q.to(dtype) * scale, k.to(dtype), v.to(dtype), decay, state.to(dtype), documents)
+    out = out.to(v.dtype)
+    return (out, state) if return_state else out
+
+
+def _check(q, k, v, decay, state, documents) -> None:
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
+    if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if decay is not None and decay.shape != (q.shape[2],):
+        raise ValueError(f"decay must be one number per head, shape ({q.shape[2]},), got {tuple(decay.shape)}")
+    if decay is not None and decay.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"decay must be float32 or float64, got {decay.dtype}: bf16 would change the model's memory")
+    expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
+    if state is not None and state.shape != expected:
+        raise ValueError(f"state must be {expected}, got {tuple(state.shape)}")
+    if documents is not None and documents.shape != q.shape[:2]:
+        raise ValueError(f"documents must be of shape {tuple(q.shape[:2])}, got {tuple(documents.shape)}")
+
+
+def _reference(q, k, v, decay, state, documents):
+    outs = []
+    for t in range(q.shape[1]):
+        if t:
+            same = (documents[:, t] == documents[:, t - 1])[:, None, None, None]
+            state = torch.where(same, state, torch.zeros_like(state))
+        state = decay.exp()[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return torch.stack(outs, 1), state
+
+
+def _torch(q, k, v, decay, state, documents):
+    """Full chunks together, then what is left of the length as one short chunk."""
+    length = q.shape[1]
+    whole = length - length % _CHUNK
+    outs = []
+    document = documents[:, 0]  # that of the incoming state
+    for span, size in ((slice(0, whole), _CHUNK), (slice(whole, length), length - whole)):
+        if span.stop > span.start:
+            chunks = (x[:, span].unflatten(1, (-1, size)) for x in (q, k, v, documents))
+            out, state = _chunked(*chunks, decay, state, document)
+            outs.append(out)
+            document = documents[:, span.stop - 1]
+    return torch.cat(outs, 1), state
+
+
+def _chunked(q, k, v, documents, decay, state, document):
+    """Tensors are [batch, chunks, size, heads, dim], documents [batch, chunks, size], document [batch].
+
+    Decays inside a chunk come from differences of positions, never from a ratio of exponentials, and a document's edge
+    is a mask, never a decay of minus infinity: both would lose the result in fp32.
+    """
+    size = q.shape[2]
+    steps = torch.arange(1, size + 1, device=q.device, dtype=decay.dtype)
+    lag = steps[:, None] - steps
+    within = torch.where(lag >= 0, (decay[:, None, None] * lag.clamp(min=0)).exp(), 0.0)  # [heads, size, size]
+    from_start = (steps[:, None] * decay).exp()  # [size, heads]: from before the chunk to token i
+    to_end = ((size - steps)[:, None] * decay).exp()  # [size, heads]: from token j to the chunk's end
+
+    last = documents[:, :, -1]
+    incoming = torch.cat([document[:, None], last[:, :-1]], 1)
+    same_pair = documents[:, :, :, None] == documents[:, :, None, :]
+    same_incoming = (documents == incoming[:, :, None])[..., None, None]
+    same_last = (documents == last[:, :, None])[..., None, None]
+    carried = (last == incoming)[:, :, None, None, None] * (size * decay).exp()[:, None, None]
+
+    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * within * same_pair[:, :, None]
+    out = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
+    added = torch.einsum("bnjhk,bnjhv->bnhkv", k * to_end[:, :, None] * same_last, v)
+    before = []
+    for n in range(q.shape[1]):
+        before.append(state)
+        state = carried[:, n] * state + added[:, n]
+    out = out + torch.einsum("bnihk,bnhkv->bnihv", q * from_start[:, :, None] * same_incoming, torch.stack(before, 1))
+    return out.flatten(1, 2), state
+
+
+_CHUNK = 64
+_BACKENDS = {"torch": _torch, "reference": _reference}

@@ -1,0 +1,1 @@
+"""Recipes, data, model, engines and the training loop."""

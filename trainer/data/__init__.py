@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers, Megatron's .bin/.idx corpora, packing, mixtures."""

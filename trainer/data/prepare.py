@@ -1,0 +1,34 @@
+"""What a recipe's data section means on this machine, checked before any process starts."""
+
+from dataclasses import dataclass
+
+from ..recipe import Recipe
+from .corpus import check_corpus
+from .stdlib import NAME, python_stdlib
+from .tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class DataPaths:
+    """The prefixes that a recipe's data section means on this machine."""
+
+    sources: dict[str, float]
+    validation: str | None
+
+
+def prepare_data(recipe: Recipe) -> DataPaths:
+    """Build the embedded corpus where it is asked for and missing, and check every file. Needs no process group.
+
+    Raises:
+        UserError: naming the key or file.
+    """
+    tokenizer = load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
+    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
+    sources, validation = dict(recipe.data.sources), recipe.data.validation
+    if NAME in sources or validation == NAME:
+        train, held_out = python_stdlib(tokenizer)
+        sources = {train if prefix == NAME else prefix: weight for prefix, weight in sources.items()}
+        validation = held_out if validation in (None, NAME) else validation
+    for prefix in (*sources, *([validation] if validation else [])):
+        check_corpus(prefix, tokenizer.identity, vocab_size)
+    return DataPaths(sources, validation)

@@ -1,0 +1,67 @@
+"""Text to token ids and back."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import UserError
+
+_END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+
+
+class Tokenizer(Protocol):
+    identity: str
+    """The same for two tokenizers that give the same ids."""
+    vocab_size: int
+    end_of_document: int
+
+    def encode(self, text: bytes) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """Each byte is its own id; 256 ends a document."""
+
+    identity, vocab_size, end_of_document = "bytes", 257, 256
+
+    def encode(self, text: bytes) -> list[int]:
+        return list(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class HubTokenizer:
+    """A Hugging Face ``tokenizer.json``; a document ends with the end-of-text token that it defines."""
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+        ends = [self._tokenizer.token_to_id(token) for token in _END_OF_DOCUMENT]
+        known = [token for token in ends if token is not None]
+        if not known:
+            raise UserError(f"{path}: has no end-of-document token; add one of {', '.join(_END_OF_DOCUMENT)}")
+        self.end_of_document = known[0]
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.identity = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+    def encode(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def load_tokenizer(name: str, key: str = "--tokenizer") -> Tokenizer:
+    """``bytes`` or the path of a ``tokenizer.json``; ``key`` names the option in errors."""
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{key}: {name} is neither the word bytes nor the path of a tokenizer.json")
+    return HubTokenizer(path)

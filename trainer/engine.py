@@ -1,0 +1,52 @@
+"""What the loop asks of an engine. Megatron-core is one; the model, data and loop know no more than this."""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from .data.batches import Microbatch
+
+
+class StepResult(NamedTuple):
+    """Over all ranks; the same on every rank."""
+
+    loss_sum: float
+    """Sum of the token losses, in nats."""
+    tokens: int
+    """Labels that counted."""
+    grad_norm: float
+    """Before clipping."""
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / max(1, self.tokens)
+
+
+class Engine(Protocol):
+    """A model, its optimizer and how they are spread over the ranks."""
+
+    data_rank: int
+    """Which share of a global batch this rank sees, of ``data_ranks``."""
+    data_ranks: int
+
+    def step(self, batches: list[Microbatch], lr: float) -> StepResult:
+        """One update; the loss is the mean over the global batch's labels, wherever they are."""
+        ...
+
+    def evaluate(self, batch: Microbatch) -> tuple[float, int]:
+        """(sum of token losses, labels) over all ranks, without an update."""
+        ...
+
+    def gradients(self, batches: list[Microbatch]) -> dict[str, Tensor] | None:
+        """Whole gradients of the mean loss by global name, on rank 0; nothing is updated."""
+        ...
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Whole weights by global name, on rank 0."""
+        ...
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None: ...
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """``[batch, time, vocab]`` for ``tokens`` ``[batch, time]``, one document a row; on a single model rank."""
+        ...

@@ -1,0 +1,84 @@
+"""From a recipe to Megatron-core's model."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from .layer import hybrid_stack_spec
+from .recipe import Recipe, SoftmaxBlock
+
+
+class HybridModel(GPTModel):
+    """``GPTModel`` whose vocabulary is padded, with the padded logits masked out of the loss."""
+
+    def __init__(self, *args, real_vocab_size: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        real = max(0, min(self.real_vocab_size - first, logits.shape[-1]))
+        logits[..., real:] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 128: whatever the tensor-parallel size, the same model."""
+    return -(-vocab_size // 128) * 128
+
+
+def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's view of a recipe's model."""
+    model = recipe.model
+    return TransformerConfig(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.intermediate_size,
+        layernorm_epsilon=model.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        qk_layernorm=any(isinstance(block, SoftmaxBlock) and block.qk_norm for block in model.stack),
+        tensor_model_parallel_size=recipe.parallel.tp,
+        pipeline_model_parallel_size=recipe.parallel.pp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        bias_activation_fusion=torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+    )
+
+
+def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridModel:
+    """This rank's part of the model, its weights not yet set. Needs Megatron's process groups."""
+    config = transformer_config(recipe, dtype)
+    return HybridModel(
+        config,
+        hybrid_stack_spec(config, recipe.model.stack, recipe.model.rope_theta),
+        vocab_size=padded_vocab_size(vocab_size),
+        real_vocab_size=vocab_size,
+        max_sequence_length=recipe.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=recipe.model.tie_word_embeddings,
+        position_embedding_type="none",
+    )
+
+
+def _leave_as_is(weight: Tensor) -> Tensor:
+    """Weights are set by :mod:`.weights`, by name; Megatron's own would depend on the ranks."""
+    return weight

@@ -1,0 +1,281 @@
+"""What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Block(Section):
+    """What every kind of layer has: where its norms stand, and how its two halves join the residual stream."""
+
+    norm: Literal["pre", "post", "sandwich", "reordered"] = "pre"
+    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich: x + norm(f(norm(x)))
+    (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
+    mixer_residual: Scales = (1.0, 1.0)
+    """Scales of the residual stream and of the mixer's output where they are added."""
+    mlp_residual: Scales = (1.0, 1.0)
+    """Scales of the residual stream and of the MLP's output where they are added."""
+
+
+class SoftmaxBlock(Block):
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before rotation (Qwen3)."""
+    output_gate: bool = False
+    """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
+    rotary_fraction: Fraction = 1.0
+    """Share of the head dimension that is rotated; 0 for no position embedding."""
+
+
+class FullBlock(SoftmaxBlock):
+    """Causal attention over the whole document."""
+
+    mixer: Literal["full"]
+
+
+class S2Block(SoftmaxBlock):
+    """S2-Attention: a local band and stripes that differ per KV head (arXiv 2407.17678)."""
+
+    mixer: Literal["s2"]
+    block: Positive = 64
+    """Tokens in a block of the pattern: a power of two."""
+    local_blocks: Positive = 16
+    """Blocks in the local band, the query's own among them."""
+    stride: Positive = 16
+    """Every stride-th block is seen at any distance."""
+
+
+class LightningBlock(Block):
+    """Linear attention with a fixed decay per head, as in MiniMax-01 (arXiv 2501.08313)."""
+
+    mixer: Literal["lightning"]
+    output_gate: bool = True
+    """Multiply the normalised output by a sigmoid of a projection of the layer's input."""
+
+
+AnyBlock = Annotated[FullBlock | S2Block | LightningBlock, Field(discriminator="mixer")]
+
+
+class Layers(Section):
+    blocks: dict[str, AnyBlock]
+    """Named kinds of layer."""
+    pattern: Annotated[list[str], Field(min_length=1)]
+    """Names of blocks in order, repeated to the model's depth."""
+
+
+class Model(Section):
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    """Defaults to num_attention_heads."""
+    head_dim: Positive | None = None
+    """Defaults to hidden_size / num_attention_heads."""
+    intermediate_size: Positive
+    vocab_size: Positive | None = None
+    """Defaults to the tokenizer's; the matrices are padded to a multiple of 128 and the padding is masked."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of initial weights; output projections take it divided by sqrt(2 * num_hidden_layers)."""
+    tie_word_embeddings: bool = True
+    layers: Layers
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def kv_channels(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def stack(self) -> list[FullBlock | S2Block | LightningBlock]:
+        """The block of every layer, bottom up."""
+        names = self.layers.pattern
+        return [self.layers.blocks[names[i % len(names)]] for i in range(self.num_hidden_layers)]
+
+    @property
+    def document_alignment(self) -> int:
+        """Documents start at multiples of this: the largest block of the sparse patterns in use."""
+        return max((block.block for block in self.stack if isinstance(block, S2Block)), default=1)
+
+
+class Data(Section):
+    sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Prefix of a .bin/.idx pair, or the embedded corpus python-stdlib, with its weight in the mixture."""
+    validation: str | None = None
+    """Prefix of held-out data; python-stdlib brings its own."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json."""
+
+
+class Training(Section):
+    steps: Positive
+    seq_length: Positive
+    micro_batch_size: Positive = 1
+    """Sequences per data-parallel rank and forward pass."""
+    global_batch_size: Positive
+    """Sequences per step, over all ranks."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations, with fp32 master weights; auto is bfloat16 on CUDA and float32 on CPU."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """0 for no clipping."""
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)]
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Of matrices; vectors (norms) are not decayed."""
+
+
+class Scheduler(Section):
+    name: Literal["cosine", "wsd"] = "cosine"
+    """wsd: warmup, stable, then linear decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_ratio: Fraction = 0.2
+    """wsd: share of all steps in the final decay."""
+    min_lr_factor: Fraction = 0.1
+    """Share of the learning rate that is left at the end."""
+
+
+class Parallel(Section):
+    tp: Positive = 1
+    """Tensor parallel: heads and MLP columns."""
+    pp: Positive = 1
+    """Pipeline parallel: layers."""
+
+
+class Engine(Section):
+    name: Literal["megatron"] = "megatron"
+
+
+class Evaluation(Section):
+    interval: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations on held-out data; 0 for only at the end."""
+    sequences: Positive = 16
+    """Held-out sequences in an evaluation inside the run; the one at the end takes them all."""
+
+
+class Metrics(Section):
+    log_interval: Positive = 10
+    """Steps between records in metrics.jsonl, and lines where there is no terminal."""
+    wandb: bool = False
+    wandb_project: str = "longspan"
+
+
+class Launch(Section):
+    processes: Positive = 1
+    """Processes on this machine; on a cluster torchrun decides."""
+    threads: Positive | None = None
+    """CPU threads per process; by default the cores divided by the processes."""
+
+
+class Recipe(Section):
+    description: str = ""
+    """One line, shown by `longspan recipes`."""
+    run_dir: str
+    """Folder of the run: recipe, metrics, weights, plots."""
+    model: Model
+    data: Data
+    training: Training
+    optimizer: Optimizer
+    lr_scheduler: Scheduler = Scheduler()
+    parallel: Parallel = Parallel()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+    metrics: Metrics = Metrics()
+    launch: Launch = Launch()
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data-parallel replicas on ``world_size`` processes."""
+        return world_size // (self.parallel.tp * self.parallel.pp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch_size * self.training.seq_length
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Recipe":
+        problems = [*_model_problems(self.model), *_training_problems(self)]
+        if problems:
+            raise Combinations(problems)
+        return self
+
+
+class Combinations(ValueError):
+    """Keys that are each legal and together impossible: ``(key, reason and fix)`` pairs."""
+
+    def __init__(self, problems: list[tuple[str, str]]):
+        super().__init__(problems)
+        self.problems = problems
+
+
+def _model_problems(model: Model):
+    blocks, heads, kv_heads = model.layers.blocks, model.num_attention_heads, model.kv_heads
+    known = ", ".join(blocks)
+    for name in dict.fromkeys(model.layers.pattern):
+        if name not in blocks:
+            yield "model.layers.pattern", f"names no block: {name!r}; the blocks are {known}"
+    for name, block in blocks.items():
+        key = f"model.layers.blocks.{name}"
+        if name not in model.layers.pattern:
+            yield key, "is not in model.layers.pattern; name it there or remove it"
+        if isinstance(block, S2Block) and block.block & (block.block - 1):
+            yield f"{key}.block", f"{block.block} is not a power of two"
+        if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
+            dims = model.kv_channels * block.rotary_fraction
+            yield f"{key}.rotary_fraction", f"rotates {dims:g} of {model.kv_channels} dims; it must be an even number"
+    if model.head_dim is None and model.hidden_size % heads:
+        yield "model.num_attention_heads", f"{heads} does not divide hidden_size {model.hidden_size}; set head_dim"
+    if heads % kv_heads:
+        yield "model.num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}"
+
+
+def _training_problems(recipe: Recipe):
+    model, training, parallel = recipe.model, recipe.training, recipe.parallel
+    for key, count in {
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.kv_heads,
+        "intermediate_size": model.intermediate_size,
+    }.items():
+        if count % parallel.tp:
+            yield "parallel.tp", f"{parallel.tp} does not divide model.{key} {count}"
+    if 128 % parallel.tp:
+        yield "parallel.tp", f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
+    if model.num_hidden_layers % parallel.pp:
+        yield "parallel.pp", f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
+    if all(name in model.layers.blocks for name in model.layers.pattern) and training.seq_length % (
+        align := model.document_alignment
+    ):
+        yield "training.seq_length", f"{training.seq_length} is not a multiple of the s2 block, {align}"
+    model_ranks, processes = parallel.tp * parallel.pp, recipe.launch.processes
+    if processes % model_ranks:
+        yield (
+            "launch.processes",
+            f"{processes} is not a multiple of parallel.tp * parallel.pp = {model_ranks}; use {model_ranks}",
+        )
+    elif problem := batch_problem(recipe, processes):
+        yield "training.global_batch_size", problem
+
+
+def batch_problem(recipe: Recipe, world_size: int) -> str | None:
+    """Why the global batch does not divide over ``world_size`` processes, or None."""
+    replicas, micro = recipe.data_parallel(world_size), recipe.training.micro_batch_size
+    if recipe.training.global_batch_size % (replicas * micro):
+        return (
+            f"{recipe.training.global_batch_size} is not a multiple of training.micro_batch_size {micro} x "
+            f"{replicas} data-parallel ranks"
+        )
+    return None

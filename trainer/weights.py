@@ -1,0 +1,94 @@
+"""Parameters by their global names, whatever rank holds which part: initial values, gathering, loading."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """This rank's parameters by their names in the whole model: layers are numbered over all pipeline stages.
+
+    The tied output matrix of a last stage has the embedding's name.
+    """
+    for name, parameter in model.named_parameters():
+        if match := _LAYER.match(name):
+            number = model.decoder.layers[int(match[1])].layer_number - 1
+            name = f"decoder.layers.{number}.{name[match.end() :]}"
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
+    """Set every parameter to a pure function of (seed, its global name): the same model on any number of ranks.
+
+    Vectors (norms) are ones, matrices normal with ``std``, output projections with ``std / sqrt(2 num_layers)`` (GPT-2).
+    """
+    for name, parameter in global_parameters(model):
+        shape = list(parameter.shape)
+        if _is_split(parameter):
+            shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        if len(shape) == 1:
+            whole = torch.ones(shape)
+        else:
+            scale = std / (2 * num_layers) ** 0.5 if name.endswith(_OUTPUT_PROJECTIONS) else std
+            whole = torch.randn(shape, generator=generator) * scale
+        _load(parameter, whole)
+
+
+def load_weights(model: GPTModel, weights: dict[str, Tensor]) -> None:
+    """Take this rank's parts of whole tensors, by global name."""
+    with torch.no_grad():
+        for name, parameter in global_parameters(model):
+            _load(parameter, weights[name])
+
+
+def gather(model: GPTModel, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()) -> dict[str, Tensor] | None:
+    """Whole tensors by global name, on the CPU of global rank 0 and None elsewhere.
+
+    ``of`` picks what is gathered: the parameter itself, or its gradient.
+    """
+    group, here = parallel_state.get_tensor_model_parallel_group(), {}
+    for name, parameter in global_parameters(model):
+        part = of(parameter).contiguous()
+        if _is_split(parameter) and group.size() > 1:
+            parts = [torch.empty_like(part) for _ in range(group.size())]
+            dist.all_gather(parts, part, group=group)
+            part = _unsplit(parts, parameter)
+        here[name] = part.cpu().clone()
+    stages: list = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    dist.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
+    if dist.get_rank() != 0:
+        return None
+    return {name: whole for stage in stages for name, whole in stage.items()}
+
+
+@torch.no_grad()
+def _load(parameter: nn.Parameter, whole: Tensor) -> None:
+    if _is_split(parameter):
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        # A partition stride of 2 is [gate; up] in one matrix: a rank holds its part of each.
+        slabs = whole.chunk(parameter.partition_stride, parameter.partition_dim)
+        whole = torch.cat([slab.chunk(size, parameter.partition_dim)[rank] for slab in slabs], parameter.partition_dim)
+    parameter.copy_(whole)
+
+
+def _unsplit(parts: list[Tensor], parameter: nn.Parameter) -> Tensor:
+    dim = parameter.partition_dim
+    slabs = zip(*(part.chunk(parameter.partition_stride, dim) for part in parts), strict=True)
+    return torch.cat([piece for slab in slabs for piece in slab], dim)
+
+
+def _is_split(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "tensor_model_parallel", False)
