@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,4 +46,4 @@ class Layout:
 def _edges(length: int, parts: int, block: int) -> list[tuple[int, int]]:
     blocks = -(-length // block)
     marks = [min(length, blocks * part // parts * block) for part in range(parts + 1)]
-    return list(zip(marks[:-1], marks[1:], strict=True))
+    return list(pairwise(marks))

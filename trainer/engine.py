@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .data.batches import Microbatch
@@ -14,6 +15,8 @@ class StepResult(NamedTuple):
     """Sum of the token losses, in nats."""
     tokens: int
     """Labels that counted."""
+    padding: int
+    """Tokens that only filled up sequences."""
     grad_norm: float
     """Before clipping."""
 
@@ -25,6 +28,9 @@ class StepResult(NamedTuple):
 class Engine(Protocol):
     """A model, its optimizer and how they are spread over the ranks."""
 
+    device: torch.device
+    num_parameters: int
+    """Of the whole model."""
     data_rank: int
     """Which share of a global batch this rank sees, of ``data_ranks``."""
     data_ranks: int

@@ -115,5 +115,3 @@ class HybridLayer(MegatronModule):
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else x * scale
-
-

@@ -19,6 +19,7 @@ from .data.batches import Microbatch
 from .engine import StepResult
 from .model import build_model
 from .recipe import Recipe
+from .size import parameter_count
 
 
 class MegatronEngine:
@@ -34,6 +35,7 @@ class MegatronEngine:
         self._resources.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(recipe.training.seed)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.num_parameters = parameter_count(recipe.model, vocab_size)
         self.data_rank = parallel_state.get_data_parallel_rank()
         self.data_ranks = parallel_state.get_data_parallel_world_size()
 
@@ -73,19 +75,19 @@ class MegatronEngine:
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss_sum, tokens = self._run(batches)
+        loss_sum, tokens, padding = self._run(batches)
         for group in self._optimizer.param_groups:  # Megatron's scheduler, not its optimizer, applies the multipliers
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
         _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss_sum, tokens, float(grad_norm))
+        return StepResult(loss_sum, tokens, padding, float(grad_norm))
 
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._ddp.eval()
         with torch.no_grad():
-            result = self._run([batch], forward_only=True)
+            loss_sum, tokens, _ = self._run([batch], forward_only=True)
         self._ddp.train()
-        return result
+        return loss_sum, tokens
 
     def gradients(self, batches: list[Microbatch]) -> dict[str, Tensor] | None:
         self._ddp.zero_grad_buffer()
@@ -112,8 +114,8 @@ class MegatronEngine:
         """Leave Megatron's groups, so that the process may build another engine."""
         self._resources.close()
 
-    def _run(self, batches: list[Microbatch], **options) -> tuple[float, int]:
-        """Forward (and backward) over the microbatches; (sum of token losses, labels) over all ranks."""
+    def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:
+        """Forward (and backward) over the microbatches; (sum of token losses, labels, padding) over all ranks."""
         outputs = self._forward_backward(
             forward_step_func=_forward_step,
             data_iterator=iter(batches),
@@ -121,18 +123,17 @@ class MegatronEngine:
             num_microbatches=len(batches),
             seq_length=self.recipe.training.seq_length,
             micro_batch_size=self.recipe.training.micro_batch_size,
-            forward_only=options.pop("forward_only", False),
-            **options,
+            **{"forward_only": False, **options},
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for output in outputs:  # only the last pipeline stage has any
             totals += output
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if self.recipe.parallel.pp > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(totals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-        loss_sum, tokens = totals.tolist()
-        return loss_sum, int(tokens)
+        loss_sum, tokens, padding = totals.tolist()
+        return loss_sum, int(tokens), int(padding)
 
 
 def _forward_step(batches, model):
@@ -143,7 +144,8 @@ def _forward_step(batches, model):
     def loss(token_losses: Tensor):
         loss_sum = (token_losses * batch.weights).sum()
         tokens = batch.weights.sum()
-        return loss_sum, tokens.int(), torch.stack([loss_sum.detach(), tokens]).double()
+        padding = torch.full_like(loss_sum, batch.padding)
+        return loss_sum, tokens.int(), torch.stack([loss_sum.detach(), tokens, padding]).double()
 
     return output, loss
 

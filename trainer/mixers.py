@@ -94,7 +94,9 @@ class LightningAttention(Mixer):
     SiLU on all three, a fixed decay, RMSNorm over all heads together, a sigmoid gate; no positions and no scale.
     """
 
-    def __init__(self, config: TransformerConfig, block: LightningBlock, layer_number: int, pg_collection: ProcessGroupCollection):
+    def __init__(
+        self, config: TransformerConfig, block: LightningBlock, layer_number: int, pg_collection: ProcessGroupCollection
+    ):
         heads, parts = config.num_attention_heads, 4 if block.output_gate else 3
         super().__init__(config, pg_collection, heads, parts * config.kv_channels)
         self.norm = ShardedRMSNorm(config, heads * self.head_dim, config.layernorm_epsilon, pg_collection.tp)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .layer import hybrid_stack_spec
 from .recipe import Recipe, SoftmaxBlock
+from .size import padded_vocab_size
 
 
 class HybridModel(GPTModel):
@@ -23,11 +24,6 @@ class HybridModel(GPTModel):
         real = max(0, min(self.real_vocab_size - first, logits.shape[-1]))
         logits[..., real:] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """The next multiple of 128: whatever the tensor-parallel size, the same model."""
-    return -(-vocab_size // 128) * 128
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
@@ -60,6 +56,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         bias_activation_fusion=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
+        cuda_graph_scope=[],
     )
 
 

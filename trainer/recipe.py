@@ -166,6 +166,10 @@ class Evaluation(Section):
     """Steps between evaluations on held-out data; 0 for only at the end."""
     sequences: Positive = 16
     """Held-out sequences in an evaluation inside the run; the one at the end takes them all."""
+    ngram_baseline: bool = False
+    """At the end, also print what an order-2 byte model counted on the training data reaches; needs tokenizer bytes."""
+    sample_prompt: str | None = None
+    """At the end, print a sample that goes on from this text."""
 
 
 class Metrics(Section):
@@ -177,7 +181,7 @@ class Metrics(Section):
 
 class Launch(Section):
     processes: Positive = 1
-    """Processes on this machine; on a cluster torchrun decides."""
+    """Processes on this machine; under torchrun its own number counts."""
     threads: Positive | None = None
     """CPU threads per process; by default the cores divided by the processes."""
 
@@ -210,11 +214,11 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         problems = [*_model_problems(self.model), *_training_problems(self)]
         if problems:
-            raise Combinations(problems)
+            raise CombinationError(problems)
         return self
 
 
-class Combinations(ValueError):
+class CombinationError(ValueError):
     """Keys that are each legal and together impossible: ``(key, reason and fix)`` pairs."""
 
     def __init__(self, problems: list[tuple[str, str]]):
@@ -260,6 +264,8 @@ def _training_problems(recipe: Recipe):
         align := model.document_alignment
     ):
         yield "training.seq_length", f"{training.seq_length} is not a multiple of the s2 block, {align}"
+    if recipe.evaluation.ngram_baseline and recipe.data.tokenizer != "bytes":
+        yield "evaluation.ngram_baseline", f"counts bytes, but data.tokenizer is {recipe.data.tokenizer}; set it to false"
     model_ranks, processes = parallel.tp * parallel.pp, recipe.launch.processes
     if processes % model_ranks:
         yield (

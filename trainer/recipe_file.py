@@ -3,13 +3,13 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
 
 from .errors import UserError
-from .recipe import Combinations, Recipe
+from .recipe import CombinationError, Recipe
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 
@@ -17,14 +17,14 @@ SHIPPED = Path(__file__).parent.parent / "recipes"
 class _StrictLoader(yaml.SafeLoader):
     """YAML without its traps: 1e-3 is a number, `no` and 12:30 and 2026-01-01 are strings, a duplicate key is an error."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if str(key.value) in seen:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-            seen.add(key.value)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -131,11 +131,14 @@ def _apply_override(content: dict, override: str) -> None:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
             raise UserError(f"{key}: {parent} is not a section")
-    content[last] = parsed
+    if parsed is None:
+        content.pop(last, None)
+    else:
+        content[last] = parsed
 
 
 def _is_combination(error: ValidationError) -> bool:
-    return isinstance(error.errors()[0].get("ctx", {}).get("error"), Combinations)
+    return isinstance(error.errors()[0].get("ctx", {}).get("error"), CombinationError)
 
 
 def _problems(error: ValidationError, content: dict) -> list[tuple[str, str]]:
@@ -149,7 +152,7 @@ def _key(loc: tuple, content: Any) -> str:
     """The dotted key of an error; pydantic's location also names the chosen kind of a block, which is no key."""
     path = []
     for depth, part in enumerate(loc):
-        inside = isinstance(content, dict) and part in content or isinstance(content, list) and part in range(len(content))
+        inside = (isinstance(content, dict) and part in content) or (isinstance(content, list) and part in range(len(content)))
         if inside or depth == len(loc) - 1:
             path.append(str(part))
             content = content[part] if inside else None

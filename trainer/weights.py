@@ -54,7 +54,9 @@ def load_weights(model: GPTModel, weights: dict[str, Tensor]) -> None:
             _load(parameter, weights[name])
 
 
-def gather(model: GPTModel, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()) -> dict[str, Tensor] | None:
+def gather(
+    model: GPTModel, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()
+) -> dict[str, Tensor] | None:
     """Whole tensors by global name, on the CPU of global rank 0 and None elsewhere.
 
     ``of`` picks what is gathered: the parameter itself, or its gradient.

@@ -12,7 +12,6 @@ from ..recipe import Recipe
 from .corpus import Corpus
 from .packing import Mixture, PackedCorpus, Sample
 from .prepare import DataPaths
-from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,12 @@ class Microbatch:
 class Batches:
     """Training and held-out batches of a recipe, for one data-parallel rank of ``replicas``."""
 
-    def __init__(self, recipe: Recipe, paths: DataPaths, tokenizer: Tokenizer, rank: int, replicas: int, device: torch.device):
+    def __init__(self, recipe: Recipe, paths: DataPaths, vocab_size: int, rank: int, replicas: int, device: torch.device):
         self.recipe, self.rank, self.replicas, self.device = recipe, rank, replicas, device
         self.micro = recipe.training.micro_batch_size
-        vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
         length, alignment, seed = recipe.training.seq_length, recipe.model.document_alignment, recipe.training.seed
-        self.corpora = {prefix: Corpus(prefix, vocab_size) for prefix in paths.sources}
-        packed = [PackedCorpus(c, length, alignment, (seed, i)) for i, c in enumerate(self.corpora.values())]
+        corpora = [Corpus(prefix, vocab_size) for prefix in paths.sources]
+        packed = [PackedCorpus(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
         self.training = Mixture(packed, list(paths.sources.values()))
         self.held_out = None
         if paths.validation:
@@ -61,7 +59,9 @@ class Batches:
         for first in range(0, total, size):
             numbers = range(first + self.rank * self.micro, first + (self.rank + 1) * self.micro)
             samples = [self.held_out.sample(n) for n in numbers]
-            yield self._batch([s if n < total else s._replace(weights=s.weights * 0) for n, s in zip(numbers, samples, strict=True)])
+            yield self._batch(
+                [s if n < total else s._replace(weights=s.weights * 0) for n, s in zip(numbers, samples, strict=True)]
+            )
 
     def _batch(self, samples: list[Sample]) -> Microbatch:
         tokens, labels, weights, documents = (

@@ -27,7 +27,7 @@ def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, descrip
     if not texts:
         raise UserError(f"no text found in {', '.join(map(str, sources))}")
 
-    import torch
+    import numpy as np
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, descrip
         builder = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(tokenizer.vocab_size))
         for text in _documents(texts, description):
             ids = [*tokenizer.encode(text), tokenizer.end_of_document]
-            builder.add_document(torch.tensor(ids), [len(ids)])
+            builder.add_document(np.array(ids), [len(ids)])
             documents, tokens, size = documents + 1, tokens + len(ids), size + len(text)
         builder.finalize(str(index))
         if not documents:

@@ -82,6 +82,8 @@ class Mixture:
     def __init__(self, corpora: list[PackedCorpus], weights: list[float]):
         self.corpora = corpora
         self._shares = np.array(weights) / sum(weights)
+        ratios = [packed.corpus.bytes_per_token for packed in corpora]
+        self.bytes_per_token = None if None in ratios else float(np.dot(self._shares, ratios))
         self._taken: list[tuple[int, int]] = []  # (corpus, its own sample number) of every sample so far
         self._counts = np.zeros(len(corpora), np.int64)
 

@@ -1,0 +1,108 @@
+"""``longspan COMMAND``. Heavy imports wait until a command needs them: ``--help`` answers at once."""
+
+import argparse
+import os
+import sys
+
+from .. import __version__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 2 bad input (one line per problem on stderr), 1 anything else."""
+    options = _parser().parse_args(arguments)
+    from ..trainer.errors import EXIT_STATUS, UserError
+
+    try:
+        status = options.run(options)
+    except UserError as error:
+        print("\n".join(f"longspan: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        status = EXIT_STATUS
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longspan", description="Pretrain language models on very long sequences.")
+    parser.add_argument("--version", action="version", version=f"longspan {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a recipe", description="Train a recipe: a file or a shipped name.")
+    train.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in training.steps=100")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its sizes, and stop")
+    train.set_defaults(run=_train)
+
+    recipes = commands.add_parser("recipes", help="list the recipes that are shipped")
+    recipes.set_defaults(run=_recipes)
+
+    data = commands.add_parser("data", help="prepare data").add_subparsers(
+        dest="data_command", required=True, metavar="COMMAND"
+    )
+    build = data.add_parser(
+        "build",
+        help="tokenize text to a .bin/.idx corpus",
+        description="Tokenize text files, folders of them and .jsonl files (key: text) to Megatron's .bin/.idx.",
+    )
+    build.add_argument("sources", nargs="+", metavar="SOURCE")
+    build.add_argument("--tokenizer", default="bytes", help="bytes (default), or the path of a tokenizer.json")
+    build.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
+    build.set_defaults(run=_data_build)
+
+    generate = commands.add_parser("generate", help="sample text from a trained run")
+    generate.add_argument("run_dir", metavar="RUN")
+    generate.add_argument("--prompt", default="import ")
+    generate.add_argument("--tokens", type=int, default=256, help="tokens to add at most (default 256)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 for the likeliest token (default 0.8)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    plot = commands.add_parser("plot", help="draw a run's loss curve")
+    plot.add_argument("run_dir", metavar="RUN")
+    plot.set_defaults(run=_plot)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .train import train
+
+    return train(options.recipe, options.overrides, options.dry_run)
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from ..trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes
+
+    names = {str(path.relative_to(SHIPPED).with_suffix("")): load_recipe(str(path)) for path in shipped_recipes()}
+    width = max(map(len, names))
+    for name, recipe in names.items():
+        print(f"{name:<{width}}  {recipe.description}")
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from ..trainer.data.build import build_corpus
+    from ..trainer.data.tokenizer import load_tokenizer
+
+    record = build_corpus([Path(source) for source in options.sources], load_tokenizer(options.tokenizer), options.out)
+    print(f"{options.out}: {record.documents:,} documents, {record.tokens:,} tokens, {record.bytes:,} bytes of text")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from ..trainer.run_folder import RunFolder
+    from .process import process_group
+
+    folder = RunFolder(options.run_dir)
+    _ = folder.recipe  # a wrong folder is told before torch is imported
+    from ..trainer.generate import generate, load_for_inference
+
+    with process_group(os.cpu_count() or 1):
+        engine = load_for_inference(folder)
+        print(generate(folder, engine, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from ..trainer.plot import plot_loss
+    from ..trainer.run_folder import RunFolder
+
+    print(plot_loss(RunFolder(options.run_dir)))

@@ -1,0 +1,127 @@
+"""``longspan train``: checks in the parent, then the ranks, then the report."""
+
+import os
+import sys
+
+from ..trainer.data.prepare import DataPaths, prepare_data
+from ..trainer.errors import EXIT_STATUS, UserError
+from ..trainer.metrics import require_wandb
+from ..trainer.recipe import Recipe, batch_problem
+from ..trainer.recipe_file import load_recipe, to_yaml
+from ..trainer.run_folder import RunFolder
+from .process import process_group, under_torchrun
+
+
+def train(name: str, overrides: list[str], dry_run: bool) -> int:
+    """Train a recipe; the exit status. Under torchrun this process is one rank, else it starts the ranks itself."""
+    recipe = load_recipe(name, overrides)
+    if dry_run:
+        _print_dry_run(recipe)
+        return 0
+    if under_torchrun():
+        return _work(recipe)
+    folder = RunFolder(recipe.run_dir)
+    folder.require_new()
+    if recipe.metrics.wandb:
+        require_wandb()
+    paths = prepare_data(recipe)
+    status = _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
+    if status == 0:
+        _report(recipe, paths, folder)
+    return status
+
+
+def _work(recipe: Recipe) -> int:
+    """Run as one rank."""
+    threads = recipe.launch.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with process_group(threads):
+        import torch.distributed as dist
+
+        from ..trainer.loop import train as train_loop
+
+        if problem := _world_problem(recipe, dist.get_world_size()):
+            raise UserError(problem)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            RunFolder(recipe.run_dir).require_new()
+            prepare_data(recipe)  # builds the embedded corpus once per machine
+        dist.barrier()
+        try:
+            train_loop(recipe, prepare_data(recipe))
+        except UserError as error:
+            # The other ranks wait in a collective: leave without the goodbyes that would wait for them.
+            print(f"longspan: rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
+            os._exit(EXIT_STATUS)
+    return 0
+
+
+def _world_problem(recipe: Recipe, world_size: int) -> str | None:
+    model_ranks = recipe.parallel.tp * recipe.parallel.pp
+    if world_size % model_ranks:
+        return f"parallel: tp * pp = {model_ranks} does not divide the {world_size} processes"
+    problem = batch_problem(recipe, world_size)
+    return f"training.global_batch_size: {problem}" if problem else None
+
+
+def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
+    """Start this command once per process under torchrun's agent, and give the first failure's status."""
+    import logging
+    import uuid
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message says what failed
+    count = recipe.launch.processes
+    os.environ.setdefault("OMP_NUM_THREADS", str(recipe.launch.threads or max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "longspan", "train", name, *overrides)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != EXIT_STATUS:
+            print(f"longspan: rank {rank} ended with status {failure.exitcode}; its error is above", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def _print_dry_run(recipe: Recipe) -> None:
+    from ..trainer.data.tokenizer import load_tokenizer
+    from ..trainer.size import parameter_count
+
+    vocab_size = recipe.model.vocab_size or load_tokenizer(recipe.data.tokenizer, "data.tokenizer").vocab_size
+    parallel, processes = recipe.parallel, recipe.launch.processes
+    print(to_yaml(recipe))
+    print(f"parameters       {parameter_count(recipe.model, vocab_size):,}")
+    print(f"tokens per step  {recipe.tokens_per_step:,}")
+    print(f"processes        {processes} = dp {recipe.data_parallel(processes)} x tp {parallel.tp} x pp {parallel.pp}")
+
+
+def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:
+    """What the run reached, beside a baseline and with a sample where the recipe asks for them."""
+    records = [record for record in folder.read_metrics() if "eval/loss" in record]
+    if records:
+        loss, bits = records[-1]["eval/loss"], records[-1].get("eval/bits_per_byte")
+        print(f"held-out: {f'{bits:.3f} bits per byte' if bits else f'loss {loss:.4f}'}")
+    if recipe.evaluation.ngram_baseline and paths.validation:
+        from ..trainer.data.corpus import Corpus
+        from ..trainer.ngram import order2_bits_per_token
+
+        held_out, vocab_size = Corpus(paths.validation, 257), 257
+        bits = order2_bits_per_token([Corpus(prefix, vocab_size) for prefix in paths.sources], held_out)
+        print(f"an order-2 byte model on the same: {bits / (held_out.bytes_per_token or 1):.3f} bits per byte")
+    if recipe.evaluation.sample_prompt:
+        from ..trainer.generate import generate, load_for_inference
+
+        with process_group(os.cpu_count() or 1):
+            engine = load_for_inference(folder)
+            print(f"a sample:\n{generate(folder, engine, recipe.evaluation.sample_prompt, 300, 0.8, 0)}")
+    print(f"{folder.loss_plot} shows the curve; go on with: longspan generate {folder.path}")

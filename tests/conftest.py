@@ -1,0 +1,105 @@
+"""What tests share: small recipes and corpora, and real processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY = {
+    "run_dir": "RUN",
+    "model": {
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "layers": {
+            "blocks": {
+                "linear": {"mixer": "lightning"},
+                "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2, "qk_norm": True, "norm": "sandwich"},
+                "full": {
+                    "mixer": "full",
+                    "output_gate": True,
+                    "rotary_fraction": 0.5,
+                    "norm": "post",
+                    "mlp_residual": [1.5, 0.5],
+                },
+            },
+            "pattern": ["linear", "sparse", "linear", "full"],
+        },
+    },
+    "data": {"sources": {"CORPUS": 1.0}},
+    "training": {"steps": 20, "seq_length": 96, "global_batch_size": 4, "dtype": "float32"},
+    "optimizer": {"lr": 1e-3},
+    "metrics": {"log_interval": 5},
+}
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """40 documents, 13 to 215 bytes long."""
+    return [f"Document {i}: " + " ".join(f"{i * j % 97}" for j in range(3 + 11 * (i % 7))) for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, texts) -> str:
+    """Prefix of a small corpus of those texts."""
+    from longspan.trainer.data.build import build_corpus
+    from longspan.trainer.data.tokenizer import ByteTokenizer
+
+    folder = tmp_path_factory.mktemp("corpus")
+    for i, text in enumerate(texts):
+        folder.joinpath(f"{i:02}.txt").write_text(text)
+    prefix = str(folder / "built" / "small")
+    build_corpus([folder], ByteTokenizer(), prefix)
+    return prefix
+
+
+@pytest.fixture
+def tiny_recipe(corpus, tmp_path) -> Path:
+    """File of a recipe with all mixers and kinds of norm; its run goes to ``tmp_path / "run"``."""
+    import yaml
+
+    content = yaml.safe_load(yaml.safe_dump(TINY).replace("RUN", str(tmp_path / "run")).replace("CORPUS", corpus))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.fixture
+def longspan():
+    """Run ``python -m longspan ARGS`` for real: ``longspan(*args) -> CompletedProcess``."""
+
+    def run(*args: object, **env: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "longspan", *map(str, args)]
+        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=400, check=False)
+
+    return run
+
+
+@pytest.fixture
+def ranks():
+    """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``."""
+
+    def run(count: int, script: Path, *args: object) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, args)],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
+        for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
+            assert process.returncode == 0, f"rank {rank} of {count}:\n{error[-3000:]}"
+
+    return run

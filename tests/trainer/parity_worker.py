@@ -1,0 +1,33 @@
+"""One rank: gradients of step 1, then 20 steps of a recipe; rank 0 writes what it saw. RECIPE OUT [section.key=value ...]"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+from longspan.launch.process import process_group
+from longspan.trainer.recipe_file import load_recipe
+
+
+def main(recipe_file: str, out: str, *overrides: str) -> None:
+    recipe = load_recipe(recipe_file, list(overrides))
+    with process_group(1):
+        from longspan.trainer.data.batches import Batches
+        from longspan.trainer.data.prepare import prepare_data
+        from longspan.trainer.loop import build_engine, model_vocab_size
+
+        engine = build_engine(recipe)
+        batches = Batches(
+            recipe, prepare_data(recipe), model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device
+        )
+        seen = {"weights": engine.weights(), "gradients": engine.gradients(batches.step(0))}
+        tokens = [sum(int(batch.weights.sum()) for batch in batches.step(s)) for s in range(recipe.training.steps)]
+        seen["steps"] = [engine.step(batches.step(s), recipe.optimizer.lr) for s in range(recipe.training.steps)]
+        seen["evaluations"] = [engine.evaluate(batch) for batch in batches.step(0)]
+        seen["local_tokens"] = [None] * dist.get_world_size()
+        dist.all_gather_object(seen["local_tokens"], tokens)
+        if dist.get_rank() == 0:
+            torch.save(seen, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,221 @@
+"""The model against a plain-torch forward of the same weights, and what casting and Megatron must not change."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from longspan.launch.process import process_group
+from longspan.parallel import Layout, Sequence
+from longspan.trainer.recipe import LightningBlock, S2Block
+from longspan.trainer.recipe_file import load_recipe
+
+
+@pytest.fixture
+def engine(tiny_recipe):
+    """``engine(*overrides)`` on one process."""
+    with contextlib.ExitStack() as stack:
+
+        def build(*overrides):
+            from longspan.trainer.loop import build_engine
+
+            stack.enter_context(process_group(2))
+            made = build_engine(load_recipe(str(tiny_recipe), list(overrides)))
+            stack.callback(made.close)
+            return made
+
+        yield build
+
+
+def rms(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x, at, dim, theta):
+    pairs = dim // 2
+    angles = at[:, None] * torch.tensor([theta ** (-2 * i / dim) for i in range(pairs)], dtype=torch.float64)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    a, b = x[..., :pairs], x[..., pairs:dim]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., dim:]], -1)
+
+
+def softmax_attention(x, w, model, block, at):
+    """One document [tokens, hidden]: dense masks, one head at a time."""
+    group, dim = model.num_attention_heads // model.kv_heads, model.kv_channels
+    outs = []
+    for kv, rows in enumerate((x @ w["mixer.linear_in.weight"].T).chunk(model.kv_heads, -1)):
+        heads = list(rows.split(dim, -1))
+        queries, rest = heads[:group], heads[group:]
+        gates = [rest.pop(0) for _ in range(group)] if block.output_gate else [None] * group
+        key, value = rest
+        if block.qk_norm:
+            queries = [rms(q, w["mixer.q_layernorm.weight"], model.rms_norm_eps) for q in queries]
+            key = rms(key, w["mixer.k_layernorm.weight"], model.rms_norm_eps)
+        turn = int(dim * block.rotary_fraction)
+        key = rotate(key[:, None], at, turn, model.rope_theta)[:, 0] if turn else key
+        mask = at[:, None] >= at
+        if isinstance(block, S2Block):
+            i, j = (at // block.block)[:, None], at // block.block
+            residue = -(kv * max(1, block.stride // model.kv_heads)) % block.stride
+            mask = mask & ((i - j < block.local_blocks) | (j % block.stride == residue))
+        for query, gate in zip(queries, gates, strict=True):
+            query = rotate(query[:, None], at, turn, model.rope_theta)[:, 0] if turn else query
+            out = (query @ key.T / dim**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+            outs.append(out if gate is None else out * torch.sigmoid(gate))
+    return torch.cat(outs, -1) @ w["mixer.linear_proj.weight"].T
+
+
+def lightning(x, w, model, block, layer):
+    """One document, token by token, with the slopes of MiniMax-01."""
+    outs, gates = [], []
+    for head, rows in enumerate((x @ w["mixer.linear_in.weight"].T).chunk(model.num_attention_heads, -1)):
+        q, k, v, *gate = rows.split(model.kv_channels, -1)
+        slope = 2 ** (-8 * (head + 1) / model.num_attention_heads)
+        decay = torch.tensor(-slope * (1 - layer / (model.num_hidden_layers - 1 + 1e-5) + 1e-5)).float().double().exp()
+        state, steps = 0, []
+        for q_t, k_t, v_t in zip(F.silu(q), F.silu(k), F.silu(v), strict=True):
+            state = decay * state + torch.outer(k_t, v_t)
+            steps.append(q_t @ state)
+        outs.append(torch.stack(steps))
+        gates += gate
+    out = rms(torch.cat(outs, -1), w["mixer.norm.weight"], model.rms_norm_eps)
+    return (out * torch.sigmoid(torch.cat(gates, -1)) if gates else out) @ w["mixer.linear_proj.weight"].T
+
+
+def plain_forward(tokens, weights, model):
+    """Logits [tokens, vocab] of one document in fp64."""
+    weights = {name: weight.double() for name, weight in weights.items()}
+    x, at = weights["embedding.word_embeddings.weight"][tokens], torch.arange(len(tokens))
+    for number, block in enumerate(model.stack):
+        prefix = f"decoder.layers.{number}."
+        w = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+        def norm(x, name, w=w):
+            return rms(x, w[f"{name}.weight"], model.rms_norm_eps)
+
+        def mix(x, w=w, block=block, number=number):
+            if isinstance(block, LightningBlock):
+                return lightning(x, w, model, block, number)
+            return softmax_attention(x, w, model, block, at)
+
+        def mlp(x, w=w):
+            gate, up = (x @ w["mlp.linear_fc1.weight"].T).chunk(2, -1)
+            return (F.silu(gate) * up) @ w["mlp.linear_fc2.weight"].T
+
+        halves = (("input", "mixer", mix, block.mixer_residual), ("pre_mlp", "mlp", mlp, block.mlp_residual))
+        for before, after, f, (skip, branch) in halves:
+            if block.norm == "pre":
+                x = skip * x + branch * f(norm(x, f"{before}_layernorm"))
+            elif block.norm == "post":
+                normed = norm(x, f"{before}_layernorm")
+                x = skip * normed + branch * f(normed)
+            elif block.norm == "sandwich":
+                x = skip * x + branch * norm(f(norm(x, f"{before}_layernorm")), f"post_{after}_layernorm")
+            else:
+                x = skip * x + branch * norm(f(x), f"post_{after}_layernorm")
+    x = rms(x, weights["decoder.final_layernorm.weight"], model.rms_norm_eps)
+    return x @ weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"]).T
+
+
+OVERRIDES = {
+    "all norms": [],
+    "reordered, untied, no gate": [
+        "model.layers.blocks.linear.norm=reordered",
+        "model.layers.blocks.linear.output_gate=false",
+        "model.layers.blocks.full.qk_norm=true",
+        "model.layers.blocks.full.rotary_fraction=0",
+        "model.layers.blocks.sparse.output_gate=true",
+        "model.tie_word_embeddings=false",
+        "model.head_dim=24",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+def test_logits_are_those_of_a_plain_forward(engine, overrides):
+    made = engine("model.initializer_range=0.7", *overrides)
+    weights, model = made.weights(), made.recipe.model
+    lengths = [41, 1, 54]
+    tokens = torch.randint(0, 257, (1, 96), generator=torch.Generator().manual_seed(0))
+    documents = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(lengths))[None]
+    with torch.no_grad():
+        ours = made.model(tokens, None, None, packed_seq_params=Sequence(Layout.contiguous(96), 0, documents))[0, :, :257]
+    pieces = [plain_forward(piece, weights, model)[:, :257] for piece in tokens[0].split(lengths)]
+    expected = torch.cat(pieces)
+    assert expected.std() > 5, "flat logits hide errors"
+    assert (ours - expected).norm() / expected.norm() < 1e-5
+    assert (made.logits(tokens[:, :41])[0] - pieces[0]).norm() / pieces[0].norm() < 1e-5
+
+
+def test_the_loss_is_over_the_real_vocabulary(engine):
+    made = engine("model.initializer_range=0.7")
+    tokens = torch.randint(0, 257, (1, 97), generator=torch.Generator().manual_seed(0))
+    losses = made.model(tokens[:, :-1], None, None, labels=tokens[:, 1:])
+    expected = F.cross_entropy(
+        plain_forward(tokens[0, :-1], made.weights(), made.recipe.model)[:, :257], tokens[0, 1:], reduction="none"
+    )
+    assert (losses[0] - expected).abs().max() < 1e-4 * expected.max()
+
+
+def test_decays_stay_fp32_when_the_model_is_cast(engine):
+    from longspan.trainer.mixers import minimax_decay
+
+    made = engine("training.dtype=bfloat16")
+    decays = {name: buffer for name, buffer in made.model.named_buffers() if name.endswith("decay")}
+    assert len(decays) == 2
+    for name, decay in decays.items():
+        assert decay.dtype == torch.float32, name
+        assert torch.equal(decay, minimax_decay(4, int(name.split(".")[2]), 4)), name
+    assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+
+
+def test_decays_are_those_of_transformers():
+    """Against the formula in transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
+    from longspan.trainer.mixers import minimax_decay
+
+    assert minimax_decay(64, 0, 80)[[0, 63]].tolist() == pytest.approx([-0.9170132, -0.00390629], rel=1e-4)
+    assert minimax_decay(64, 79, 80)[0].item() == pytest.approx(-0.917 * 1.0126e-5, rel=1e-2)
+
+
+def test_parameters_are_counted_without_building(engine):
+    made = engine(*OVERRIDES["reordered, untied, no gate"])
+    assert made.num_parameters == sum(weight.numel() for weight in made.weights().values())
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(engine):
+    made = engine("training.seed=3")
+    weights = made.weights()
+    one, two = (weights[f"decoder.layers.{i}.mixer.linear_in.weight"] for i in (0, 2))
+    assert not torch.equal(one, two)
+    assert one.std().item() == pytest.approx(0.02, rel=0.05)
+    assert weights["decoder.layers.0.mixer.linear_proj.weight"].std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    from longspan.trainer.weights import initialise
+
+    initialise(made.model, 4, 0.02, 4)
+    assert not torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
+    initialise(made.model, 3, 0.02, 4)
+    assert torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
+
+
+def test_our_spec_in_a_plain_megatron_model(engine):
+    """A Megatron user takes the spec alone: stock GPTModel, no Sequence, one document a row."""
+    from longspan.trainer.layer import hybrid_stack_spec
+    from longspan.trainer.weights import load_weights
+    from megatron.core.models.gpt import GPTModel
+
+    made = engine("model.initializer_range=0.7")
+    config = made.model.config
+    spec = hybrid_stack_spec(config, made.recipe.model.stack)
+    plain = GPTModel(
+        config,
+        spec,
+        vocab_size=384,
+        max_sequence_length=96,
+        position_embedding_type="none",
+        share_embeddings_and_output_weights=True,
+    )
+    load_weights(plain, made.weights())
+    tokens = torch.randint(0, 257, (2, 96))
+    assert torch.equal(plain(tokens, None, None)[..., :257], made.logits(tokens))
+    with pytest.raises(ValueError, match="HybridLayer cannot use attention_mask"):
+        plain(tokens, None, torch.ones(1, 1, 96, 96, dtype=torch.bool))

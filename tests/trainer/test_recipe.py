@@ -1,0 +1,149 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from longspan.trainer.errors import UserError
+from longspan.trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes, to_yaml
+
+
+def problems(recipe, *overrides) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(recipe), list(overrides))
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_described(path):
+    assert load_recipe(str(path)).description
+
+
+def test_a_resolved_recipe_loads_as_itself(tiny_recipe, tmp_path):
+    recipe = load_recipe(str(tiny_recipe))
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(recipe))
+    assert load_recipe(str(again)) == recipe
+
+
+def test_all_problems_are_told_at_once(tiny_recipe):
+    found = problems(
+        tiny_recipe,
+        "training.stpes=3",
+        "model.hidden_size=wide",
+        "model.layers.blocks.full.rotary_fraction=1.5",
+        "parallel.tp=3",
+        "launch.processes=3",
+    )
+    expected = {
+        "training.stpes": "unknown key (did you mean steps?)",
+        "model.hidden_size": "should be a valid integer, got 'wide'",
+        "model.layers.blocks.full.rotary_fraction": "less than or equal to 1, got 1.5",
+    }
+    assert len(found) == len(expected)
+    for line, (key, reason) in zip(sorted(found), sorted(expected.items()), strict=True):
+        assert f"tiny.yaml: {key}: " in line
+        assert reason in line
+
+
+def test_combinations_are_told_beside_unknown_keys(tiny_recipe):
+    found = problems(tiny_recipe, "training.stpes=3", "parallel.pp=3", "launch.processes=3")
+    assert any("training.stpes: unknown key" in line for line in found)
+    assert any("parallel.pp: 3 does not divide model.num_hidden_layers 4" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names no block: 'spares'"),
+        ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
+        ("model.layers.blocks.linear.mixer=lihgtning", "unknown mixer 'lihgtning' (did you mean lightning?)"),
+        ("model.layers.blocks.linear={}", "names no mixer"),
+        ("model.layers.blocks.sparse.block=12", "blocks.sparse.block: 12 is not a power of two"),
+        ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
+        ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
+        ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
+        ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the s2 block, 8"),
+        ("training.global_batch_size=3 launch.processes=2", "training.global_batch_size: 3 is not a multiple"),
+        ("parallel.tp=2", "launch.processes: 1 is not a multiple of parallel.tp * parallel.pp = 2"),
+        ("parallel.tp=4 launch.processes=4", "parallel.tp: 4 does not divide model.num_key_value_heads 2"),
+        ("evaluation.ngram_baseline=true data.tokenizer=t.json", "evaluation.ngram_baseline: counts bytes"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("model=null", "model: is required"),
+        ("training.steps=yes", "training.steps: should be a valid integer, got 'yes'"),
+        ("training.steps=1e3", "training.steps: should be a valid integer, got 1000.0"),
+    ],
+)
+def test_each_problem_names_its_key(tiny_recipe, override, message):
+    assert any(
+        message in line
+        for line in problems(tiny_recipe, *override.split(" ", 1) if "=" in override.partition(" ")[2] else [override])
+    )
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps.x=3", "run_dir={"])
+def test_bad_overrides(tiny_recipe, override):
+    assert override.split("=")[0].split(".")[0] in problems(tiny_recipe, override)[0]
+
+
+def test_yaml_has_no_traps(tiny_recipe):
+    recipe = load_recipe(str(tiny_recipe), ["optimizer.lr=1e-3", "run_dir=no", "metrics.wandb=true", "description=12:30"])
+    assert (recipe.optimizer.lr, recipe.run_dir, recipe.metrics.wandb, recipe.description) == (1e-3, "no", True, "12:30")
+
+
+def test_duplicate_keys_are_refused_with_their_line(tiny_recipe):
+    text = tiny_recipe.read_text()
+    tiny_recipe.write_text(text + "training: {}\n")
+    assert problems(tiny_recipe) == [f"{tiny_recipe}:{text.count(chr(10)) + 1}:1: duplicate key 'training'"]
+
+
+def test_broken_yaml_and_wrong_shape(tiny_recipe):
+    tiny_recipe.write_text("a: [1\nb: 2\n")
+    assert f"{tiny_recipe}:2:" in problems(tiny_recipe)[0]
+    tiny_recipe.write_text("- 1\n")
+    assert "a recipe is a mapping of sections, this is list" in problems(tiny_recipe)[0]
+
+
+def test_an_unknown_recipe_is_told_with_the_known_ones():
+    (line,) = problems("quikstart")
+    assert "did you mean quickstart?" in line
+
+
+def test_base_is_inherited_key_by_key(tiny_recipe, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        yaml.safe_dump(
+            {
+                "base": tiny_recipe.name,
+                "training": {"steps": 7},
+                "model": {"layers": {"blocks": {"sparse": None}, "pattern": ["linear", "full"]}},
+            }
+        )
+    )
+    recipe, base = load_recipe(str(child)), load_recipe(str(tiny_recipe))
+    assert recipe.training.steps == 7
+    assert recipe.training.seq_length == base.training.seq_length
+    assert list(recipe.model.layers.blocks) == ["full", "linear"]
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("base: child.yaml\noptimizer: {lr: 0.5}\n")
+    assert load_recipe(str(grandchild)).optimizer.lr == 0.5
+    assert load_recipe(str(grandchild)).training.steps == 7
+
+
+def test_a_shipped_recipe_can_be_a_base(tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: quickstart\nrun_dir: elsewhere\n")
+    assert load_recipe(str(child)).model == load_recipe(str(SHIPPED / "quickstart.yaml")).model
+
+
+def test_a_base_that_is_its_own_ancestor(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert "its own ancestor" in problems(tmp_path / "a.yaml")[0]
+
+
+def test_recipes_need_no_torch(tiny_recipe):
+    code = (
+        "import sys; from longspan.trainer.recipe_file import load_recipe;"
+        f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,44 @@
+"""Text from a trained model."""
+
+import torch
+
+from .data.tokenizer import load_tokenizer
+from .engine import Engine
+from .errors import UserError
+from .loop import build_engine
+from .recipe import Parallel
+from .run_folder import RunFolder
+
+
+def load_for_inference(folder: RunFolder) -> Engine:
+    """The run's model with its weights, whole in this process whatever it was trained on; needs a process group of one."""
+    if not folder.weights.is_file():
+        raise UserError(f"{folder.path}: has no weights.safetensors; the run has not finished")
+    from safetensors.torch import load_file
+
+    engine = build_engine(folder.recipe.model_copy(update={"parallel": Parallel()}))
+    engine.load_weights(load_file(folder.weights))
+    return engine
+
+
+def generate(folder: RunFolder, engine: Engine, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """``prompt`` and what the model goes on with: up to ``tokens`` tokens, or to the document's end.
+
+    Each token is drawn from the softmax at ``temperature`` (0: the likeliest) after a full forward pass.
+    """
+    tokenizer = load_tokenizer(folder.recipe.data.tokenizer, "data.tokenizer")
+    ids = list(tokenizer.encode(prompt.encode()))
+    if not ids:
+        raise UserError("--prompt: is empty; the model needs something to go on from")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(tokens):
+        context = torch.tensor([ids], device=engine.device)
+        logits = engine.logits(context)[0, -1].cpu()
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+        if token == tokenizer.end_of_document:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids)

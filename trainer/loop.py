@@ -1,0 +1,106 @@
+"""The training loop."""
+
+import contextlib
+import math
+import time
+
+import torch
+import torch.distributed as dist
+
+from .data.batches import Batches
+from .data.prepare import DataPaths
+from .data.tokenizer import load_tokenizer
+from .display import Display
+from .engine import Engine
+from .metrics import MetricsLog
+from .plot import plot_loss
+from .recipe import Recipe
+from .run_folder import RunFolder
+from .schedule import learning_rate
+
+
+def build_engine(recipe: Recipe) -> Engine:
+    """The recipe's model on its engine, ready to train; needs the default process group."""
+    from .megatron import MegatronEngine
+
+    return MegatronEngine(recipe, model_vocab_size(recipe))
+
+
+def model_vocab_size(recipe: Recipe) -> int:
+    """Ids that the model knows, before padding."""
+    return recipe.model.vocab_size or load_tokenizer(recipe.data.tokenizer, "data.tokenizer").vocab_size
+
+
+def train(recipe: Recipe, paths: DataPaths) -> None:
+    """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
+    engine = build_engine(recipe)
+    batches = Batches(recipe, paths, model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
+    folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
+    tokens, since, logged = 0, time.monotonic(), 0
+    with contextlib.ExitStack() as stack:
+        display = log = None
+        if dist.get_rank() == 0:
+            folder.create(recipe)
+            log = stack.enter_context(MetricsLog(folder, recipe))
+            display = stack.enter_context(Display(steps, recipe.metrics.log_interval))
+            display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
+
+        for step in range(1, steps + 1):
+            lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
+            result = engine.step(batches.step(step - 1), lr)
+            tokens += result.tokens
+            if display:
+                seconds = (time.monotonic() - since) / (step - logged)
+                speed = recipe.tokens_per_step / seconds
+                display.step(step, result.loss, _bits_per_byte(result.loss, batches.training.bytes_per_token), speed)
+            if step % recipe.metrics.log_interval == 0 or step in (1, steps):
+                if log:
+                    log.log(
+                        step,
+                        {
+                            "train/loss": result.loss,
+                            "train/grad_norm": result.grad_norm,
+                            "train/lr": lr,
+                            "train/tokens": tokens,
+                            "data/padding_ratio": result.padding / recipe.tokens_per_step,
+                            "perf/step_time_s": seconds,
+                            "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
+                            **_memory(),
+                        },
+                    )
+                since, logged = time.monotonic(), step
+            last = step == steps
+            if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
+                evaluated = evaluate(engine, batches, None if last else recipe.evaluation.sequences)
+                if log:
+                    log.log(step, evaluated)
+                    summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
+                    display.say(f"step {step}: {summary}")
+                since, logged = time.monotonic(), step
+
+    weights = engine.weights()
+    if weights is not None:
+        from safetensors.torch import save_file
+
+        save_file(weights, folder.weights)
+        plot_loss(folder)
+
+
+def evaluate(engine: Engine, batches: Batches, sequences: int | None) -> dict[str, float]:
+    """Mean loss over the first ``sequences`` held-out sequences, or all: ``eval/loss`` and ``eval/bits_per_byte``."""
+    results = [engine.evaluate(batch) for batch in batches.evaluation(sequences)]
+    loss = sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))
+    bits = _bits_per_byte(loss, batches.held_out.corpus.bytes_per_token)
+    return {"eval/loss": loss} | ({"eval/bits_per_byte": bits} if bits is not None else {})
+
+
+def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+def _memory() -> dict[str, float]:
+    if torch.cuda.is_available():
+        return {"memory/max_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+    import resource
+
+    return {"memory/max_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

@@ -1,0 +1,52 @@
+"""Where numbers go: metrics.jsonl always, W&B where the recipe asks for it."""
+
+import json
+from pathlib import Path
+
+from .errors import UserError
+from .recipe import Recipe
+from .run_folder import RunFolder
+
+
+class MetricsLog:
+    """One JSON object per logged step: ``{"step": 10, "train/loss": ...}``. A context manager; for rank 0 alone."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe):
+        self._file = folder.metrics.open("a", buffering=1)
+        self._wandb = _start_wandb(folder.path, recipe) if recipe.metrics.wandb else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if error[0] is None else 1)
+
+
+def require_wandb() -> None:
+    """Before any process starts: W&B is an extra."""
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "metrics.wandb: the wandb package is missing; `pip install longspan[wandb]` or set it to false"
+        ) from None
+
+
+def _start_wandb(folder: Path, recipe: Recipe):
+    """Online where there is an account, else offline: the files then lie in the run folder for `wandb sync`."""
+    import os
+
+    import wandb
+
+    if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+        os.environ["WANDB_MODE"] = "offline"
+    settings = wandb.Settings(console="off", silent=True)
+    config = recipe.model_dump(mode="json")
+    return wandb.init(project=recipe.metrics.wandb_project, name=folder.name, dir=str(folder), config=config, settings=settings)
