@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = options.run(options)
     except UserError as error:
-        print("\n".join(f"longspan: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print("".join(f"longspan: {rank}{line}\n" for line in str(error).splitlines()), file=sys.stderr, end="", flush=True)
         status = EXIT_STATUS
     except KeyboardInterrupt:
         status = 130

@@ -45,12 +45,7 @@ def _work(recipe: Recipe) -> int:
             RunFolder(recipe.run_dir).require_new()
             prepare_data(recipe)  # builds the embedded corpus once per machine
         dist.barrier()
-        try:
-            train_loop(recipe, prepare_data(recipe))
-        except UserError as error:
-            # The other ranks wait in a collective: leave without the goodbyes that would wait for them.
-            print(f"longspan: rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
-            os._exit(EXIT_STATUS)
+        train_loop(recipe, prepare_data(recipe))
     return 0
 
 

@@ -3,15 +3,19 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from .data.batches import Batches
+from .control import Control
+from .data.batches import Batches, Microbatch
 from .data.prepare import DataPaths
 from .data.tokenizer import load_tokenizer
 from .display import Display
 from .engine import Engine
+from .errors import UserError
 from .metrics import MetricsLog
 from .plot import plot_loss
 from .recipe import Recipe
@@ -35,7 +39,7 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
     """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
     engine = build_engine(recipe)
     batches = Batches(recipe, paths, model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
-    folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
+    folder, steps, control = RunFolder(recipe.run_dir), recipe.training.steps, Control()
     tokens, since, logged = 0, time.monotonic(), 0
     with contextlib.ExitStack() as stack:
         display = log = None
@@ -47,7 +51,7 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
 
         for step in range(1, steps + 1):
             lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
-            result = engine.step(batches.step(step - 1), lr)
+            result = engine.step(_read(control, partial(batches.step, step - 1)), lr)
             tokens += result.tokens
             if display:
                 seconds = (time.monotonic() - since) / (step - logged)
@@ -71,7 +75,10 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
                 since, logged = time.monotonic(), step
             last = step == steps
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
-                evaluated = evaluate(engine, batches, None if last else recipe.evaluation.sequences)
+                sequences = None if last else recipe.evaluation.sequences
+                evaluated = evaluate(engine, _read(control, partial(batches.evaluation, sequences)))
+                bits = _bits_per_byte(evaluated["eval/loss"], batches.held_out.corpus.bytes_per_token)
+                evaluated |= {"eval/bits_per_byte": bits} if bits is not None else {}
                 if log:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
@@ -86,12 +93,23 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
         plot_loss(folder)
 
 
-def evaluate(engine: Engine, batches: Batches, sequences: int | None) -> dict[str, float]:
-    """Mean loss over the first ``sequences`` held-out sequences, or all: ``eval/loss`` and ``eval/bits_per_byte``."""
-    results = [engine.evaluate(batch) for batch in batches.evaluation(sequences)]
+def evaluate(engine: Engine, batches: list[Microbatch]) -> dict[str, float]:
+    """Mean loss over held-out batches."""
+    results = [engine.evaluate(batch) for batch in batches]
     loss = sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))
-    bits = _bits_per_byte(loss, batches.held_out.corpus.bytes_per_token)
-    return {"eval/loss": loss} | ({"eval/bits_per_byte": bits} if bits is not None else {})
+    return {"eval/loss": loss}
+
+
+def _read(control: Control, read: Callable[[], Iterable[Microbatch]]) -> list[Microbatch]:
+    """What ``read`` gives, unless some rank's data is bad: then all ranks stop here, and only that rank has a message."""
+    error = batches = None
+    try:
+        batches = list(read())
+    except UserError as caught:
+        error = caught
+    if control.any(error is not None):
+        raise error or UserError()
+    return batches
 
 
 def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

@@ -147,11 +147,11 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_offset(damaged):
     content = bytearray(data.read_bytes())
     content[40:42] = (300).to_bytes(2, "little")
     data.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"copy.bin: token id 300 at byte offset 40 \(token 20\) is outside the vocabulary of 257"
-    ):
-        corpus = Corpus(str(damaged), 257)
-        corpus.read(0, 0, int(corpus.lengths[0])), corpus.read(1, 0, int(corpus.lengths[1]))
+    corpus = Corpus(str(damaged), 257)
+    lengths = corpus.lengths.tolist()
+    message = r"copy.bin: token id 300 at byte offset 40 \(token 20\) is outside the vocabulary of 257"
+    with pytest.raises(UserError, match=message):
+        list(map(corpus.read, range(len(corpus)), [0] * len(corpus), lengths))
 
 
 @pytest.mark.parametrize(("length", "alignment"), [(64, 1), (64, 8), (32, 32), (256, 4)])

@@ -1,0 +1,79 @@
+import subprocess
+import sys
+
+import pytest
+from longspan.launch.cli import main
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom longspan.launch.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit as ended: assert ended.code == 0\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'rich'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_recipes_are_listed_one_line_each(capsys):
+    status, out, _ = run(capsys, "recipes")
+    assert status == 0
+    assert any(line.startswith("quickstart") and "lightning" in line for line in out.splitlines())
+
+
+def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_path):
+    status, out, _ = run(capsys, "train", tiny_recipe, "training.steps=7", "parallel.tp=2", "launch.processes=4", "--dry-run")
+    assert status == 0
+    assert "steps: 7" in out
+    assert "eps: 1.0e-08" in out, "defaults are shown too"
+    assert "tokens per step  384" in out
+    assert "processes        4 = dp 2 x tp 2 x pp 1" in out
+    assert "parameters       1" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_is_one_line_each_and_status_2(capsys, tiny_recipe, tmp_path):
+    status, out, err = run(capsys, "train", tiny_recipe, "training.stpes=3", "training.steps=x")
+    assert (status, out) == (2, "")
+    assert [line.split(": ")[:3] for line in sorted(err.splitlines())] == [
+        ["longspan", "tiny.yaml", "training.steps"],
+        ["longspan", "tiny.yaml", "training.stpes"],
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "no-such-recipe"], "recipe no-such-recipe: no such file or shipped recipe"),
+        (["train", "{recipe}", "data.tokenizer=missing.json"], "data.tokenizer: missing.json is neither the word bytes"),
+        (["train", "{recipe}", "data.sources={missing: 1.0}"], "missing.bin: no such file; build it with"),
+        (["train", "{recipe}", "data.validation=missing"], "missing.bin: no such file"),
+        (["train", "{recipe}", "model.vocab_size=100"], "recorded vocabulary of 257 is larger than model.vocab_size 100"),
+        (["data", "build", "missing.txt", "--out", "{tmp}/x"], "missing.txt: no such file or folder"),
+        (["data", "build", "{recipe}", "--tokenizer", "{recipe}", "--out", "{tmp}/x"], "not a tokenizer.json"),
+        (["generate", "{tmp}"], "not the folder of a run"),
+        (["plot", "{tmp}"], "no such file; the run has logged nothing yet"),
+    ],
+)
+def test_bad_input_names_its_key_or_file(capsys, tiny_recipe, tmp_path, arguments, message):
+    filled = [argument.replace("{recipe}", str(tiny_recipe)).replace("{tmp}", str(tmp_path)) for argument in arguments]
+    status, _, err = run(capsys, *filled)
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_build(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    status, out, _ = run(capsys, "data", "build", tmp_path / "a.txt", "--out", tmp_path / "deep" / "corpus")
+    assert status == 0
+    assert "1 documents, 10 tokens, 9 bytes of text" in out
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"corpus.bin", "corpus.idx", "corpus.json"}

@@ -1,0 +1,113 @@
+"""The main door, with real processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_path):
+    run = tmp_path / "run"
+    overrides = ["launch.processes=2", "parallel.tp=2", f"data.validation={corpus}", "evaluation.interval=10"]
+    overrides += ["evaluation.ngram_baseline=true", "evaluation.sample_prompt=Document"]
+    done = longspan("train", tiny_recipe, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "step 20/20" in done.stdout
+    assert "held-out: " in done.stdout
+    assert "an order-2 byte model on the same: " in done.stdout
+    assert "a sample:\nDocument" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training, evaluations = ([r for r in records if key in r] for key in ("train/loss", "eval/loss"))
+    assert [r["step"] for r in training] == [1, 5, 10, 15, 20]
+    assert [r["step"] for r in evaluations] == [10, 20]
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
+    assert evaluations[-1]["eval/bits_per_byte"] == pytest.approx(evaluations[-1]["eval/loss"] / 0.693, rel=0.05)
+    expected = {"train/grad_norm", "train/lr", "train/tokens", "perf/step_time_s", "perf/tokens_per_sec_per_device"}
+    assert expected <= training[-1].keys()
+    assert 0 < training[-1]["data/padding_ratio"] < 0.5
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "torch 2." in (run / "versions.txt").read_text()
+
+    (run / "plots" / "loss.png").unlink()
+    assert longspan("plot", run).stdout.strip() == str(run / "plots" / "loss.png")
+    assert (run / "plots" / "loss.png").exists()
+
+    said = longspan("generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("Document 1")
+    assert said.stdout == longspan("generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0").stdout
+
+    again = longspan("train", tiny_recipe, *overrides)
+    assert again.returncode == 2
+    assert f"run_dir: {run} holds a run already" in again.stderr
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(records)
+
+
+def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_recipe, tmp_path):
+    assert longspan("train", tiny_recipe, "training.steps=6").returncode == 0
+    first, resolved = tmp_path / "run", tmp_path / "run" / "recipe.yaml"
+    assert longspan("train", resolved, f"run_dir={tmp_path / 'again'}").returncode == 0
+    losses = [
+        [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (first, tmp_path / "again")
+    ]
+    assert losses[0] == losses[1], "same recipe, same sizes, same bits"
+
+
+def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(longspan, tiny_recipe, corpus, tmp_path):
+    for suffix in ("idx", "json"):
+        (tmp_path / f"bad.{suffix}").write_bytes(Path(f"{corpus}.{suffix}").read_bytes())
+    content = bytearray(Path(f"{corpus}.bin").read_bytes())
+    content[2000:2002] = (999).to_bytes(2, "little")
+    (tmp_path / "bad.bin").write_bytes(content)
+    done = longspan(
+        "train", tiny_recipe, "launch.processes=2", "training.steps=500", f"data.sources={{{tmp_path / 'bad'}: 1.0}}"
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        f"{tmp_path / 'bad'}.bin: token id 999 at byte offset 2000 (token 1000) is outside the vocabulary of 257" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def wandb_records(file: Path):
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, parts = file.read_bytes(), 7, b""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no header fits in what is left of a block
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
+    done = longspan("train", tiny_recipe, "metrics.wandb=true", "training.steps=10", WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    logged = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in wandb_records(file)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["train/loss"] for entry in logged] == [record["train/loss"] for record in records]
+
+
+def test_the_weights_of_a_run_are_whole_and_named_globally(longspan, tiny_recipe, tmp_path):
+    done = longspan("train", tiny_recipe, "training.steps=2", "launch.processes=2", "parallel.pp=2")
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "run" / "weights.safetensors")
+    assert {int(name.split(".")[2]) for name in weights if name.startswith("decoder.layers.")} == {0, 1, 2, 3}
+    assert weights["embedding.word_embeddings.weight"].shape == torch.Size([384, 64])

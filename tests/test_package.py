@@ -1,0 +1,47 @@
+"""The wheel holds everything, and nothing lands outside its package."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def tracked(*patterns: str) -> set[str]:
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
+    source = tmp_path / "source"
+    for name in tracked():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {name for name in tracked("*.py", "recipes", "slurm") if not name.startswith("tests/")}
+    assert inside == {f"longspan/{name}" for name in expected}
+
+
+def test_no_folder_imports_upwards():
+    order = ["attention", "parallel", "trainer", "launch"]
+    for height, folder in enumerate(order):
+        for path in (ROOT / folder).rglob("*.py"):
+            depth = len(path.relative_to(ROOT).parts)
+            for line in path.read_text().splitlines():
+                for above in order[height + 1 :]:
+                    assert not line.strip().startswith(f"from {'.' * depth}{above}"), f"{path}: {line}"
