@@ -45,8 +45,8 @@ def linear_attention(
     decay = q.new_zeros(heads, dtype=dtype) if decay is None else decay.to(dtype)
     if state is None:
         state = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype)
-    if documents is None:
-        documents = torch.zeros(q.shape[:2], dtype=torch.int32, device=q.device)
+    if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
+        documents = None
     run = _BACKENDS["torch" if backend == "auto" else backend]
     out, state = run(q.to(dtype) * scale, k.to(dtype), v.to(dtype), decay, state.to(dtype), documents)
     out = out.to(v.dtype)
@@ -73,7 +73,7 @@ def _check(q, k, v, decay, state, documents) -> None:
 def _reference(q, k, v, decay, state, documents):
     outs = []
     for t in range(q.shape[1]):
-        if t:
+        if t and documents is not None:
             same = (documents[:, t] == documents[:, t - 1])[:, None, None, None]
             state = torch.where(same, state, torch.zeros_like(state))
         state = decay.exp()[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -86,44 +86,61 @@ def _torch(q, k, v, decay, state, documents):
     length = q.shape[1]
     whole = length - length % _CHUNK
     outs = []
-    document = documents[:, 0]  # that of the incoming state
     for span, size in ((slice(0, whole), _CHUNK), (slice(whole, length), length - whole)):
         if span.stop > span.start:
-            chunks = (x[:, span].unflatten(1, (-1, size)) for x in (q, k, v, documents))
-            out, state = _chunked(*chunks, decay, state, document)
+            same = None if documents is None else _Same(documents, span, size)
+            chunks = (x[:, span].unflatten(1, (-1, size)) for x in (q, k, v))
+            out, state = _chunked(*chunks, decay, state, same)
             outs.append(out)
-            document = documents[:, span.stop - 1]
     return torch.cat(outs, 1), state
 
 
-def _chunked(q, k, v, documents, decay, state, document):
-    """Tensors are [batch, chunks, size, heads, dim], documents [batch, chunks, size], document [batch].
+class _Same:
+    """Which tokens of the chunks in ``span`` share a document with another token, or with a state: 1 or 0 factors.
 
-    Decays inside a chunk come from differences of positions, never from a ratio of exponentials, and a document's edge
-    is a mask, never a decay of minus infinity: both would lose the result in fp32.
+    A document's edge is a factor, never a decay of minus infinity, which would turn differences of decays into NaN.
+    """
+
+    def __init__(self, documents: Tensor, span: slice, size: int):
+        chunks = documents[:, span].unflatten(1, (-1, size))
+        last = chunks[:, :, -1]
+        before = documents[:, max(0, span.start - 1), None]  # the document that the incoming state is of
+        incoming = torch.cat([before, last[:, :-1]], 1)
+        self.pair = (chunks[:, :, :, None] == chunks[:, :, None, :])[:, :, None]  # [batch, chunks, 1, size, size]
+        self.incoming = (chunks == incoming[:, :, None])[..., None, None]  # [batch, chunks, size, 1, 1]
+        self.last = (chunks == last[:, :, None])[..., None, None]
+        self.through = (last == incoming)[:, :, None, None, None]  # [batch, chunks, 1, 1, 1]
+
+
+def _chunked(q, k, v, decay, state, same):
+    """``q``, ``k``, ``v`` are [batch, chunks, size, heads, dim].
+
+    Decays inside a chunk come from differences of positions, never from a ratio of exponentials, which overflows.
     """
     size = q.shape[2]
     steps = torch.arange(1, size + 1, device=q.device, dtype=decay.dtype)
     lag = steps[:, None] - steps
     within = torch.where(lag >= 0, (decay[:, None, None] * lag.clamp(min=0)).exp(), 0.0)  # [heads, size, size]
-    from_start = (steps[:, None] * decay).exp()  # [size, heads]: from before the chunk to token i
-    to_end = ((size - steps)[:, None] * decay).exp()  # [size, heads]: from token j to the chunk's end
+    from_start = (steps[:, None] * decay).exp()[:, :, None]  # [size, heads, 1]: from before the chunk to token i
+    to_end = ((size - steps)[:, None] * decay).exp()[:, :, None]  # from token j to the chunk's end
+    through = (size * decay).exp()[:, None, None].expand(q.shape[1], -1, 1, 1)  # [chunks, heads, 1, 1]
 
-    last = documents[:, :, -1]
-    incoming = torch.cat([document[:, None], last[:, :-1]], 1)
-    same_pair = documents[:, :, :, None] == documents[:, :, None, :]
-    same_incoming = (documents == incoming[:, :, None])[..., None, None]
-    same_last = (documents == last[:, :, None])[..., None, None]
-    carried = (last == incoming)[:, :, None, None, None] * (size * decay).exp()[:, None, None]
-
-    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * within * same_pair[:, :, None]
-    out = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
-    added = torch.einsum("bnjhk,bnjhv->bnhkv", k * to_end[:, :, None] * same_last, v)
+    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * within
+    reading, writing = q * from_start, k * to_end
+    if same is not None:
+        scores, reading, writing, through = (
+            scores * same.pair,
+            reading * same.incoming,
+            writing * same.last,
+            through * same.through,
+        )
+    through = through.expand(q.shape[0], -1, -1, -1, -1)
+    added = torch.einsum("bnjhk,bnjhv->bnhkv", writing, v)
     before = []
     for n in range(q.shape[1]):
         before.append(state)
-        state = carried[:, n] * state + added[:, n]
-    out = out + torch.einsum("bnihk,bnhkv->bnihv", q * from_start[:, :, None] * same_incoming, torch.stack(before, 1))
+        state = through[:, n] * state + added[:, n]
+    out = torch.einsum("bnhij,bnjhv->bnihv", scores, v) + torch.einsum("bnihk,bnhkv->bnihv", reading, torch.stack(before, 1))
     return out.flatten(1, 2), state
 
 

@@ -17,8 +17,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``cos`` and ``sin`` are ``[batch, time, rotary_dim / 2]``. Computed in fp32 (fp64 for fp64), returned in ``x.dtype``.
     """
     half = cos.shape[-1]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos[:, :, None].to(dtype), sin[:, :, None].to(dtype)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    halves = turning.unflatten(-1, (2, half)).to(dtype)
+    cos, sin = cos[:, :, None, None].to(dtype), torch.stack([-sin, sin], -2)[:, :, None].to(dtype)
+    rotated = torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)
     return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated

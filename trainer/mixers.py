@@ -19,17 +19,18 @@ from .recipe import FullBlock, LightningBlock, S2Block, SoftmaxBlock
 class Mixer(MegatronModule):
     """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``."""
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, heads: int, rows_per_head: int):
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, heads: int, head_dim: int, parts: int):
+        """``parts`` vectors of ``head_dim`` per head are projected from the hidden state."""
         super().__init__(config)
-        self.head_dim = config.kv_channels
+        self.head_dim = head_dim
         self.local_heads = heads // pg_collection.tp.size()
         self.first_head = pg_collection.tp.rank() * self.local_heads
         shared = {"config": config, "bias": False, "skip_bias_add": True, "tp_group": pg_collection.tp}
         self.linear_in = ColumnParallelLinear(
-            config.hidden_size, heads * rows_per_head, init_method=config.init_method, gather_output=False, **shared
+            config.hidden_size, heads * parts * head_dim, init_method=config.init_method, gather_output=False, **shared
         )
         self.linear_proj = RowParallelLinear(
-            config.num_attention_heads * self.head_dim,
+            config.num_attention_heads * config.kv_channels,
             config.hidden_size,
             init_method=config.output_layer_init_method,
             input_is_parallel=True,
@@ -58,7 +59,7 @@ class SoftmaxAttention(Mixer):
     ):
         self.group = config.num_attention_heads // config.num_query_groups
         self.parts = [self.group, self.group if block.output_gate else 0, 1, 1]
-        super().__init__(config, pg_collection, config.num_query_groups, sum(self.parts) * config.kv_channels)
+        super().__init__(config, pg_collection, config.num_query_groups, config.kv_channels, sum(self.parts))
         self.block = block
         self.rotary_dim, self.rope_theta = int(self.head_dim * block.rotary_fraction), rope_theta
         self.pattern = _pattern(block, config.num_query_groups).from_head(self.first_head)
@@ -97,9 +98,9 @@ class LightningAttention(Mixer):
     def __init__(
         self, config: TransformerConfig, block: LightningBlock, layer_number: int, pg_collection: ProcessGroupCollection
     ):
-        heads, parts = config.num_attention_heads, 4 if block.output_gate else 3
-        super().__init__(config, pg_collection, heads, parts * config.kv_channels)
-        self.norm = ShardedRMSNorm(config, heads * self.head_dim, config.layernorm_epsilon, pg_collection.tp)
+        heads, width = block.num_heads or config.num_attention_heads, config.num_attention_heads * config.kv_channels
+        super().__init__(config, pg_collection, heads, width // heads, 4 if block.output_gate else 3)
+        self.norm = ShardedRMSNorm(config, width, config.layernorm_epsilon, pg_collection.tp)
         decay = minimax_decay(heads, layer_number - 1, config.num_layers)[self.first_head : self.first_head + self.local_heads]
         self.register_buffer("decay", decay.to(self.linear_in.weight.device), persistent=False)
 

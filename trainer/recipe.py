@@ -56,6 +56,9 @@ class LightningBlock(Block):
     """Linear attention with a fixed decay per head, as in MiniMax-01 (arXiv 2501.08313)."""
 
     mixer: Literal["lightning"]
+    num_heads: Positive | None = None
+    """Defaults to num_attention_heads. The width stays num_attention_heads * head_dim: more heads have fewer dims each,
+    and more decays between the shortest and the longest memory."""
     output_gate: bool = True
     """Multiply the normalised output by a sigmoid of a projection of the layer's input."""
 
@@ -238,6 +241,8 @@ def _model_problems(model: Model):
             yield key, "is not in model.layers.pattern; name it there or remove it"
         if isinstance(block, S2Block) and block.block & (block.block - 1):
             yield f"{key}.block", f"{block.block} is not a power of two"
+        if isinstance(block, LightningBlock) and (heads * model.kv_channels) % (block.num_heads or heads):
+            yield f"{key}.num_heads", f"{block.num_heads} does not divide the width, {heads * model.kv_channels}"
         if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
             dims = model.kv_channels * block.rotary_fraction
             yield f"{key}.rotary_fraction", f"rotates {dims:g} of {model.kv_channels} dims; it must be an even number"
@@ -249,11 +254,15 @@ def _model_problems(model: Model):
 
 def _training_problems(recipe: Recipe):
     model, training, parallel = recipe.model, recipe.training, recipe.parallel
-    for key, count in {
+    splits = {
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.kv_heads,
         "intermediate_size": model.intermediate_size,
-    }.items():
+    }
+    for name, block in model.layers.blocks.items():
+        if isinstance(block, LightningBlock) and block.num_heads:
+            splits[f"layers.blocks.{name}.num_heads"] = block.num_heads
+    for key, count in splits.items():
         if count % parallel.tp:
             yield "parallel.tp", f"{parallel.tp} does not divide model.{key} {count}"
     if 128 % parallel.tp:

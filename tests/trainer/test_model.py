@@ -67,10 +67,10 @@ def softmax_attention(x, w, model, block, at):
 
 def lightning(x, w, model, block, layer):
     """One document, token by token, with the slopes of MiniMax-01."""
-    outs, gates = [], []
-    for head, rows in enumerate((x @ w["mixer.linear_in.weight"].T).chunk(model.num_attention_heads, -1)):
-        q, k, v, *gate = rows.split(model.kv_channels, -1)
-        slope = 2 ** (-8 * (head + 1) / model.num_attention_heads)
+    outs, gates, heads = [], [], block.num_heads or model.num_attention_heads
+    for head, rows in enumerate((x @ w["mixer.linear_in.weight"].T).chunk(heads, -1)):
+        q, k, v, *gate = rows.split(model.num_attention_heads * model.kv_channels // heads, -1)
+        slope = 2 ** (-8 * (head + 1) / heads)
         decay = torch.tensor(-slope * (1 - layer / (model.num_hidden_layers - 1 + 1e-5) + 1e-5)).float().double().exp()
         state, steps = 0, []
         for q_t, k_t, v_t in zip(F.silu(q), F.silu(k), F.silu(v), strict=True):
@@ -122,6 +122,7 @@ OVERRIDES = {
     "reordered, untied, no gate": [
         "model.layers.blocks.linear.norm=reordered",
         "model.layers.blocks.linear.output_gate=false",
+        "model.layers.blocks.linear.num_heads=8",
         "model.layers.blocks.full.qk_norm=true",
         "model.layers.blocks.full.rotary_fraction=0",
         "model.layers.blocks.sparse.output_gate=true",

@@ -60,6 +60,7 @@ def test_combinations_are_told_beside_unknown_keys(tiny_recipe):
         ("model.layers.blocks.linear={}", "names no mixer"),
         ("model.layers.blocks.sparse.block=12", "blocks.sparse.block: 12 is not a power of two"),
         ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
+        ("model.layers.blocks.linear.num_heads=3", "blocks.linear.num_heads: 3 does not divide the width, 64"),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
         ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the s2 block, 8"),
