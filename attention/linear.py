@@ -1,5 +1,7 @@
 """Linear attention with a scalar decay per head: lightning attention, RetNet's retention, plain linear attention."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -82,67 +84,68 @@ def _reference(q, k, v, decay, state, documents):
 
 
 def _torch(q, k, v, decay, state, documents):
-    """Full chunks together, then what is left of the length as one short chunk."""
-    length = q.shape[1]
+    """Segments one after another: each of whole chunks, the last of what is left of the length as one short chunk."""
+    length, outs = q.shape[1], []
     whole = length - length % _CHUNK
-    outs = []
-    for span, size in ((slice(0, whole), _CHUNK), (slice(whole, length), length - whole)):
-        if span.stop > span.start:
-            same = None if documents is None else _Same(documents, span, size)
-            chunks = (x[:, span].unflatten(1, (-1, size)) for x in (q, k, v))
-            out, state = _chunked(*chunks, decay, state, same)
+    starts = [*range(0, whole, _SEGMENT), whole]
+    for start, stop in pairwise([*starts, length]):
+        if stop > start:
+            size = _CHUNK if stop <= whole else stop - start
+            same = None if documents is None else _SameDocument(documents, start, stop, size)
+            chunks = (x[:, start:stop].unflatten(1, (-1, size)) for x in (q, k, v))
+            out, state = _segment(*chunks, decay, state, same)
             outs.append(out)
     return torch.cat(outs, 1), state
 
 
-class _Same:
-    """Which tokens of the chunks in ``span`` share a document with another token, or with a state: 1 or 0 factors.
+class _SameDocument:
+    """Which tokens and states of a segment share a document: factors of 1 or 0.
 
     A document's edge is a factor, never a decay of minus infinity, which would turn differences of decays into NaN.
     """
 
-    def __init__(self, documents: Tensor, span: slice, size: int):
-        chunks = documents[:, span].unflatten(1, (-1, size))
-        last = chunks[:, :, -1]
-        before = documents[:, max(0, span.start - 1), None]  # the document that the incoming state is of
-        incoming = torch.cat([before, last[:, :-1]], 1)
-        self.pair = (chunks[:, :, :, None] == chunks[:, :, None, :])[:, :, None]  # [batch, chunks, 1, size, size]
-        self.incoming = (chunks == incoming[:, :, None])[..., None, None]  # [batch, chunks, size, 1, 1]
-        self.last = (chunks == last[:, :, None])[..., None, None]
-        self.through = (last == incoming)[:, :, None, None, None]  # [batch, chunks, 1, 1, 1]
+    def __init__(self, documents: Tensor, start: int, stop: int, size: int):
+        chunks = documents[:, start:stop].unflatten(1, (-1, size))
+        # The document of the state before each chunk and after the last.
+        ends = torch.cat([documents[:, max(0, start - 1), None], chunks[:, :, -1]], 1)
+        self.states = (ends[:, :, None] == ends[:, None, :])[:, None]  # [batch, 1, chunks + 1, chunks + 1]
+        self.pairs = (chunks[:, :, :, None] == chunks[:, :, None, :])[:, :, None]  # [batch, chunks, 1, size, size]
+        self.before = (chunks == ends[:, :-1, None])[..., None, None]  # [batch, chunks, size, 1, 1]
+        self.after = (chunks == ends[:, 1:, None])[..., None, None]
 
 
-def _chunked(q, k, v, decay, state, same):
-    """``q``, ``k``, ``v`` are [batch, chunks, size, heads, dim].
+def _segment(q, k, v, decay, state, same):
+    """``q``, ``k``, ``v`` are [batch, chunks, size, heads, dim]; the output is [batch, time, heads, dim].
 
-    Decays inside a chunk come from differences of positions, never from a ratio of exponentials, which overflows.
+    All decays come from differences of positions, never from a ratio of exponentials, which overflows.
     """
-    size = q.shape[2]
+    chunks, size = q.shape[1:3]
     steps = torch.arange(1, size + 1, device=q.device, dtype=decay.dtype)
-    lag = steps[:, None] - steps
-    within = torch.where(lag >= 0, (decay[:, None, None] * lag.clamp(min=0)).exp(), 0.0)  # [heads, size, size]
-    from_start = (steps[:, None] * decay).exp()[:, :, None]  # [size, heads, 1]: from before the chunk to token i
-    to_end = ((size - steps)[:, None] * decay).exp()[:, :, None]  # from token j to the chunk's end
-    through = (size * decay).exp()[:, None, None].expand(q.shape[1], -1, 1, 1)  # [chunks, heads, 1, 1]
-
-    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * within
-    reading, writing = q * from_start, k * to_end
+    scores = torch.einsum("bnihk,bnjhk->bnhij", q, k) * _decays(decay, size)
+    reading = q * (steps[:, None] * decay).exp()[:, :, None]
+    writing = k * ((size - steps)[:, None] * decay).exp()[:, :, None]
+    carry = _decays(decay * size, chunks + 1)
     if same is not None:
-        scores, reading, writing, through = (
-            scores * same.pair,
-            reading * same.incoming,
-            writing * same.last,
-            through * same.through,
+        scores, reading, writing, carry = (
+            scores * same.pairs,
+            reading * same.before,
+            writing * same.after,
+            carry * same.states,
         )
-    through = through.expand(q.shape[0], -1, -1, -1, -1)
     added = torch.einsum("bnjhk,bnjhv->bnhkv", writing, v)
-    before = []
-    for n in range(q.shape[1]):
-        before.append(state)
-        state = through[:, n] * state + added[:, n]
-    out = torch.einsum("bnhij,bnjhv->bnihv", scores, v) + torch.einsum("bnihk,bnhkv->bnihv", reading, torch.stack(before, 1))
-    return out.flatten(1, 2), state
+    # State i is the sum of what came in and what each chunk before it added, decayed once per chunk in between.
+    states = torch.einsum("bhij,bjhkv->bihkv", carry.expand(q.shape[0], -1, -1, -1), torch.cat([state[:, None], added], 1))
+    within = torch.einsum("bnhij,bnjhv->bnihv", scores, v)
+    return (within + torch.einsum("bnihk,bnhkv->bnihv", reading, states[:, :-1])).flatten(1, 2), states[:, -1]
+
+
+def _decays(decay: Tensor, size: int) -> Tensor:
+    """``exp(decay * (i - j))`` where ``i >= j``, else 0: ``[heads, size, size]``."""
+    steps = torch.arange(size, device=decay.device, dtype=decay.dtype)
+    lag = steps[:, None] - steps
+    return torch.where(lag >= 0, (decay[:, None, None] * lag.clamp(min=0)).exp(), 0.0)
 
 
 _CHUNK = 64
+_SEGMENT = 2048  # longer ones would spend more on carrying states from chunk to chunk than on anything else
 _BACKENDS = {"torch": _torch, "reference": _reference}

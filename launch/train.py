@@ -4,9 +4,9 @@ import os
 import sys
 
 from ..trainer.data.prepare import DataPaths, prepare_data
-from ..trainer.errors import EXIT_STATUS, UserError
+from ..trainer.errors import EXIT_STATUS
 from ..trainer.metrics import require_wandb
-from ..trainer.recipe import Recipe, batch_problem
+from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
 from .process import process_group, under_torchrun
@@ -14,7 +14,8 @@ from .process import process_group, under_torchrun
 
 def train(name: str, overrides: list[str], dry_run: bool) -> int:
     """Train a recipe; the exit status. Under torchrun this process is one rank, else it starts the ranks itself."""
-    recipe = load_recipe(name, overrides)
+    world = [f"launch.processes={os.environ['WORLD_SIZE']}"] if under_torchrun() else []
+    recipe = load_recipe(name, [*overrides, *world])
     if dry_run:
         _print_dry_run(recipe)
         return 0
@@ -39,22 +40,12 @@ def _work(recipe: Recipe) -> int:
 
         from ..trainer.loop import train as train_loop
 
-        if problem := _world_problem(recipe, dist.get_world_size()):
-            raise UserError(problem)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             RunFolder(recipe.run_dir).require_new()
             prepare_data(recipe)  # builds the embedded corpus once per machine
         dist.barrier()
         train_loop(recipe, prepare_data(recipe))
     return 0
-
-
-def _world_problem(recipe: Recipe, world_size: int) -> str | None:
-    model_ranks = recipe.parallel.tp * recipe.parallel.pp
-    if world_size % model_ranks:
-        return f"parallel: tp * pp = {model_ranks} does not divide the {world_size} processes"
-    problem = batch_problem(recipe, world_size)
-    return f"training.global_batch_size: {problem}" if problem else None
 
 
 def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
@@ -97,7 +88,7 @@ def _print_dry_run(recipe: Recipe) -> None:
     print(to_yaml(recipe))
     print(f"parameters       {parameter_count(recipe.model, vocab_size):,}")
     print(f"tokens per step  {recipe.tokens_per_step:,}")
-    print(f"processes        {processes} = dp {recipe.data_parallel(processes)} x tp {parallel.tp} x pp {parallel.pp}")
+    print(f"processes        {processes} = dp {recipe.data_parallel} x tp {parallel.tp} x pp {parallel.pp}")
 
 
 def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:

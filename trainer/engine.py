@@ -56,3 +56,7 @@ class Engine(Protocol):
     def logits(self, tokens: Tensor) -> Tensor:
         """``[batch, time, vocab]`` for ``tokens`` ``[batch, time]``, one document a row; on a single model rank."""
         ...
+
+    def close(self) -> None:
+        """Give back what is the process's, so that another engine may follow."""
+        ...

@@ -37,11 +37,12 @@ def model_vocab_size(recipe: Recipe) -> int:
 
 def train(recipe: Recipe, paths: DataPaths) -> None:
     """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
-    engine = build_engine(recipe)
+    engine, control = build_engine(recipe), Control()
     batches = Batches(recipe, paths, model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
-    folder, steps, control = RunFolder(recipe.run_dir), recipe.training.steps, Control()
+    folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
     tokens, since, logged = 0, time.monotonic(), 0
     with contextlib.ExitStack() as stack:
+        stack.callback(engine.close)
         display = log = None
         if dist.get_rank() == 0:
             folder.create(recipe)
@@ -85,12 +86,12 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
                     display.say(f"step {step}: {summary}")
                 since, logged = time.monotonic(), step
 
-    weights = engine.weights()
-    if weights is not None:
-        from safetensors.torch import save_file
+        weights = engine.weights()
+        if weights is not None:
+            from safetensors.torch import save_file
 
-        save_file(weights, folder.weights)
-        plot_loss(folder)
+            save_file(weights, folder.weights)
+            plot_loss(folder)
 
 
 def evaluate(engine: Engine, batches: list[Microbatch]) -> dict[str, float]:

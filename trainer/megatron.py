@@ -111,7 +111,6 @@ class MegatronEngine:
         return logits[..., : self.model.real_vocab_size].float()
 
     def close(self) -> None:
-        """Leave Megatron's groups, so that the process may build another engine."""
         self._resources.close()
 
     def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:

@@ -184,7 +184,7 @@ class Metrics(Section):
 
 class Launch(Section):
     processes: Positive = 1
-    """Processes on this machine; under torchrun its own number counts."""
+    """Processes to start on this machine; under torchrun, all that it has started."""
     threads: Positive | None = None
     """CPU threads per process; by default the cores divided by the processes."""
 
@@ -205,9 +205,10 @@ class Recipe(Section):
     metrics: Metrics = Metrics()
     launch: Launch = Launch()
 
-    def data_parallel(self, world_size: int) -> int:
-        """Data-parallel replicas on ``world_size`` processes."""
-        return world_size // (self.parallel.tp * self.parallel.pp)
+    @property
+    def data_parallel(self) -> int:
+        """Data-parallel replicas."""
+        return self.launch.processes // (self.parallel.tp * self.parallel.pp)
 
     @property
     def tokens_per_step(self) -> int:
@@ -281,16 +282,9 @@ def _training_problems(recipe: Recipe):
             "launch.processes",
             f"{processes} is not a multiple of parallel.tp * parallel.pp = {model_ranks}; use {model_ranks}",
         )
-    elif problem := batch_problem(recipe, processes):
-        yield "training.global_batch_size", problem
-
-
-def batch_problem(recipe: Recipe, world_size: int) -> str | None:
-    """Why the global batch does not divide over ``world_size`` processes, or None."""
-    replicas, micro = recipe.data_parallel(world_size), recipe.training.micro_batch_size
-    if recipe.training.global_batch_size % (replicas * micro):
-        return (
-            f"{recipe.training.global_batch_size} is not a multiple of training.micro_batch_size {micro} x "
-            f"{replicas} data-parallel ranks"
+    elif training.global_batch_size % (ranks := recipe.data_parallel * training.micro_batch_size):
+        yield (
+            "training.global_batch_size",
+            f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size} x "
+            f"{recipe.data_parallel} data-parallel ranks = {ranks}",
         )
-    return None

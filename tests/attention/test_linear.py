@@ -52,6 +52,14 @@ def test_parity_with_the_quadratic_form(decay, documents, backend):
     assert max(found.values()) < 1e-10, found
 
 
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_segments_hand_their_state_on(documents, monkeypatch):
+    monkeypatch.setattr("longspan.attention.linear._SEGMENT", 64)
+    inputs, decay = make(), torch.tensor([0.0, -0.01, -0.5], dtype=torch.float64)
+    ours = linear_attention(*inputs[:3], decay=decay, state=inputs[3], documents=ids(documents))
+    assert max(errors(ours, pairwise(*inputs, decay, ids(documents)), inputs).values()) < 1e-10
+
+
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
 def test_odd_lengths(length):
     inputs, decay = make(length), torch.tensor([0.0, -0.1, -1.0], dtype=torch.float64)
