@@ -33,4 +33,3 @@ def process_group(threads: int) -> Iterator[None]:
 def _quiet_imports() -> None:
     """Megatron-core warns at import that optional CUDA packages are missing; longspan does not use them."""
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
-    warnings.filterwarnings("ignore", message=".*(apex|transformer.engine|TransformerEngine).*", category=UserWarning)

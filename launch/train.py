@@ -19,12 +19,12 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     if dry_run:
         _print_dry_run(recipe)
         return 0
+    if recipe.metrics.wandb:
+        require_wandb()
     if under_torchrun():
         return _work(recipe)
     folder = RunFolder(recipe.run_dir)
     folder.require_new()
-    if recipe.metrics.wandb:
-        require_wandb()
     paths = prepare_data(recipe)
     status = _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
     if status == 0:

@@ -3,8 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,7 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
 
         for step in range(1, steps + 1):
             lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
-            result = engine.step(_read(control, partial(batches.step, step - 1)), lr)
+            result = engine.step(list(_agreed(control, batches.step(step - 1))), lr)
             tokens += result.tokens
             if display:
                 seconds = (time.monotonic() - since) / (step - logged)
@@ -77,7 +76,7 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
             last = step == steps
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
-                evaluated = evaluate(engine, _read(control, partial(batches.evaluation, sequences)))
+                evaluated = evaluate(engine, _agreed(control, batches.evaluation(sequences)))
                 bits = _bits_per_byte(evaluated["eval/loss"], batches.held_out.corpus.bytes_per_token)
                 evaluated |= {"eval/bits_per_byte": bits} if bits is not None else {}
                 if log:
@@ -94,23 +93,25 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
             plot_loss(folder)
 
 
-def evaluate(engine: Engine, batches: list[Microbatch]) -> dict[str, float]:
-    """Mean loss over held-out batches."""
+def evaluate(engine: Engine, batches: Iterable[Microbatch]) -> dict[str, float]:
+    """Mean loss over held-out batches, of which every rank has equally many."""
     results = [engine.evaluate(batch) for batch in batches]
-    loss = sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))
-    return {"eval/loss": loss}
+    return {"eval/loss": sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))}
 
 
-def _read(control: Control, read: Callable[[], Iterable[Microbatch]]) -> list[Microbatch]:
-    """What ``read`` gives, unless some rank's data is bad: then all ranks stop here, and only that rank has a message."""
-    error = batches = None
-    try:
-        batches = list(read())
-    except UserError as caught:
-        error = caught
-    if control.any(error is not None):
-        raise error or UserError()
-    return batches
+def _agreed(control: Control, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+    """The batches, unless some rank's data is bad: then all ranks stop at the same one, and only that rank has a message."""
+    while True:
+        error = batch = None
+        try:
+            batch = next(batches, None)
+        except UserError as caught:
+            error = caught
+        if control.any(error is not None):
+            raise error or UserError()
+        if batch is None:
+            return
+        yield batch
 
 
 def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:

@@ -46,9 +46,7 @@ class MegatronEngine:
         inner = Float16Module(config, self.model) if config.bf16 else self.model
         self._ddp = DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=torch.cuda.is_available()
-            ),
+            DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
             inner,
         )
         config.finalize_model_grads_func = finalize_model_grads

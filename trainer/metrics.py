@@ -1,6 +1,8 @@
 """Where numbers go: metrics.jsonl always, W&B where the recipe asks for it."""
 
 import json
+import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from .errors import UserError
@@ -31,18 +33,12 @@ class MetricsLog:
 
 def require_wandb() -> None:
     """Before any process starts: W&B is an extra."""
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "metrics.wandb: the wandb package is missing; `pip install longspan[wandb]` or set it to false"
-        ) from None
+    if find_spec("wandb") is None:
+        raise UserError("metrics.wandb: the wandb package is missing; `pip install wandb` or set it to false")
 
 
 def _start_wandb(folder: Path, recipe: Recipe):
     """Online where there is an account, else offline: the files then lie in the run folder for `wandb sync`."""
-    import os
-
     import wandb
 
     if "WANDB_MODE" not in os.environ and not wandb.api.api_key:

@@ -47,7 +47,9 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
 
 
 def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_recipe, tmp_path):
-    assert longspan("train", tiny_recipe, "training.steps=6").returncode == 0
+    done = longspan("train", tiny_recipe, "training.steps=6", "evaluation.sample_prompt=Doc")
+    assert done.returncode == 0, done.stderr
+    assert "a sample:\nDoc" in done.stdout
     first, resolved = tmp_path / "run", tmp_path / "run" / "recipe.yaml"
     assert longspan("train", resolved, f"run_dir={tmp_path / 'again'}").returncode == 0
     losses = [

@@ -19,9 +19,9 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
         batches = Batches(
             recipe, prepare_data(recipe), model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device
         )
-        seen = {"weights": engine.weights(), "gradients": engine.gradients(batches.step(0))}
+        seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
         tokens = [sum(int(batch.weights.sum()) for batch in batches.step(s)) for s in range(recipe.training.steps)]
-        seen["steps"] = [engine.step(batches.step(s), recipe.optimizer.lr) for s in range(recipe.training.steps)]
+        seen["steps"] = [engine.step(list(batches.step(s)), recipe.optimizer.lr) for s in range(recipe.training.steps)]
         seen["evaluations"] = [engine.evaluate(batch) for batch in batches.step(0)]
         seen["local_tokens"] = [None] * dist.get_world_size()
         dist.all_gather_object(seen["local_tokens"], tokens)

@@ -217,7 +217,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, repli
     recipe = load_recipe(str(tiny_recipe), ["training.global_batch_size=8"])
     paths, cpu = prepare_data(recipe), torch.device("cpu")
     for step in (0, 5):
-        alone = Batches(recipe, paths, 257, 0, 1, cpu).step(step)
+        alone = list(Batches(recipe, paths, 257, 0, 1, cpu).step(step))
         shared = [batch for rank in range(replicas) for batch in Batches(recipe, paths, 257, rank, replicas, cpu).step(step)]
         assert len(shared) == 8
         seen, expected = ({batch.tokens.numpy().tobytes() for batch in batches} for batches in (shared, alone))

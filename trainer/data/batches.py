@@ -43,12 +43,13 @@ class Batches:
         if paths.validation:
             self.held_out = PackedCorpus(Corpus(paths.validation, vocab_size), length, alignment, None)
 
-    def step(self, step: int) -> list[Microbatch]:
+    def step(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of training step ``step`` (from 0)."""
         first, size = step * self.recipe.training.global_batch_size, self.micro * self.replicas
         last = first + self.recipe.training.global_batch_size
         starts = range(first + self.rank * self.micro, last, size)
-        return [self._batch([self.training.sample(n) for n in range(start, start + self.micro)]) for start in starts]
+        for start in starts:
+            yield self._batch([self.training.sample(n) for n in range(start, start + self.micro)])
 
     def evaluation(self, sequences: int | None) -> Iterator[Microbatch]:
         """The first ``sequences`` held-out sequences (all for None); every rank gets equally many, short ones empty."""
