@@ -15,10 +15,15 @@ def plot_loss(folder: RunFolder) -> Path:
 
     records = folder.read_metrics()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, style in (("train/loss", {"linewidth": 1.2}), ("eval/loss", {"marker": "o", "linewidth": 1.6})):
+    for name, colour in (("train/loss", "tab:blue"), ("eval/loss", "tab:orange")):
         points = [(record["step"], record[name]) for record in records if name in record]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+        if not points:
+            continue
+        steps, losses = zip(*points, strict=True)
+        if name == "train/loss":  # a step's loss says as much about its few texts as about the model
+            axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.9)
+            losses = [sum(near) / len(near) for near in (losses[max(0, i - 4) : i + 5] for i in range(len(losses)))]
+        axes.plot(steps, losses, color=colour, label=name, linewidth=1.6, marker="o" if name == "eval/loss" else None)
     if not axes.lines:
         raise UserError(f"{folder.metrics}: holds no losses yet")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.path.name)
