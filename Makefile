@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: train test lint
 train: $(VENV)/installed
-	$(BIN)/longspan train quickstart $(ARGS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

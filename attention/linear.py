@@ -5,6 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .documents import check_documents, one_document
+
 
 def linear_attention(
     q: Tensor,
@@ -47,8 +49,7 @@ def linear_attention(
     decay = q.new_zeros(heads, dtype=dtype) if decay is None else decay.to(dtype)
     if state is None:
         state = q.new_zeros(batch, heads, key_dim, v.shape[-1], dtype=dtype)
-    if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
-        documents = None
+    documents = None if one_document(documents) else documents
     run = _BACKENDS["torch" if backend == "auto" else backend]
     out, state = run(q.to(dtype) * scale, k.to(dtype), v.to(dtype), decay, state.to(dtype), documents)
     out = out.to(v.dtype)
@@ -68,8 +69,7 @@ def _check(q, k, v, decay, state, documents) -> None:
     expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     if state is not None and state.shape != expected:
         raise ValueError(f"state must be {expected}, got {tuple(state.shape)}")
-    if documents is not None and documents.shape != q.shape[:2]:
-        raise ValueError(f"documents must be of shape {tuple(q.shape[:2])}, got {tuple(documents.shape)}")
+    check_documents(documents, q)
 
 
 def _reference(q, k, v, decay, state, documents):

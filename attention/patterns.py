@@ -44,8 +44,8 @@ class Pattern:
         """
         raise NotImplementedError(f"{type(self).__name__}.need")
 
-    def density(self, length: int, num_kv_heads: int = 1) -> float:
-        """Visible pairs as a share of the causal triangle over ``length`` tokens, averaged over heads."""
+    def density(self, length: int) -> float:
+        """Visible pairs as a share of the causal triangle over ``length`` tokens."""
         raise NotImplementedError(f"{type(self).__name__}.density")
 
     def covers(self, num_kv_heads: int) -> bool:
@@ -66,7 +66,7 @@ class Causal(Pattern):
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
         return (Blocks(0, 1, query_stop),)
 
-    def density(self, length: int, num_kv_heads: int = 1) -> float:
+    def density(self, length: int) -> float:
         return 1.0
 
     def covers(self, num_kv_heads: int) -> bool:
@@ -122,7 +122,7 @@ class S2(Pattern):
         stripes = Blocks(residue, self.stride, len(range(residue, band, self.stride)))
         return (stripes, Blocks(band, 1, last - band + 1))
 
-    def density(self, length: int, num_kv_heads: int = 1) -> float:
+    def density(self, length: int) -> float:
         blocks = -(-length // self.block)
         far = max(0.0, 1 - self.local_blocks / blocks)
         return 1 - far**2 * (1 - 1 / self.stride)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .documents import check_documents, one_document
 from .patterns import Causal, Pattern
 
 
@@ -42,8 +43,7 @@ def attend(
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
-        documents = None
+    documents = None if one_document(documents) else documents
     return _BACKENDS["torch" if backend == "auto" else backend](q, k, v, pattern, documents, scale)
 
 
@@ -57,12 +57,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, which do not divide the {q.shape[2]} heads of q")
-    if documents is None:
-        return
-    if documents.shape != q.shape[:2] or documents.is_floating_point():
-        raise ValueError(f"documents must be integers of shape {tuple(q.shape[:2])}, got {tuple(documents.shape)}")
-    if bool((documents[:, 1:] < documents[:, :-1]).any()):
-        raise ValueError("documents must not decrease along time: sort the documents before packing them")
+    check_documents(documents, q)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, scale: float) -> Tensor:

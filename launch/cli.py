@@ -5,13 +5,21 @@ import os
 import sys
 
 from .. import __version__
+from .process import quiet_libraries
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0 done, 2 bad input (one line per problem on stderr), 1 anything else."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no positionals after an option: an override may stand anywhere.
+    if options.command == "train" and all("=" in argument and not argument.startswith("-") for argument in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from ..trainer.errors import EXIT_STATUS, UserError
 
+    quiet_libraries()
     try:
         status = options.run(options)
     except UserError as error:

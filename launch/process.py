@@ -11,9 +11,8 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
-def process_group(threads: int) -> Iterator[None]:
-    """The default process group: torchrun's where its variables are set, else of this process alone."""
-    _quiet_imports()
+def process_group(threads: int, alone: bool = False) -> Iterator[None]:
+    """The default process group: torchrun's where its variables are set, else or where ``alone`` of this process only."""
     import torch
     import torch.distributed as dist
 
@@ -22,14 +21,15 @@ def process_group(threads: int) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         torch.set_num_threads(threads)
-    alone = {} if under_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group("nccl" if cuda else "gloo", **alone)
+    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone or not under_torchrun() else {}
+    dist.init_process_group("nccl" if cuda else "gloo", **single)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _quiet_imports() -> None:
-    """Megatron-core warns at import that optional CUDA packages are missing; longspan does not use them."""
-    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
+def quiet_libraries() -> None:
+    """Megatron-core warns of CUDA packages that longspan does not use, and of its own calls to older names in torch."""
+    warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning)

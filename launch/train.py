@@ -4,7 +4,7 @@ import os
 import sys
 
 from ..trainer.data.prepare import DataPaths, prepare_data
-from ..trainer.errors import EXIT_STATUS
+from ..trainer.errors import EXIT_STATUS, UserError
 from ..trainer.metrics import require_wandb
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
@@ -23,28 +23,28 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
         require_wandb()
     if under_torchrun():
         return _work(recipe)
-    folder = RunFolder(recipe.run_dir)
-    folder.require_new()
-    paths = prepare_data(recipe)
-    status = _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
-    if status == 0:
-        _report(recipe, paths, folder)
-    return status
+    RunFolder(recipe.run_dir).require_new()
+    prepare_data(recipe)
+    return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
 
 
 def _work(recipe: Recipe) -> int:
-    """Run as one rank."""
+    """Run as one rank; the first also reports."""
     threads = recipe.launch.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with process_group(threads):
         import torch.distributed as dist
 
+        from ..trainer.control import Control
         from ..trainer.loop import train as train_loop
 
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            RunFolder(recipe.run_dir).require_new()
-            prepare_data(recipe)  # builds the embedded corpus once per machine
-        dist.barrier()
-        train_loop(recipe, prepare_data(recipe))
+        first = dist.get_rank() == 0
+        with Control().together():
+            if first:
+                RunFolder(recipe.run_dir).require_new()
+            paths = prepare_data(recipe)
+        train_loop(recipe, paths)
+    if first:
+        _report(recipe, paths, RunFolder(recipe.run_dir))
     return 0
 
 
@@ -53,11 +53,15 @@ def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
     import logging
     import uuid
 
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message says what failed
-    count = recipe.launch.processes
+    count, gpus = recipe.launch.processes, torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise UserError(f"launch.processes: {count}, but this machine has {gpus} GPUs; use {gpus}, or hide them to use the CPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(recipe.launch.threads or max(1, (os.cpu_count() or 1) // count)))
     config = LaunchConfig(
         min_nodes=1,
@@ -76,6 +80,8 @@ def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
         if failure.exitcode != EXIT_STATUS:
             print(f"longspan: rank {rank} ended with status {failure.exitcode}; its error is above", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException as stopped:  # the agent has passed it on to the ranks
+        return 128 + stopped.sigval
     return 0
 
 
@@ -99,15 +105,17 @@ def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:
         print(f"held-out: {f'{bits:.3f} bits per byte' if bits else f'loss {loss:.4f}'}")
     if recipe.evaluation.ngram_baseline and paths.validation:
         from ..trainer.data.corpus import Corpus
+        from ..trainer.data.tokenizer import ByteTokenizer
         from ..trainer.ngram import order2_bits_per_token
 
-        held_out, vocab_size = Corpus(paths.validation, 257), 257
+        vocab_size = ByteTokenizer.vocab_size
+        held_out = Corpus(paths.validation, vocab_size)
         bits = order2_bits_per_token([Corpus(prefix, vocab_size) for prefix in paths.sources], held_out)
         print(f"an order-2 byte model on the same: {bits / (held_out.bytes_per_token or 1):.3f} bits per byte")
     if recipe.evaluation.sample_prompt:
         from ..trainer.generate import generate, load_for_inference
 
-        with process_group(os.cpu_count() or 1):
+        with process_group(os.cpu_count() or 1, alone=True):
             engine = load_for_inference(folder)
             print(f"a sample:\n{generate(folder, engine, recipe.evaluation.sample_prompt, 300, 0.8, 0)}")
     print(f"{folder.loss_plot} shows the curve; go on with: longspan generate {folder.path}")

@@ -18,7 +18,7 @@ TINY = {
         "intermediate_size": 96,
         "layers": {
             "blocks": {
-                "linear": {"mixer": "lightning"},
+                "linear": {"mixer": "lightning", "num_heads": 8},
                 "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2, "qk_norm": True, "norm": "sandwich"},
                 "full": {
                     "mixer": "full",

@@ -1,7 +1,12 @@
 """Decisions that all ranks take together."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
+
+from .errors import UserError
 
 
 class Control:
@@ -15,3 +20,14 @@ class Control:
         raised = torch.tensor(int(flag))
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return bool(raised)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Bad input met inside by some ranks ends all of them here; those that met none have no message."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        if self.any(error is not None):
+            raise error or UserError()

@@ -14,10 +14,15 @@ def load_for_inference(folder: RunFolder) -> Engine:
     """The run's model with its weights, whole in this process whatever it was trained on; needs a process group of one."""
     if not folder.weights.is_file():
         raise UserError(f"{folder.path}: has no weights.safetensors; the run has not finished")
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    try:
+        weights = load_file(folder.weights)
+    except SafetensorError as error:
+        raise UserError(f"{folder.weights}: is damaged ({error})") from None
     engine = build_engine(folder.recipe.model_copy(update={"parallel": Parallel()}))
-    engine.load_weights(load_file(folder.weights))
+    engine.load_weights(weights)
     return engine
 
 
@@ -28,6 +33,8 @@ def generate(folder: RunFolder, engine: Engine, prompt: str, tokens: int, temper
     """
     tokenizer = load_tokenizer(folder.recipe.data.tokenizer, "data.tokenizer")
     ids = list(tokenizer.encode(prompt.encode()))
+    if temperature < 0:
+        raise UserError(f"--temperature: must not be negative, got {temperature}")
     if not ids:
         raise UserError("--prompt: is empty; the model needs something to go on from")
     generator = torch.Generator().manual_seed(seed)

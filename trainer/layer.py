@@ -28,6 +28,8 @@ def hybrid_stack_spec(
     Args:
         stack: the block of every layer of the whole model, bottom up.
     """
+    if len(stack) != config.num_layers:
+        raise ValueError(f"stack has {len(stack)} blocks, but config.num_layers is {config.num_layers}")
     offset = get_transformer_layer_offset(config, vp_stage)
     mine = stack[offset : offset + get_num_layers_to_build(config, vp_stage)]
     return TransformerBlockSubmodules(layer_specs=[_layer_spec(block, rope_theta) for block in mine], layer_norm=RMSNorm)

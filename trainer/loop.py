@@ -14,7 +14,6 @@ from .data.prepare import DataPaths
 from .data.tokenizer import load_tokenizer
 from .display import Display
 from .engine import Engine
-from .errors import UserError
 from .metrics import MetricsLog
 from .plot import plot_loss
 from .recipe import Recipe
@@ -48,6 +47,8 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
+            for line in _warnings(recipe):
+                display.say(f"warning: {line}")
 
         for step in range(1, steps + 1):
             lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
@@ -89,8 +90,22 @@ def train(recipe: Recipe, paths: DataPaths) -> None:
         if weights is not None:
             from safetensors.torch import save_file
 
-            save_file(weights, folder.weights)
+            partial = folder.weights.with_suffix(".partial")
+            save_file(weights, partial)
+            partial.rename(folder.weights)
             plot_loss(folder)
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    from .mixers import uncovered_stripes
+
+    model = recipe.model
+    for name, block in model.layers.blocks.items():
+        if uncovered_stripes(block, model.kv_heads):
+            yield (
+                f"model.layers.blocks.{name}: {model.kv_heads} KV heads cannot cover {block.stride} stripes; what lies between "
+                f"is seen in the local band alone. Use a stride of at most {model.kv_heads}, or a full layer beside it"
+            )
 
 
 def evaluate(engine: Engine, batches: Iterable[Microbatch]) -> dict[str, float]:
@@ -100,15 +115,10 @@ def evaluate(engine: Engine, batches: Iterable[Microbatch]) -> dict[str, float]:
 
 
 def _agreed(control: Control, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
-    """The batches, unless some rank's data is bad: then all ranks stop at the same one, and only that rank has a message."""
+    """The batches, of which every rank has equally many; bad data on one rank stops all at the same batch."""
     while True:
-        error = batch = None
-        try:
+        with control.together():
             batch = next(batches, None)
-        except UserError as caught:
-            error = caught
-        if control.any(error is not None):
-            raise error or UserError()
         if batch is None:
             return
         yield batch

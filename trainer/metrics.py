@@ -3,7 +3,9 @@
 import json
 import os
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from .errors import UserError
 from .recipe import Recipe
@@ -41,8 +43,19 @@ def _start_wandb(folder: Path, recipe: Recipe):
     """Online where there is an account, else offline: the files then lie in the run folder for `wandb sync`."""
     import wandb
 
-    if "WANDB_MODE" not in os.environ and not wandb.api.api_key:
+    if not os.environ.get("WANDB_MODE") and not _has_wandb_account():
         os.environ["WANDB_MODE"] = "offline"
     settings = wandb.Settings(console="off", silent=True)
     config = recipe.model_dump(mode="json")
     return wandb.init(project=recipe.metrics.wandb_project, name=folder.name, dir=str(folder), config=config, settings=settings)
+
+
+def _has_wandb_account() -> bool:
+    """Whether a key is set, or `wandb login` has left one in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc().authenticators(host) is not None
+    except (FileNotFoundError, NetrcParseError):
+        return False

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import S2, Causal, apply_rotary, attend, linear_attention
 from ..parallel import Sequence
 from .norm import RMSNorm, ShardedRMSNorm
-from .recipe import FullBlock, LightningBlock, S2Block, SoftmaxBlock
+from .recipe import Block, FullBlock, LightningBlock, S2Block, SoftmaxBlock
 
 
 class Mixer(MegatronModule):
@@ -63,6 +63,8 @@ class SoftmaxAttention(Mixer):
         self.block = block
         self.rotary_dim, self.rope_theta = int(self.head_dim * block.rotary_fraction), rope_theta
         self.pattern = _pattern(block, config.num_query_groups).from_head(self.first_head)
+        if block.qk_norm and pg_collection.tp.size() > 1 and not config.qk_layernorm:
+            raise ValueError("a block has qk_norm: set qk_layernorm in the TransformerConfig, or its gradients are not summed")
         if block.qk_norm:  # these names ask Megatron to sum their gradients over the ranks' heads
             self.q_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
             self.k_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
@@ -80,6 +82,11 @@ class SoftmaxAttention(Mixer):
         if self.block.output_gate:
             out = out * torch.sigmoid(gate.flatten(2, 3))
         return self.output(out.flatten(2))
+
+
+def uncovered_stripes(block: Block, num_kv_heads: int) -> bool:
+    """Whether some positions are beyond the reach of every head of such a layer but for its local band."""
+    return isinstance(block, S2Block) and not _pattern(block, num_kv_heads).covers(num_kv_heads)
 
 
 def _pattern(block: SoftmaxBlock, num_kv_heads: int):

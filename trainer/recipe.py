@@ -6,11 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Block(Section):
@@ -129,7 +130,7 @@ class Training(Section):
     """Sequences per step, over all ranks."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations, with fp32 master weights; auto is bfloat16 on CUDA and float32 on CPU."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """0 for no clipping."""
 
@@ -137,7 +138,7 @@ class Training(Section):
 class Optimizer(Section):
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)]
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of matrices; vectors (norms) are not decayed."""
@@ -192,7 +193,7 @@ class Launch(Section):
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
-    run_dir: str
+    run_dir: Annotated[str, Field(min_length=1)]
     """Folder of the run: recipe, metrics, weights, plots."""
     model: Model
     data: Data
@@ -274,8 +275,8 @@ def _training_problems(recipe: Recipe):
         align := model.document_alignment
     ):
         yield "training.seq_length", f"{training.seq_length} is not a multiple of the s2 block, {align}"
-    if recipe.evaluation.ngram_baseline and recipe.data.tokenizer != "bytes":
-        yield "evaluation.ngram_baseline", f"counts bytes, but data.tokenizer is {recipe.data.tokenizer}; set it to false"
+    if recipe.evaluation.ngram_baseline and (recipe.data.tokenizer != "bytes" or model.vocab_size):
+        yield "evaluation.ngram_baseline", "counts bytes: needs data.tokenizer bytes and no model.vocab_size; set it to false"
     model_ranks, processes = parallel.tp * parallel.pp, recipe.launch.processes
     if processes % model_ranks:
         yield (

@@ -12,6 +12,10 @@ from .errors import UserError
 from .recipe import CombinationError, Recipe
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
+# The last three: what PyYAML lets through of a value that does not fit its explicit tag, as in `!!int x`.
+_NOT_YAML = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
+# Divisible by whatever a recipe divides by; stands in for a required number that is faulty.
+_STAND_IN = 2**16 * 3**3 * 5 * 7
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -36,6 +40,15 @@ for _tag, _pattern, _first in (
 ):
     _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML 1.1 or the strict loader would not read as the string it is."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *_StrictLoader.yaml_implicit_resolvers.get(first, [])]
+        for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_StrictLoader.yaml_implicit_resolvers}
+    }
 
 
 def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
@@ -70,20 +83,13 @@ def check_recipe(content: dict, source: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         problems = _problems(error, content)
-    try:  # Without the faulty keys the combinations can be checked as well: all problems are told at once.
-        Recipe.model_validate(_without(content, {key for key, _ in problems}))
-    except ValidationError as error:
-        stack_is_known = not any(key.startswith("model.layers") for key, _ in problems)
-        problems += [
-            problem
-            for problem in _problems(error, content)
-            if _is_combination(error) and (stack_is_known or not problem[0].startswith("model.layers"))
-        ]
+    problems += _combination_problems(content, {key for key, _ in problems})
     raise UserError("\n".join(f"{source}: {key}: {reason}" for key, reason in problems))
 
 
 def to_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    """YAML that loads as the same recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def _with_bases(path: Path, inside: tuple[Path, ...]) -> dict:
@@ -91,7 +97,7 @@ def _with_bases(path: Path, inside: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}: base: is its own ancestor")
     try:
         content = yaml.load(path.read_text(), _StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
@@ -106,12 +112,15 @@ def _with_bases(path: Path, inside: tuple[Path, ...]) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """``over`` laid on ``base``: mappings merge, other values replace, and a null takes the inherited key away."""
+    """``over`` laid on ``base``: mappings merge, other values replace, and a null takes the inherited key away.
+
+    The sources of a mixture replace those inherited: their weights only mean something together.
+    """
     merged = dict(base)
     for key, value in over.items():
         if value is None and key in base:
             del merged[key]
-        elif isinstance(value, dict) and isinstance(base.get(key), dict):
+        elif isinstance(value, dict) and isinstance(base.get(key), dict) and key != "sources":
             merged[key] = _merge(base[key], value)
         else:
             merged[key] = value
@@ -124,7 +133,7 @@ def _apply_override(content: dict, override: str) -> None:
         raise UserError(f"{override}: an override is section.key=value, as in training.steps=100")
     try:
         parsed = yaml.load(value, _StrictLoader)
-    except yaml.YAMLError as error:
+    except _NOT_YAML as error:
         raise UserError(f"{key}: {value!r} is not YAML: {getattr(error, 'problem', error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
@@ -146,6 +155,35 @@ def _problems(error: ValidationError, content: dict) -> list[tuple[str, str]]:
     if _is_combination(error):
         return error.errors()[0]["ctx"]["error"].problems
     return [(_key(item["loc"], content), _reason(item)) for item in error.errors()]
+
+
+def _combination_problems(content: dict, faulty: set[str]) -> list[tuple[str, str]]:
+    """Impossible combinations of the keys that are not faulty, so that all problems are told at once."""
+    content = _without(content, faulty)
+    for _ in range(2):
+        try:
+            Recipe.model_validate(content)
+        except ValidationError as error:
+            if _is_combination(error):
+                unknown_stack = any(key.startswith("model.layers") for key in faulty)
+                return [
+                    (key, reason)
+                    for key, reason in _problems(error, content)
+                    if str(_STAND_IN) not in reason
+                    and key not in faulty
+                    and not (unknown_stack and key.startswith("model.layers"))
+                ]
+            for item in error.errors():
+                *sections, last = _key(item["loc"], content).split(".")
+                if ".".join((*sections, last)) in faulty and (section := _at(content, sections)) is not None:
+                    section[last] = _STAND_IN
+    return []
+
+
+def _at(content: Any, path: list[str]) -> dict | None:
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _key(loc: tuple, content: Any) -> str:

@@ -1,6 +1,7 @@
 """The files of a run."""
 
 import json
+import os
 import platform
 import sys
 from functools import cached_property
@@ -31,8 +32,12 @@ class RunFolder:
         self.path.joinpath("versions.txt").write_text("\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
 
     def require_new(self) -> None:
+        """Refuse a folder that holds a run, or that cannot be made."""
         if self.recipe_file.exists():
             raise UserError(f"run_dir: {self.path} holds a run already; choose another run_dir or remove that folder")
+        parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"run_dir: {self.path} cannot be made or written; choose another run_dir")
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -45,7 +50,8 @@ class RunFolder:
         """The records of metrics.jsonl."""
         if not self.metrics.is_file():
             raise UserError(f"{self.metrics}: no such file; the run has logged nothing yet")
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a run may be writing the last one
 
 
 def _version(package: str) -> str:

@@ -69,8 +69,9 @@ def gather(
             dist.all_gather(parts, part, group=group)
             part = _unsplit(parts, parameter)
         here[name] = part.cpu().clone()
-    stages: list = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
+    stages: list = [here] * parallel_state.get_pipeline_model_parallel_world_size()
+    if len(stages) > 1:
+        dist.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
     if dist.get_rank() != 0:
         return None
     return {name: whole for stage in stages for name, whole in stage.items()}

@@ -117,7 +117,8 @@ def test_fp32_and_bf16_accumulate_in_fp32():
         ({"decay": torch.zeros(3, dtype=torch.bfloat16)}, "decay must be float32"),
         ({"state": torch.zeros(1, 3, 4, 5)}, r"state must be \(1, 3, 4, 4\)"),
         ({"k": torch.zeros(1, 6, 2, 4)}, "shapes do not fit"),
-        ({"documents": torch.zeros(1, 5)}, "documents must be of shape"),
+        ({"documents": torch.zeros(1, 5).int()}, r"documents must be integers of shape \(1, 6\)"),
+        ({"documents": torch.tensor([[0, 0, 1, 0, 0, 0]])}, "must not decrease"),
         ({"backend": "fla"}, "backend must be auto, torch or reference"),
     ],
 )

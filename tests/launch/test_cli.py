@@ -11,6 +11,21 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return ended.value.code, *capsys.readouterr()
 
 
+def test_a_bad_recipe_is_refused_without_torch(tiny_recipe):
+    code = (
+        "import sys\nfrom longspan.launch.cli import main\n"
+        f"try: main(['train', {str(tiny_recipe)!r}, 'training.stpes=1'])\nexcept SystemExit as ended: assert ended.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_an_unknown_option_is_not_taken_for_an_override(capsys):
+    status, _, err = run(capsys, "train", "quickstart", "--dry", "--steps=3", "training.steps=3")
+    assert status == 2
+    assert "unrecognized arguments" in err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_imports_nothing_heavy(arguments):
     code = (
@@ -28,13 +43,13 @@ def test_recipes_are_listed_one_line_each(capsys):
 
 
 def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_path):
-    status, out, _ = run(capsys, "train", tiny_recipe, "training.steps=7", "parallel.tp=2", "launch.processes=4", "--dry-run")
+    status, out, _ = run(capsys, "train", tiny_recipe, "training.steps=7", "parallel.tp=2", "--dry-run", "launch.processes=4")
     assert status == 0
     assert "steps: 7" in out
     assert "eps: 1.0e-08" in out, "defaults are shown too"
     assert "tokens per step  384" in out
     assert "processes        4 = dp 2 x tp 2 x pp 1" in out
-    assert "parameters       1" in out
+    assert "parameters       168,800" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -58,6 +73,8 @@ def test_bad_input_is_one_line_each_and_status_2(capsys, tiny_recipe, tmp_path):
         (["train", "{recipe}", "model.vocab_size=100"], "recorded vocabulary of 257 is larger than model.vocab_size 100"),
         (["data", "build", "missing.txt", "--out", "{tmp}/x"], "missing.txt: no such file or folder"),
         (["data", "build", "{recipe}", "--tokenizer", "{recipe}", "--out", "{tmp}/x"], "not a tokenizer.json"),
+        (["train", "{recipe}", "evaluation.interval=5"], "evaluation.interval: there is no held-out data; set data.validation"),
+        (["train", "{recipe}", "run_dir={recipe}/x"], "/x cannot be made or written; choose another run_dir"),
         (["generate", "{tmp}"], "not the folder of a run"),
         (["plot", "{tmp}"], "no such file; the run has logged nothing yet"),
     ],

@@ -1,6 +1,8 @@
 """The main door, with real processes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,25 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(longspan, ti
     assert "Traceback" not in done.stderr
 
 
+def test_bad_input_under_torchrun_ends_all_ranks_cleanly(tiny_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "longspan"]
+    done = subprocess.run([*command, "train", tiny_recipe], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert f"longspan: rank 0: run_dir: {tmp_path / 'run'} holds a run already" in done.stderr
+    assert "[rank1]: Traceback" not in done.stderr
+
+
+def test_damaged_weights_are_named(longspan, tiny_recipe, tmp_path):
+    assert longspan("train", tiny_recipe, "training.steps=1").returncode == 0
+    weights = tmp_path / "run" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = longspan("generate", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{weights}: is damaged" in done.stderr
+
+
 def wandb_records(file: Path):
     """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
@@ -93,7 +114,9 @@ def wandb_records(file: Path):
 
 
 def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
-    done = longspan("train", tiny_recipe, "metrics.wandb=true", "training.steps=10", WANDB_MODE="offline")
+    done = longspan(
+        "train", tiny_recipe, "metrics.wandb=true", "training.steps=10", HOME=str(tmp_path), WANDB_MODE="", WANDB_API_KEY=""
+    )
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     logged = [

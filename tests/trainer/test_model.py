@@ -166,7 +166,7 @@ def test_decays_stay_fp32_when_the_model_is_cast(engine):
     assert len(decays) == 2
     for name, decay in decays.items():
         assert decay.dtype == torch.float32, name
-        assert torch.equal(decay, minimax_decay(4, int(name.split(".")[2]), 4)), name
+        assert torch.equal(decay, minimax_decay(8, int(name.split(".")[2]), 4)), name
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
 
 
@@ -178,8 +178,9 @@ def test_decays_are_those_of_transformers():
     assert minimax_decay(64, 79, 80)[0].item() == pytest.approx(-0.917 * 1.0126e-5, rel=1e-2)
 
 
-def test_parameters_are_counted_without_building(engine):
-    made = engine(*OVERRIDES["reordered, untied, no gate"])
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+def test_parameters_are_counted_without_building(engine, overrides):
+    made = engine(*overrides)
     assert made.num_parameters == sum(weight.numel() for weight in made.weights().values())
 
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
@@ -14,16 +15,17 @@ from .tokenizer import Tokenizer
 def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, description: str = "Tokenizing") -> Record:
     """Tokenize every document of ``sources`` to ``prefix`` and return the record.
 
-    A text file is a document; a folder is all its files, by name; each line of a ``.jsonl`` is an object whose ``text``
-    is a document. Written beside the target and renamed, the index last: a corpus is whole or not there.
+    A text file is a document; a folder is all its text files, by name (what is not UTF-8 is left out, and counted); each
+    line of a ``.jsonl`` is an object whose ``text`` is a document. Written beside the target and renamed, the index last:
+    a corpus is whole or not there.
 
     Raises:
-        UserError: the target exists, a source does not, or is not UTF-8 or not JSONL.
+        UserError: the target exists, a source does not, a named file is not UTF-8, a .jsonl is not JSONL.
     """
     for target in files(prefix):
         if target.exists():
             raise UserError(f"{target}: exists already; remove it or choose another --out")
-    texts = [path for source in sources for path in _text_files(source)]
+    texts = {path: source == path for source in sources for path in _files(source)}
     if not texts:
         raise UserError(f"no text found in {', '.join(map(str, sources))}")
 
@@ -53,30 +55,40 @@ def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, descrip
     return record
 
 
-def _text_files(source: Path) -> Iterator[Path]:
-    if source.is_dir():
-        inside = (path.relative_to(source) for path in sorted(source.rglob("*")))
-        yield from (source / path for path in inside if (source / path).is_file() and not str(path.name).startswith("."))
-    elif source.is_file():
-        yield source
-    else:
+def _files(source: Path) -> list[Path]:
+    """The file itself, or all in a folder by name, but for what is hidden or a cache of Python's."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
+    inside = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
+    kept = (path for path in inside if not any(part.startswith(".") or part == "__pycache__" for part in path.parts))
+    return [source / path for path in kept]
 
 
-def _documents(paths: Iterable[Path], description: str) -> Iterator[bytes]:
-    paths = list(paths)
-    with track(description, total=sum(path.stat().st_size for path in paths), unit="B") as advance:
-        for path in paths:
+def _documents(texts: dict[Path, bool], description: str) -> Iterator[bytes]:
+    """The text of each document; ``texts`` says of each file whether it was named itself rather than found in a folder."""
+    left_out = []
+    with track(description, total=sum(path.stat().st_size for path in texts)) as advance:
+        for path, named in texts.items():
             if path.suffix == ".jsonl":
                 yield from _lines(path, advance)
+                continue
+            text = path.read_bytes()
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                if named:
+                    raise UserError(f"{path}: not UTF-8 text (byte {error.start}); leave it out or convert it") from None
+                left_out.append(path)
             else:
-                text = path.read_bytes()
-                _require_utf8(text, f"{path}")
                 yield text
-                advance(len(text))
+            advance(len(text))
+    if left_out:
+        print(f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}", file=sys.stderr)
 
 
-def _lines(path: Path, advance) -> Iterator[bytes]:
+def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -84,10 +96,3 @@ def _lines(path: Path, advance) -> Iterator[bytes]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{path}:{number}: not a JSON object with a string under the key text") from None
             advance(len(line))
-
-
-def _require_utf8(text: bytes, where: str) -> None:
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start}); leave it out or convert it") from None

@@ -71,6 +71,10 @@ def check_corpus(prefix: str, tokenizer: str, vocab_size: int) -> None:
         if size not in (expected, expected + sequences):  # the rest are the modes of a multimodal corpus
             raise UserError(f"{index}: is {size} bytes long, but its header asks for {expected}; build it again")
         lengths = np.fromfile(stream, np.int32, sequences)
+        stream.seek(8 * sequences, 1)
+        edges = np.fromfile(stream, np.int64, documents)
+    if not documents or edges[0] != 0 or edges[-1] != sequences or (np.diff(edges) < 0).any() or (lengths < 0).any():
+        raise UserError(f"{index}: its documents do not fit its {sequences} sequences; build it again")
     expected = int(lengths.sum(dtype=np.int64)) * np.dtype(_DTYPES[code]).itemsize
     if data.stat().st_size != expected:
         raise UserError(f"{data}: is {data.stat().st_size} bytes long, but {index.name} describes {expected}; build it again")

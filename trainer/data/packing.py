@@ -36,6 +36,7 @@ class PackedCorpus:
     def __init__(self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None):
         assert seq_length % alignment == 0
         self.corpus, self.seq_length, self.order = corpus, seq_length, order
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)  # of this corpus alone: a mixture walks through several
         self._room = -(-corpus.lengths // alignment) * alignment
         self.samples_per_epoch = int(-(-self._room.sum() // seq_length))
 
@@ -63,8 +64,7 @@ class PackedCorpus:
         documents[filled:] = document - 1
         return Sample(tokens, labels, weights, documents, self.seq_length - real)
 
-    @lru_cache(maxsize=2)  # noqa: B019 - a packed corpus lives as long as the run
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents in this epoch's order, and where the room of each ends on the line."""
         order = np.arange(len(self.corpus))
         if self.order is not None:

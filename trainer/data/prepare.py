@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..recipe import Recipe
 from .corpus import check_corpus
 from .stdlib import NAME, python_stdlib
@@ -29,6 +30,10 @@ def prepare_data(recipe: Recipe) -> DataPaths:
         train, held_out = python_stdlib(tokenizer)
         sources = {train if prefix == NAME else prefix: weight for prefix, weight in sources.items()}
         validation = held_out if validation in (None, NAME) else validation
+    if not validation:
+        for key, value in {"interval": recipe.evaluation.interval, "ngram_baseline": recipe.evaluation.ngram_baseline}.items():
+            if value:
+                raise UserError(f"evaluation.{key}: there is no held-out data; set data.validation, or {key} to 0 or false")
     for prefix in (*sources, *([validation] if validation else [])):
         check_corpus(prefix, tokenizer.identity, vocab_size)
     return DataPaths(sources, validation)

@@ -3,6 +3,7 @@
 Real text with structure at long range, on every machine that can run this program.
 """
 
+import fcntl
 import os
 import platform
 import sysconfig
@@ -22,12 +23,16 @@ def python_stdlib(tokenizer: Tokenizer) -> tuple[str, str]:
     """Prefixes of the training and the held-out split, built into the cache on first use."""
     cache = Path(os.environ.get("LONGSPAN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "longspan")
     identity = f"{tokenizer.identity.replace(':', '-')[:24]}-{platform.python_version()}-v1"
-    prefixes = [str(cache.expanduser() / f"{NAME}-{identity}-{split}") for split in ("train", "held-out")]
-    for prefix, held_out in zip(prefixes, (False, True), strict=True):
-        if not all(path.exists() for path in files(prefix)):
-            for partial in files(prefix):
-                partial.unlink(missing_ok=True)
-            build_corpus(_sources(held_out), tokenizer, prefix, f"Building {NAME} ({Path(prefix).name[-8:]})")
+    cache = cache.expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    prefixes = [str(cache / f"{NAME}-{identity}-{split}") for split in ("train", "held-out")]
+    with cache.joinpath("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs, or two nodes on one home, build it once
+        for prefix, held_out in zip(prefixes, (False, True), strict=True):
+            if not all(path.exists() for path in files(prefix)):
+                for partial in files(prefix):
+                    partial.unlink(missing_ok=True)
+                build_corpus(_sources(held_out), tokenizer, prefix, f"Building {NAME} ({'held-out' if held_out else 'train'})")
     return prefixes[0], prefixes[1]
 
 

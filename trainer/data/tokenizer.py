@@ -42,6 +42,8 @@ class HubTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         ends = [self._tokenizer.token_to_id(token) for token in _END_OF_DOCUMENT]
         known = [token for token in ends if token is not None]
         if not known:

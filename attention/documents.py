@@ -1,0 +1,18 @@
+"""Several documents in one sequence, as every operation takes them: integer ids ``[batch, time]``."""
+
+from torch import Tensor
+
+
+def check_documents(documents: Tensor | None, q: Tensor) -> None:
+    """Refuse ids that do not fit ``q`` ``[batch, time, heads, dim]`` or that come back after another."""
+    if documents is None:
+        return
+    if documents.shape != q.shape[:2] or documents.is_floating_point():
+        raise ValueError(f"documents must be integers of shape {tuple(q.shape[:2])}, got {tuple(documents.shape)}")
+    if bool((documents[:, 1:] < documents[:, :-1]).any()):
+        raise ValueError("documents must not decrease along time: sort the documents before packing them")
+
+
+def one_document(documents: Tensor | None) -> bool:
+    """Whether each row is a single document, so that nothing needs masking."""
+    return documents is None or bool((documents[:, 0] == documents[:, -1]).all())
