@@ -1,0 +1,112 @@
+"""All that is wrong with a recipe's content, at once: each problem with its key, the reason and a fix."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from .errors import UserError, suggest
+from .recipe import CombinationError, Recipe
+
+# Divisible by whatever a recipe divides by; stands in for a required number that is faulty.
+_STAND_IN = 2**16 * 3**3 * 5 * 7
+
+
+def check_recipe(content: dict, source: str) -> Recipe:
+    """The recipe that ``content`` describes; ``source`` names it in errors."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = _problems(error, content)
+    problems += _combination_problems(content, {key for key, _ in problems})
+    raise UserError("\n".join(f"{source}: {key}: {reason}" for key, reason in problems))
+
+
+def _is_combination(error: ValidationError) -> bool:
+    return isinstance(error.errors()[0].get("ctx", {}).get("error"), CombinationError)
+
+
+def _problems(error: ValidationError, content: dict) -> list[tuple[str, str]]:
+    """(key, reason and fix) of everything that is wrong."""
+    if _is_combination(error):
+        return error.errors()[0]["ctx"]["error"].problems
+    return [(_key(item["loc"], content), _reason(item)) for item in error.errors()]
+
+
+def _combination_problems(content: dict, faulty: set[str]) -> list[tuple[str, str]]:
+    """Impossible combinations of the keys that are not faulty, so that all problems are told at once."""
+    content = _without(content, faulty)
+    for _ in range(2):
+        try:
+            Recipe.model_validate(content)
+        except ValidationError as error:
+            if _is_combination(error):
+                unknown_stack = any(key.startswith("model.layers") for key in faulty)
+                return [
+                    (key, reason)
+                    for key, reason in _problems(error, content)
+                    if str(_STAND_IN) not in reason
+                    and key not in faulty
+                    and not (unknown_stack and key.startswith("model.layers"))
+                ]
+            for item in error.errors():
+                *sections, last = _key(item["loc"], content).split(".")
+                if ".".join((*sections, last)) in faulty and (section := _at(content, sections)) is not None:
+                    section[last] = _STAND_IN
+    return []
+
+
+def _at(content: Any, path: list[str]) -> dict | None:
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None
+
+
+def _key(loc: tuple, content: Any) -> str:
+    """The dotted key of an error; pydantic's location also names the chosen kind of a block, which is no key."""
+    path = []
+    for depth, part in enumerate(loc):
+        inside = (isinstance(content, dict) and part in content) or (isinstance(content, list) and part in range(len(content)))
+        if inside or depth == len(loc) - 1:
+            path.append(str(part))
+            content = content[part] if inside else None
+    return ".".join(path)
+
+
+def _reason(item: dict) -> str:
+    if item["type"] == "extra_forbidden":
+        fields = _fields(item["loc"][:-1])
+        return f"unknown key{suggest(item['loc'][-1], fields)}; known here: {', '.join(fields)}"
+    if item["type"] == "missing":
+        return "is required"
+    if item["type"] == "union_tag_invalid":
+        kinds = item["ctx"]["expected_tags"].replace("'", "")
+        return f"unknown mixer {item['ctx']['tag']!r}{suggest(item['ctx']['tag'], kinds.split(', '))}; known: {kinds}"
+    if item["type"] == "union_tag_not_found":
+        return "names no mixer; as in {mixer: full}"
+    reason = item["msg"].removeprefix("Input ")
+    return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
+
+
+def _fields(loc: tuple) -> list[str]:
+    """Keys of the section at that location, from the schema."""
+    schema = Recipe.model_json_schema()
+    node = schema
+    for part in loc:
+        while "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        if part in node.get("properties", {}):
+            node = node["properties"][part]
+        elif "discriminator" in node:
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+        else:
+            node = node.get("additionalProperties", {})
+    while "$ref" in node:
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return list(node.get("properties", {}))
+
+
+def _without(content: Any, keys: set[str], prefix: str = "") -> Any:
+    """A copy of nested mappings without those dotted keys."""
+    if not isinstance(content, dict):
+        return content
+    return {k: _without(v, keys, f"{prefix}{k}.") for k, v in content.items() if f"{prefix}{k}" not in keys}
