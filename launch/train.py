@@ -37,12 +37,12 @@ def _work(recipe: Recipe) -> int:
         from ..trainer.control import Control
         from ..trainer.loop import train as train_loop
 
-        first = dist.get_rank() == 0
-        with Control().together():
+        first, control = dist.get_rank() == 0, Control()
+        with control.together():
             if first:
                 RunFolder(recipe.run_dir).require_new()
             paths = prepare_data(recipe)
-        train_loop(recipe, paths)
+        train_loop(recipe, paths, control)
     if first:
         _report(recipe, paths, RunFolder(recipe.run_dir))
     return 0

@@ -33,9 +33,9 @@ def model_vocab_size(recipe: Recipe) -> int:
     return recipe.model.vocab_size or load_tokenizer(recipe.data.tokenizer, "data.tokenizer").vocab_size
 
 
-def train(recipe: Recipe, paths: DataPaths) -> None:
+def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
     """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
-    engine, control = build_engine(recipe), Control()
+    engine = build_engine(recipe)
     batches = Batches(recipe, paths, model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
     folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
     tokens, since, logged = 0, time.monotonic(), 0
