@@ -30,6 +30,7 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Megatron-core warns of CUDA packages that longspan does not use, and of its own calls to older names in torch."""
+    """Megatron-core warns of CUDA packages that longspan does not use, and sets off torch's warnings about its own calls."""
     warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf Tensor.*")
