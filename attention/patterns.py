@@ -4,6 +4,7 @@ A KV head is addressed by its index in the whole model, so a rank that owns head
 and gets the same masks as the model on one device. Positions count from the start of a document.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,33 +25,33 @@ class Blocks:
         return (blocks[:, None] * block + torch.arange(block, device=device)).flatten()
 
 
-class Pattern:
+class Pattern(ABC):
     """Base of all patterns. ``block`` is the granularity to which document starts must be aligned."""
 
     block: int = 1
 
+    @abstractmethod
     def from_head(self, first: int) -> "Pattern":
         """The same pattern for KV heads ``first, first + 1, ...``."""
-        raise NotImplementedError(f"{type(self).__name__}.from_head")
 
+    @abstractmethod
     def mask(self, query_positions: Tensor, key_positions: Tensor, num_kv_heads: int) -> Tensor:
         """The definition, and the oracle of every backend: bool ``[num_kv_heads, queries, keys]``."""
-        raise NotImplementedError(f"{type(self).__name__}.mask")
 
+    @abstractmethod
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
         """Key blocks that some query in ``[query_start, query_stop)`` sees through KV head ``head``.
 
         Disjoint and ascending within each range. A block may hold keys that the mask then hides.
         """
-        raise NotImplementedError(f"{type(self).__name__}.need")
 
+    @abstractmethod
     def density(self, length: int) -> float:
         """Visible pairs as a share of the causal triangle over ``length`` tokens."""
-        raise NotImplementedError(f"{type(self).__name__}.density")
 
+    @abstractmethod
     def covers(self, num_kv_heads: int) -> bool:
         """Whether every earlier position is seen through at least one of the heads."""
-        raise NotImplementedError(f"{type(self).__name__}.covers")
 
 
 @dataclass(frozen=True)
