@@ -93,7 +93,9 @@ def _data_build(options: argparse.Namespace) -> None:
     from ..trainer.data.build import build_corpus
     from ..trainer.data.tokenizer import load_tokenizer
 
-    record = build_corpus([Path(source) for source in options.sources], load_tokenizer(options.tokenizer), options.out)
+    record = build_corpus(
+        [Path(source) for source in options.sources], load_tokenizer(options.tokenizer, "--tokenizer"), options.out
+    )
     print(f"{options.out}: {record.documents:,} documents, {record.tokens:,} tokens, {record.bytes:,} bytes of text")
 
 

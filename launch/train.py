@@ -86,13 +86,12 @@ def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
 
 
 def _print_dry_run(recipe: Recipe) -> None:
-    from ..trainer.data.tokenizer import load_tokenizer
+    from ..trainer.data.tokenizer import recipe_vocab_size
     from ..trainer.size import parameter_count
 
-    vocab_size = recipe.model.vocab_size or load_tokenizer(recipe.data.tokenizer, "data.tokenizer").vocab_size
     parallel, processes = recipe.parallel, recipe.launch.processes
     print(to_yaml(recipe))
-    print(f"parameters       {parameter_count(recipe.model, vocab_size):,}")
+    print(f"parameters       {parameter_count(recipe.model, recipe_vocab_size(recipe)):,}")
     print(f"tokens per step  {recipe.tokens_per_step:,}")
     print(f"processes        {processes} = dp {recipe.data_parallel} x tp {parallel.tp} x pp {parallel.pp}")
 

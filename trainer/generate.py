@@ -2,7 +2,7 @@
 
 import torch
 
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import recipe_tokenizer
 from .engine import Engine
 from .errors import UserError
 from .loop import build_engine
@@ -31,7 +31,7 @@ def generate(folder: RunFolder, engine: Engine, prompt: str, tokens: int, temper
 
     Each token is drawn from the softmax at ``temperature`` (0: the likeliest) after a full forward pass.
     """
-    tokenizer = load_tokenizer(folder.recipe.data.tokenizer, "data.tokenizer")
+    tokenizer = recipe_tokenizer(folder.recipe)
     ids = list(tokenizer.encode(prompt.encode()))
     if temperature < 0:
         raise UserError(f"--temperature: must not be negative, got {temperature}")

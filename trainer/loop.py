@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .control import Control
 from .data.batches import Batches, Microbatch
 from .data.prepare import DataPaths
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import recipe_vocab_size
 from .display import Display
 from .engine import Engine
 from .metrics import MetricsLog
@@ -25,18 +25,13 @@ def build_engine(recipe: Recipe) -> Engine:
     """The recipe's model on its engine, ready to train; needs the default process group."""
     from .megatron import MegatronEngine
 
-    return MegatronEngine(recipe, model_vocab_size(recipe))
-
-
-def model_vocab_size(recipe: Recipe) -> int:
-    """Ids that the model knows, before padding."""
-    return recipe.model.vocab_size or load_tokenizer(recipe.data.tokenizer, "data.tokenizer").vocab_size
+    return MegatronEngine(recipe, recipe_vocab_size(recipe))
 
 
 def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
     """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
     engine = build_engine(recipe)
-    batches = Batches(recipe, paths, model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
+    batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
     folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
     tokens, since, logged = 0, time.monotonic(), 0
     with contextlib.ExitStack() as stack:
@@ -77,9 +72,8 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
             last = step == steps
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
-                evaluated = evaluate(engine, _agreed(control, batches.evaluation(sequences)))
-                bits = _bits_per_byte(evaluated["eval/loss"], batches.held_out.corpus.bytes_per_token)
-                evaluated |= {"eval/bits_per_byte": bits} if bits is not None else {}
+                held_out = _agreed(control, batches.evaluation(sequences))
+                evaluated = evaluate(engine, held_out, batches.held_out.corpus.bytes_per_token)
                 if log:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
@@ -108,10 +102,12 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             )
 
 
-def evaluate(engine: Engine, batches: Iterable[Microbatch]) -> dict[str, float]:
-    """Mean loss over held-out batches, of which every rank has equally many."""
+def evaluate(engine: Engine, batches: Iterable[Microbatch], bytes_per_token: float | None) -> dict[str, float]:
+    """``eval/loss`` over held-out batches, of which every rank has equally many, and ``eval/bits_per_byte`` if known."""
     results = [engine.evaluate(batch) for batch in batches]
-    return {"eval/loss": sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))}
+    loss = sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))
+    bits = _bits_per_byte(loss, bytes_per_token)
+    return {"eval/loss": loss} | ({} if bits is None else {"eval/bits_per_byte": bits})
 
 
 def _agreed(control: Control, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:

@@ -90,18 +90,18 @@ def _reason(item: dict) -> str:
 def _fields(loc: tuple) -> list[str]:
     """Keys of the section at that location, from the schema."""
     schema = Recipe.model_json_schema()
+
+    def followed(node: dict) -> dict:
+        return schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
     node = schema
     for part in loc:
-        while "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
         if part in node.get("properties", {}):
-            node = node["properties"][part]
+            node = followed(node["properties"][part])
         elif "discriminator" in node:
-            node = {"$ref": node["discriminator"]["mapping"][part]}
+            node = followed({"$ref": node["discriminator"]["mapping"][part]})
         else:
-            node = node.get("additionalProperties", {})
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+            node = followed(node.get("additionalProperties", {}))
     return list(node.get("properties", {}))
 
 

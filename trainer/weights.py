@@ -49,9 +49,8 @@ def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
 
 def load_weights(model: GPTModel, weights: dict[str, Tensor]) -> None:
     """Take this rank's parts of whole tensors, by global name."""
-    with torch.no_grad():
-        for name, parameter in global_parameters(model):
-            _load(parameter, weights[name])
+    for name, parameter in global_parameters(model):
+        _load(parameter, weights[name])
 
 
 def gather(

@@ -13,11 +13,12 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
     with process_group(1):
         from longspan.trainer.data.batches import Batches
         from longspan.trainer.data.prepare import prepare_data
-        from longspan.trainer.loop import build_engine, model_vocab_size
+        from longspan.trainer.data.tokenizer import recipe_vocab_size
+        from longspan.trainer.loop import build_engine
 
         engine = build_engine(recipe)
         batches = Batches(
-            recipe, prepare_data(recipe), model_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device
+            recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device
         )
         seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
         tokens = [sum(int(batch.weights.sum()) for batch in batches.step(s)) for s in range(recipe.training.steps)]

@@ -71,7 +71,7 @@ def test_a_hugging_face_tokenizer(tmp_path, texts):
     )
     tokenizer.enable_truncation(4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    ours = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(str(tmp_path / "tokenizer.json"), "--tokenizer")
     assert ours.decode(ours.encode(texts[3].encode())) == texts[3]
     text = tmp_path / "a.txt"
     text.write_text(texts[3])

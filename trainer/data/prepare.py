@@ -6,7 +6,7 @@ from ..errors import UserError
 from ..recipe import Recipe
 from .corpus import check_corpus
 from .stdlib import NAME, python_stdlib
-from .tokenizer import load_tokenizer
+from .tokenizer import recipe_tokenizer, recipe_vocab_size
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ def prepare_data(recipe: Recipe) -> DataPaths:
     Raises:
         UserError: naming the key or file.
     """
-    tokenizer = load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
-    vocab_size = recipe.model.vocab_size or tokenizer.vocab_size
+    tokenizer, vocab_size = recipe_tokenizer(recipe), recipe_vocab_size(recipe)
     sources, validation = dict(recipe.data.sources), recipe.data.validation
     if NAME in sources or validation == NAME:
         train, held_out = python_stdlib(tokenizer)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
+from ..recipe import Recipe
 
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
 
@@ -59,7 +60,7 @@ class HubTokenizer:
         return self._tokenizer.decode(ids)
 
 
-def load_tokenizer(name: str, key: str = "--tokenizer") -> Tokenizer:
+def load_tokenizer(name: str, key: str) -> Tokenizer:
     """``bytes`` or the path of a ``tokenizer.json``; ``key`` names the option in errors."""
     if name == "bytes":
         return ByteTokenizer()
@@ -67,3 +68,13 @@ def load_tokenizer(name: str, key: str = "--tokenizer") -> Tokenizer:
     if not path.is_file():
         raise UserError(f"{key}: {name} is neither the word bytes nor the path of a tokenizer.json")
     return HubTokenizer(path)
+
+
+def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer that ``data.tokenizer`` names."""
+    return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
+
+
+def recipe_vocab_size(recipe: Recipe) -> int:
+    """Ids that the recipe's model knows, before padding."""
+    return recipe.model.vocab_size or recipe_tokenizer(recipe).vocab_size
