@@ -3,12 +3,12 @@
 from torch import Tensor
 
 
-def check_documents(documents: Tensor | None, q: Tensor) -> None:
-    """Refuse ids that do not fit ``q`` ``[batch, time, heads, dim]`` or that come back after another."""
+def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse ids that are not integers of ``shape`` ``(batch, time)``, or that come back after another."""
     if documents is None:
         return
-    if documents.shape != q.shape[:2] or documents.is_floating_point():
-        raise ValueError(f"documents must be integers of shape {tuple(q.shape[:2])}, got {tuple(documents.shape)}")
+    if documents.shape != shape or documents.is_floating_point():
+        raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {tuple(documents.shape)}")
     if bool((documents[:, 1:] < documents[:, :-1]).any()):
         raise ValueError("documents must not decrease along time: sort the documents before packing them")
 

@@ -41,9 +41,8 @@ def linear_attention(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    _check(q, k, v, decay, state, documents)
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
+    check_linear(q, k, v, decay, state, backend)
+    check_documents(documents, q.shape[:2])
     dtype = torch.promote_types(q.dtype, torch.float32)
     batch, _, heads, key_dim = q.shape
     decay = q.new_zeros(heads, dtype=dtype) if decay is None else decay.to(dtype)
@@ -56,7 +55,25 @@ def linear_attention(
     return (out, state) if return_state else out
 
 
-def _check(q, k, v, decay, state, documents) -> None:
+def added_state(k: Tensor, v: Tensor, *, decay: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+    """The state after the last token where nothing came before the first: ``[batch, heads, key_dim, value_dim]``.
+
+    In fp32 (fp64 for fp64) and differentiable; arguments as of :func:`linear_attention`, of which it is the last state.
+    """
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    k, v = k.to(dtype), v.to(dtype)
+    if decay is not None:
+        steps = torch.arange(k.shape[1] - 1, -1, -1, device=k.device, dtype=dtype)
+        k = k * (steps[:, None] * decay.to(dtype)).exp()[..., None]
+    if documents is not None:
+        k = k * (documents == documents[:, -1:])[..., None, None]
+    return torch.einsum("bthk,bthv->bhkv", k, v)
+
+
+def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, backend: str) -> None:
+    """Refuse arguments that do not fit one another."""
+    if backend not in ("auto", *_BACKENDS):
+        raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
@@ -69,7 +86,6 @@ def _check(q, k, v, decay, state, documents) -> None:
     expected = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     if state is not None and state.shape != expected:
         raise ValueError(f"state must be {expected}, got {tuple(state.shape)}")
-    check_documents(documents, q)
 
 
 def _reference(q, k, v, decay, state, documents):

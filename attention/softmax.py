@@ -1,13 +1,15 @@
-"""Softmax attention under a pattern, on one device."""
+"""Softmax attention under a pattern: over documents, and in pieces of a sequence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .documents import check_documents, one_document
-from .patterns import Causal, Pattern
+from .patterns import Pattern
+from .tiles import BACKENDS, accumulation_dtype, tile_backward, tile_forward
 
 
 def attend(
@@ -30,8 +32,8 @@ def attend(
         documents: int ``[batch, time]``, non-decreasing along time; attention never crosses from one id to another, and
             the pattern's positions count from a document's first token.
         scale: of the logits; ``head_dim ** -0.5`` by default.
-        backend: ``torch`` (SDPA on the whole triangle, or on the key blocks that a pattern needs), ``reference`` (dense
-            mask in fp64) or ``auto``.
+        backend: ``torch`` (the keys that a pattern needs, through torch's kernels), ``reference`` (dense mask in fp64) or
+            ``auto``.
 
     Returns:
         ``[batch, time, heads, value_dim]`` in the dtype of ``q``, differentiable in ``q``, ``k`` and ``v``.
@@ -39,15 +41,15 @@ def attend(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    _check(q, k, v, documents)
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    documents = None if one_document(documents) else documents
-    return _BACKENDS["torch" if backend == "auto" else backend](q, k, v, pattern, documents, scale)
+    check_attention(q, k, v, backend)
+    check_documents(documents, q.shape[:2])
+    return _Attend.apply(q, k, v, Work.of(pattern, documents, [(0, q.shape[1])], q, scale, backend))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+    """Refuse arguments that do not fit one another."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
@@ -57,83 +59,96 @@ def _check(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> None:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"k has {k.shape[2]} heads, which do not divide the {q.shape[2]} heads of q")
-    check_documents(documents, q)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, scale: float) -> Tensor:
-    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64, device=q.device)
-    group = q.shape[2] // k.shape[2]
-    for row, piece in _pieces(q, documents):
-        positions = torch.arange(piece.stop - piece.start, device=q.device)
-        visible = pattern.mask(positions, positions, k.shape[2]).repeat_interleave(group, 0)
-        queries = q[row, piece].double()
-        keys, values = (x[row, piece].double().repeat_interleave(group, -2) for x in (k, v))
-        logits = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * scale
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-        out[row, piece] = torch.einsum("bhqk,bkhd->bqhd", weights, values)
-    return out.to(q.dtype)
+class Work(NamedTuple):
+    """What to compute of an attention, as tiles."""
+
+    pattern: Pattern
+    tiles: list["Tile"]
+    scale: float
+    backend: str
+
+    @classmethod
+    def of(
+        cls,
+        pattern: Pattern,
+        documents: Tensor | None,
+        segments: Iterable[tuple[int, int]],
+        q: Tensor,
+        scale: float | None,
+        backend: str,
+    ) -> "Work":
+        """For queries that are the tokens of ``segments`` of a sequence, with ``documents`` ``[batch, time]`` of the whole."""
+        tiles = list(_tiles(None if one_document(documents) else documents, segments))
+        return cls(pattern, tiles, q.shape[-1] ** -0.5 if scale is None else scale, "torch" if backend == "auto" else backend)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``q`` holds the segments' tokens, ``k`` and ``v`` the whole sequence; gives the output and log-sum-exp of ``q``."""
+        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+        for rows, queries, keys in self.tiles:
+            tile = (q[rows, queries], k[rows, keys], v[rows, keys])
+            out[rows, queries], lse[rows, queries] = tile_forward(
+                *tile, self.pattern, _q_at(queries, keys), self.scale, self.backend
+            )
+        return out, lse
+
+    def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+        """Gradients of ``q``, and of the whole ``k`` and ``v`` as these queries see them, in fp32 (fp64 for fp64)."""
+        dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v))
+        for rows, queries, keys in self.tiles:
+            tile = (grad_out[rows, queries], q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries])
+            gradients = tile_backward(*tile, lse[rows, queries], self.pattern, _q_at(queries, keys), self.scale, self.backend)
+            for total, at, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
+                total[rows, at] += gradient
+        return [dq, dk, dv]
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, scale: float) -> Tensor:
-    one_piece = _causal_piece if isinstance(pattern, Causal) else _gathered_piece
-    outs = [one_piece(q[row, piece], k[row, piece], v[row, piece], pattern, scale) for row, piece in _pieces(q, documents)]
-    if documents is None:
-        return outs[0]
-    return torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, q.shape[:2])
+class Tile(NamedTuple):
+    """A stretch of queries in one document and the document's keys up to it."""
+
+    rows: slice
+    """Of the batch."""
+    queries: slice
+    """Among the tokens of all segments."""
+    keys: slice
+    """In the whole sequence: from the document's first token to the last query."""
 
 
-def _causal_piece(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)
+def _tiles(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Tile]:
+    everything = [(slice(None), 0, max((stop for _, stop in segments), default=0))]
+    for rows, first, last in everything if documents is None else _documents(documents):
+        slot = 0
+        for start, stop in segments:
+            begin, end = max(first, start), min(last, stop)
+            if begin < end:
+                yield Tile(rows, slice(slot + begin - start, slot + end - start), slice(first, end))
+            slot += stop - start
 
 
-def _gathered_piece(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
-    """One document: for each stretch of queries, gather the key blocks that each KV head needs and mask what is left.
-
-    Work grows with the pairs that the pattern shows, memory with the length. The heads need different keys but equally
-    many blocks give or take one, so they go through one batched SDPA, padded with hidden keys.
-    """
-    length, kv_heads, group = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
-    stretch = _QUERY_BLOCKS * pattern.block
-    heads = torch.arange(kv_heads, device=q.device)[:, None]
-    keys, values = (x.transpose(1, 2) for x in (k, v))
-    outs = []
-    for start in range(0, length, stretch):
-        stop = min(start + stretch, length)
-        at = [
-            torch.cat([blocks.positions(pattern.block, q.device) for blocks in pattern.need(start, stop, head)])
-            for head in range(kv_heads)
-        ]
-        # A position past the stretch is hidden by causality: it serves as padding, read from the last real key.
-        at = torch.nn.utils.rnn.pad_sequence(at, batch_first=True, padding_value=stop)
-        queries = torch.arange(start, stop, device=q.device)
-        visible = torch.stack([pattern.from_head(head).mask(queries, at[head], 1)[0] for head in range(kv_heads)])
-        at = at.clamp(max=length - 1)
-        out = F.scaled_dot_product_attention(
-            q[:, start:stop].transpose(1, 2),
-            keys[:, heads, at].repeat_interleave(group, 1),
-            values[:, heads, at].repeat_interleave(group, 1),
-            attn_mask=visible.repeat_interleave(group, 0)[None],
-            scale=scale,
-        )
-        outs.append(out.transpose(1, 2))
-    return torch.cat(outs, 1)
-
-
-def _pieces(q: Tensor, documents: Tensor | None) -> Iterator[tuple[slice, slice]]:
-    """(batch rows, time range) of each document, in order; the whole batch at once where there is one document."""
-    if documents is None:
-        yield slice(None), slice(0, q.shape[1])
-        return
+def _documents(documents: Tensor) -> Iterator[tuple[slice, int, int]]:
+    """(batch row, start, stop) of each document, in order."""
     for row, ids in enumerate(documents):
         start = 0
         for count in ids.unique_consecutive(return_counts=True)[1].tolist():
-            yield slice(row, row + 1), slice(start, start + count)
+            yield slice(row, row + 1), start, start + count
             start += count
 
 
-# Query blocks that share one gather of keys: more of them waste work at the band's corner, fewer waste calls.
-_QUERY_BLOCKS = 8
+def _q_at(queries: slice, keys: slice) -> int:
+    return (keys.stop - keys.start) - (queries.stop - queries.start)
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"torch": _torch, "reference": _reference}
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, work: Work):
+        out, lse = work.forward(q, k, v)
+        ctx.work = work
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        gradients = ctx.work.backward(grad_out, *ctx.saved_tensors)
+        return *(gradient.to(grad_out.dtype) for gradient in gradients), None

@@ -1,6 +1,11 @@
-"""The same operations over ranks: which token sits where, and what a batch's documents mean for each of them."""
+"""The same operations over ranks: which token sits where, what moves between them, and what a batch's documents mean to each.
+
+``attend`` and ``linear_attention`` take what :mod:`longspan.attention`'s do, and the layout and group of the sequence.
+"""
 
 from .layout import Layout
+from .linear import linear_attention
 from .sequence import Sequence
+from .softmax import attend
 
-__all__ = ["Layout", "Sequence"]
+__all__ = ["Layout", "Sequence", "attend", "linear_attention"]

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,5 +103,43 @@ def ranks():
         errors = [process.communicate(timeout=400)[1] for process in processes]
         for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
             assert process.returncode == 0, f"rank {rank} of {count}:\n{error[-3000:]}"
+
+    return run
+
+
+@pytest.fixture
+def threads():
+    """Call ``work(rank, group)`` on ``count`` threads, each a rank of torch's threaded process group; results by rank."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    def run(count: int, work: Callable) -> list:
+        results, errors, store = [None] * count, [], dist.HashStore()
+
+        def rank_thread(rank: int) -> None:
+            dist.init_process_group("threaded", rank=rank, world_size=count, store=store)
+            try:
+                results[rank] = work(rank, dist.group.WORLD)
+            except BaseException as error:
+                errors.append(error)
+                threaded.ProcessLocalGroup.exception_handle(error)  # sets the others free
+            finally:
+                dist.destroy_process_group()
+
+        torch._C._distributed_c10d._set_thread_isolation_mode(True)
+        threaded._install_threaded_pg()
+        try:
+            workers = [threading.Thread(target=rank_thread, args=(rank,)) for rank in range(count)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:
+            threaded._uninstall_threaded_pg()
+            torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        if errors:
+            raise errors[0]
+        return results
 
     return run

@@ -1,0 +1,77 @@
+"""Softmax attention over the ranks that share a sequence."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import attention
+from ..attention.documents import check_documents
+from ..attention.patterns import Pattern
+from ..attention.softmax import Work, check_attention
+from .exchange import gather_sequence, sum_home
+from .layout import Layout, check_shard
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    *,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    schedule: str = "auto",
+) -> Tensor:
+    """:func:`longspan.attention.attend` of a sequence that is spread over ``group``; every rank calls it.
+
+    Args:
+        q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, ...]``, possibly none.
+        layout: of the sequence over the ranks of ``group``.
+        documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
+        schedule: ``gather`` (all keys and values on every rank, their gradients sent home) or ``auto``.
+
+    Returns:
+        This rank's tokens of the output. Gradients are those of the sum of all ranks' losses.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    check_attention(q, k, v, backend)
+    check_shard(layout, group, q.shape[1])
+    check_documents(documents, (q.shape[0], layout.length))
+    if schedule not in ("auto", "gather"):
+        raise ValueError(f"schedule must be auto or gather, got {schedule!r}")
+    if layout.ranks == 1:
+        return attention.attend(q, k, v, pattern, documents=documents, scale=scale, backend=backend)
+    work = Work.of(pattern, documents, layout.segments[group.rank()], q, scale, backend)
+    return _GatherAttend.apply(q, k, v, work, layout, group)
+
+
+class _GatherAttend(torch.autograd.Function):
+    """Exchange and tiles in one node, so that a rank whose result needs nothing of the others still joins backward's exchange.
+
+    Keeps this rank's keys and values, and gathers them again for backward.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, work: Work, layout: Layout, group: dist.ProcessGroup):
+        out, lse = work.forward(q, *_gather(k, v, layout, group))
+        ctx.work, ctx.layout, ctx.group = work, layout, group
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = ctx.work.backward(grad_out, q, *_gather(k, v, ctx.layout, ctx.group), out, lse)
+        home = sum_home(torch.cat([dk, dv], -1), ctx.layout, ctx.group, wire=k.dtype).to(k.dtype)
+        return dq.to(q.dtype), *home.split([k.shape[-1], v.shape[-1]], -1), None, None, None
+
+
+def _gather(k: Tensor, v: Tensor, layout: Layout, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    return gather_sequence(torch.cat([k, v], -1), layout, group).split([k.shape[-1], v.shape[-1]], -1)

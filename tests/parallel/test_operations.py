@@ -1,0 +1,210 @@
+"""Both operations over ranks against one device: outputs and every gradient, in fp64."""
+
+import pytest
+import torch
+from longspan import attention, parallel
+from longspan.attention import S2, Causal
+from longspan.parallel import Layout
+
+LENGTH = 52
+LAYOUTS = {
+    "contiguous-1": Layout.contiguous(LENGTH, 1),
+    "contiguous-2": Layout.contiguous(LENGTH, 2),
+    "contiguous-4-blocks": Layout.contiguous(LENGTH, 4, 8),
+    "zigzag-1": Layout.zigzag(LENGTH, 1),
+    "zigzag-2": Layout.zigzag(LENGTH, 2),
+    "zigzag-3": Layout.zigzag(LENGTH, 3),
+    "zigzag-4": Layout.zigzag(LENGTH, 4),
+    "zigzag-4-one-without": Layout.zigzag(LENGTH, 4, 13),
+    "uneven": Layout((((0, 1), (40, 52)), (), ((1, 30),), ((30, 33), (33, 40)))),
+}
+# Inside shards, on their edges (13, 26, 39 of both kinds on four ranks) and across them, another for each row.
+DOCUMENTS = {"one": None, "packed": [[5, 8, 13, 1, 20, 5], [26, 13, 13]], "tiny": [[1] * 52, [2] * 26]}
+
+
+def ids(documents):
+    if documents is None:
+        return None
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
+
+
+def draw(seed, *shapes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def over_ranks(threads, layout, operation, inputs, upstream, mutated=None):
+    """Output and gradients of ``operation(*inputs, layout, group)`` on ranks, put together again."""
+
+    def work(rank, group):
+        own = [layout.shard(x, rank).requires_grad_() for x in inputs]
+        out = operation(*own, mutated or layout, group)
+        return out.detach(), *torch.autograd.grad(out, own, layout.shard(upstream, rank))
+
+    return [layout.unshard(list(parts)) for parts in zip(*threads(layout.ranks, work), strict=True)]
+
+
+def on_one(operation, inputs, upstream):
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = operation(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
+
+
+def worst(ours, expected):
+    return max(float((a - b).norm() / b.norm().clamp(min=1)) for a, b in zip(ours, expected, strict=True))
+
+
+def softmax_errors(threads, layout, pattern, documents, heads=4, kv_heads=2, value_dim=8, **mutation):
+    inputs = draw(heads, (LENGTH, heads, 8), (LENGTH, kv_heads, 8), (LENGTH, kv_heads, value_dim))
+    inputs[0] *= 5  # peaked
+    (upstream,) = draw(1, (LENGTH, heads, value_dim))
+    expected = on_one(lambda *x: attention.attend(*x, pattern, documents=ids(documents), backend="reference"), inputs, upstream)
+
+    def operation(q, k, v, layout, group):
+        return parallel.attend(q, k, v, pattern, layout, group, documents=ids(documents), schedule="gather")
+
+    return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
+
+
+def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), **mutation):
+    inputs = draw(3, (LENGTH, 3, 8), (LENGTH, 3, 8), (LENGTH, 3, 5))
+    (upstream,), decay = draw(1, (LENGTH, 3, 5)), torch.tensor(decay, dtype=torch.float64)
+    options = {"decay": decay, "scale": 0.3, "documents": ids(documents)}
+    expected = on_one(lambda *x: attention.linear_attention(*x, backend="reference", **options), inputs, upstream)
+
+    def operation(q, k, v, layout, group):
+        return parallel.linear_attention(q, k, v, layout, group, **options)
+
+    return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("pattern", [Causal(), S2(4, 2, 3)], ids=["causal", "s2"])
+def test_softmax_attention_is_that_of_one_device(threads, layout, documents, pattern):
+    assert softmax_errors(threads, layout, pattern, documents) < 1e-10
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "value_dim"), [(1, 1, 8), (6, 3, 4), (4, 1, 16), (3, 3, 8)])
+def test_head_ratios_and_value_dims(threads, heads, kv_heads, value_dim):
+    layout, documents = LAYOUTS["uneven"], DOCUMENTS["packed"]
+    assert softmax_errors(threads, layout, S2(8, 1, 2), documents, heads, kv_heads, value_dim) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_linear_attention_is_that_of_one_device(threads, layout, documents):
+    assert linear_errors(threads, layout, documents) < 1e-10
+
+
+def test_linear_attention_with_strong_decay(threads):
+    assert linear_errors(threads, LAYOUTS["zigzag-3"], None, decay=(-2.0, -120.0, -1e-5)) < 1e-10
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("contiguous-1", "zigzag-3", "uneven")])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_states_go_in_and_come_out(threads, layout, documents):
+    """Every rank has a copy of the first state and of the last, and its own loss; the sum of the losses counts."""
+    q, k, v = draw(3, (LENGTH, 3, 8), (LENGTH, 3, 8), (LENGTH, 3, 5))
+    (first, last_upstream), (upstream,) = draw(7, (3, 8, 5), (3, 8, 5)), draw(8, (LENGTH, 3, 5))
+    options = {
+        "decay": torch.tensor([0.0, -0.02, -0.7], dtype=torch.float64),
+        "return_state": True,
+        "documents": ids(documents),
+    }
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, first)]
+    out, last = attention.linear_attention(*leaves[:3], state=leaves[3], **options)
+    expected = torch.autograd.grad((out, last), leaves, (upstream, last_upstream))
+
+    def work(rank, group):
+        own = [layout.shard(x, rank).requires_grad_() for x in (q, k, v)]
+        state = first.clone().requires_grad_()
+        ours, ours_last = parallel.linear_attention(*own, layout, group, state=state, **options)
+        share = last_upstream / layout.ranks
+        return ours_last.detach(), *torch.autograd.grad((ours, ours_last), [*own, state], (layout.shard(upstream, rank), share))
+
+    lasts, *tokens, states = zip(*threads(layout.ranks, work), strict=True)
+    assert worst(lasts, [last.detach()] * layout.ranks) < 1e-10
+    assert worst([layout.unshard(list(parts)) for parts in tokens], expected[:3]) < 1e-10
+    assert worst([sum(states)], expected[3:]) < 1e-10
+
+
+def test_reruns_are_bitwise_equal(threads):
+    inputs = draw(4, (LENGTH, 4, 8), (LENGTH, 2, 8), (LENGTH, 2, 8))
+    (upstream,) = draw(1, (LENGTH, 4, 8))
+    runs = [
+        over_ranks(
+            threads, LAYOUTS["zigzag-4"], lambda q, k, v, *at: parallel.attend(q, k, v, S2(4, 2, 3), *at), inputs, upstream
+        )
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+SWAPPED = Layout((((0, 13), (26, 39)), ((13, 26), (39, 52))))  # the second halves of the zigzag on two ranks, exchanged
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_two_segments_swapped_are_caught(threads, documents):
+    if documents is DOCUMENTS["tiny"]:  # no segment has anything to do with another
+        return
+    assert softmax_errors(threads, LAYOUTS["zigzag-2"], Causal(), documents, mutated=SWAPPED) > 1e-3
+    assert linear_errors(threads, LAYOUTS["zigzag-2"], documents, mutated=SWAPPED) > 1e-3
+
+
+def test_a_state_decayed_once_too_often_is_caught(threads, monkeypatch):
+    from longspan.parallel import linear
+
+    real = linear._carry
+    monkeypatch.setattr(linear, "_carry", lambda after, before, *rest: real(after, [at + 1 for at in before], *rest))
+    assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
+
+
+def test_gradients_that_stay_abroad_are_caught(threads, monkeypatch):
+    from longspan.parallel import exchange, softmax
+
+    monkeypatch.setattr(softmax, "sum_home", lambda x, layout, group, wire: layout.shard(x, group.rank()))
+    assert softmax_errors(threads, LAYOUTS["zigzag-2"], Causal(), None) > 1e-3
+    monkeypatch.setattr(exchange, "_sum_in_order", lambda parts, dtype: parts[0])
+    assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
+
+
+def test_bf16_stays_close(threads):
+    inputs = [x.bfloat16() for x in draw(4, (LENGTH, 4, 8), (LENGTH, 2, 8), (LENGTH, 2, 8))]
+    upstream = draw(1, (LENGTH, 4, 8))[0].bfloat16()
+    exact = on_one(lambda *x: attention.attend(*x, Causal()), [x.double() for x in inputs], upstream.double())
+    ours = over_ranks(
+        threads, LAYOUTS["zigzag-4"], lambda q, k, v, *at: parallel.attend(q, k, v, Causal(), *at), inputs, upstream
+    )
+    assert {x.dtype for x in ours} == {torch.bfloat16}
+    assert all((a - b).norm() / b.norm() < 2e-2 for a, b in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layout": Layout.zigzag(8, 3)}, "layout is over 3 ranks, but group has 2"),
+        ({"layout": Layout.contiguous(10, 2)}, "layout gives rank . 5 tokens, but q has 4"),
+        ({"documents": torch.zeros(1, 4).int()}, r"documents must be integers of shape \(1, 8\), got \(1, 4\)"),
+        ({"documents": torch.tensor([[0, 1, 0, 1, 1, 1, 1, 1]])}, "must not decrease"),
+        ({"backend": "cuda"}, "backend must be auto"),
+    ],
+)
+def test_bad_arguments_are_named(threads, change, message):
+    arguments = {name: torch.zeros(1, 4, 2, 8) for name in "qkv"} | {"layout": Layout.zigzag(8, 2)} | change
+
+    def softmax(rank, group):
+        parallel.attend(**arguments, pattern=Causal(), group=group)
+
+    def linear(rank, group):
+        parallel.linear_attention(**arguments, group=group)
+
+    for operation in (softmax, linear):
+        with pytest.raises(ValueError, match=message):
+            threads(2, operation)
+
+
+def test_an_unknown_schedule_is_named(threads):
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="schedule must be auto or gather, got 'ring'"):
+        threads(2, lambda rank, group: parallel.attend(x, x, x, Causal(), Layout.zigzag(8, 2), group, schedule="ring"))
