@@ -93,7 +93,7 @@ def _print_dry_run(recipe: Recipe) -> None:
     print(to_yaml(recipe))
     print(f"parameters       {parameter_count(recipe.model, recipe_vocab_size(recipe)):,}")
     print(f"tokens per step  {recipe.tokens_per_step:,}")
-    print(f"processes        {processes} = dp {recipe.data_parallel} x tp {parallel.tp} x pp {parallel.pp}")
+    print(f"processes        {processes} = dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}")
 
 
 def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .data.batches import Microbatch
+from .data.batches import Microbatch, Share
 
 
 class StepResult(NamedTuple):
@@ -31,9 +31,8 @@ class Engine(Protocol):
     device: torch.device
     num_parameters: int
     """Of the whole model."""
-    data_rank: int
-    """Which share of a global batch this rank sees, of ``data_ranks``."""
-    data_ranks: int
+    share: Share
+    """Of a global batch, on this rank."""
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         """One update; the loss is the mean over the global batch's labels, wherever they are."""

@@ -31,7 +31,7 @@ def build_engine(recipe: Recipe) -> Engine:
 def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
     """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
     engine = build_engine(recipe)
-    batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device)
+    batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.share, engine.device)
     folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
     tokens, since, logged = 0, time.monotonic(), 0
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,7 @@
-"""The engine on Megatron-core: DDP, distributed optimizer, tensor and pipeline parallelism; gloo on CPU, NCCL on GPUs."""
+"""The engine on Megatron-core: DDP with its distributed optimizer, and tensor, pipeline and context parallelism.
+
+Gloo on CPU, NCCL on GPUs.
+"""
 
 import contextlib
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from ..parallel import Sequence
 from . import weights
 from .cpu import megatron_on_cpu
-from .data.batches import Microbatch
+from .data.batches import Microbatch, Share
 from .engine import StepResult
 from .model import build_model
 from .recipe import Recipe
@@ -30,14 +33,19 @@ class MegatronEngine:
         self._resources = contextlib.ExitStack()
         self._resources.enter_context(megatron_on_cpu())
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=recipe.parallel.tp, pipeline_model_parallel_size=recipe.parallel.pp
+            tensor_model_parallel_size=recipe.parallel.tp,
+            pipeline_model_parallel_size=recipe.parallel.pp,
+            context_parallel_size=recipe.parallel.cp,
         )
         self._resources.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(recipe.training.seed)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.num_parameters = parameter_count(recipe.model, vocab_size)
-        self.data_rank = parallel_state.get_data_parallel_rank()
-        self.data_ranks = parallel_state.get_data_parallel_world_size()
+        self.share = Share(
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
 
         dtype = _dtype(recipe)
         self.model = build_model(recipe, vocab_size, dtype)

@@ -1,4 +1,4 @@
-"""The token-mixing half of a layer: projections around :mod:`longspan.attention`, for Megatron-core.
+"""The token-mixing half of a layer: projections around :mod:`longspan.parallel`'s operations, for Megatron-core.
 
 Fused projections are laid out head by head, so that a tensor-parallel rank's rows are one slice of the whole matrix.
 """
@@ -10,14 +10,16 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from ..attention import S2, Causal, apply_rotary, attend, linear_attention
-from ..parallel import Sequence
+from ..attention import S2, Causal, apply_rotary
+from ..parallel import Sequence, attend, linear_attention
 from .norm import RMSNorm, ShardedRMSNorm
 from .recipe import Block, FullBlock, LightningBlock, S2Block, SoftmaxBlock
 
 
 class Mixer(MegatronModule):
-    """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``."""
+    """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``,
+    of the tokens that the sequence's layout gives this rank.
+    """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, heads: int, head_dim: int, parts: int):
         """``parts`` vectors of ``head_dim`` per head are projected from the hidden state."""
@@ -25,6 +27,7 @@ class Mixer(MegatronModule):
         self.head_dim = head_dim
         self.local_heads = heads // pg_collection.tp.size()
         self.first_head = pg_collection.tp.rank() * self.local_heads
+        self.cp_group = pg_collection.cp
         shared = {"config": config, "bias": False, "skip_bias_add": True, "tp_group": pg_collection.tp}
         self.linear_in = ColumnParallelLinear(
             config.hidden_size, heads * parts * head_dim, init_method=config.init_method, gather_output=False, **shared
@@ -78,7 +81,7 @@ class SoftmaxAttention(Mixer):
         if self.rotary_dim:
             tables = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        out = attend(q, k, v, self.pattern, documents=sequence.documents)
+        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents)
         if self.block.output_gate:
             out = out * torch.sigmoid(gate.flatten(2, 3))
         return self.output(out.flatten(2))
@@ -121,7 +124,7 @@ class LightningAttention(Mixer):
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         q, k, v, *gate = self.project(hidden).split(self.head_dim, dim=-1)
         q, k, v = (torch.nn.functional.silu(x) for x in (q, k, v))
-        out = linear_attention(q, k, v, decay=self.decay, documents=sequence.documents)
+        out = linear_attention(q, k, v, sequence.layout, self.cp_group, decay=self.decay, documents=sequence.all_documents)
         out = self.norm(out.flatten(2))
         for g in gate:
             out = out * torch.sigmoid(g.flatten(2))

@@ -46,6 +46,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         qk_layernorm=any(isinstance(block, SoftmaxBlock) and block.qk_norm for block in model.stack),
         tensor_model_parallel_size=recipe.parallel.tp,
         pipeline_model_parallel_size=recipe.parallel.pp,
+        context_parallel_size=recipe.parallel.cp,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

@@ -1,5 +1,6 @@
 """What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -159,6 +160,15 @@ class Parallel(Section):
     """Tensor parallel: heads and MLP columns."""
     pp: Positive = 1
     """Pipeline parallel: layers."""
+    cp: Positive = 1
+    """Context parallel: the tokens of a sequence."""
+    layout: Literal["zigzag", "contiguous"] = "zigzag"
+    """Which tokens a context-parallel rank holds: zigzag is the r-th part from either end, which balances causal work."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one data-parallel replica."""
+        return self.tp * self.pp * self.cp
 
 
 class Engine(Section):
@@ -209,7 +219,7 @@ class Recipe(Section):
     @property
     def data_parallel(self) -> int:
         """Data-parallel replicas."""
-        return self.launch.processes // (self.parallel.tp * self.parallel.pp)
+        return self.launch.processes // self.parallel.model_ranks
 
     @property
     def tokens_per_step(self) -> int:
@@ -271,17 +281,24 @@ def _training_problems(recipe: Recipe):
         yield "parallel.tp", f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
     if model.num_hidden_layers % parallel.pp:
         yield "parallel.pp", f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
-    if all(name in model.layers.blocks for name in model.layers.pattern) and training.seq_length % (
-        align := model.document_alignment
-    ):
+    align = model.document_alignment if all(name in model.layers.blocks for name in model.layers.pattern) else 1
+    if training.seq_length % align:
         yield "training.seq_length", f"{training.seq_length} is not a multiple of the s2 block, {align}"
     if recipe.evaluation.ngram_baseline and (recipe.data.tokenizer != "bytes" or model.vocab_size):
         yield "evaluation.ngram_baseline", "counts bytes: needs data.tokenizer bytes and no model.vocab_size; set it to false"
-    model_ranks, processes = parallel.tp * parallel.pp, recipe.launch.processes
-    if processes % model_ranks:
+    # Zigzag has two parts per rank; Megatron splits each rank's tokens over tp, and its pipeline needs equal shapes.
+    parts = parallel.cp * parallel.tp * (2 if parallel.layout == "zigzag" and parallel.cp > 1 else 1)
+    if training.seq_length % parts:
+        yield (
+            "training.seq_length",
+            f"{training.seq_length} does not split into {parts} equal parts for parallel.cp {parallel.cp} ({parallel.layout}) "
+            f"and tp {parallel.tp}; use {training.seq_length + -training.seq_length % math.lcm(parts, align)}",
+        )
+    processes = recipe.launch.processes
+    if processes % parallel.model_ranks:
         yield (
             "launch.processes",
-            f"{processes} is not a multiple of parallel.tp * parallel.pp = {model_ranks}; use {model_ranks}",
+            f"{processes} is not a multiple of parallel.tp * cp * pp = {parallel.model_ranks}; use {parallel.model_ranks}",
         )
     elif training.global_batch_size % (ranks := recipe.data_parallel * training.micro_batch_size):
         yield (

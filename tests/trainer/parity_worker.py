@@ -17,9 +17,7 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
         from longspan.trainer.loop import build_engine
 
         engine = build_engine(recipe)
-        batches = Batches(
-            recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.data_rank, engine.data_ranks, engine.device
-        )
+        batches = Batches(recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.share, engine.device)
         seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
         tokens = [sum(int(batch.weights.sum()) for batch in batches.step(s)) for s in range(recipe.training.steps)]
         seen["steps"] = [engine.step(list(batches.step(s)), recipe.optimizer.lr) for s in range(recipe.training.steps)]

@@ -222,15 +222,17 @@ def test_order_depends_on_seed_and_epoch_alone(corpus):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, replicas):
-    from longspan.trainer.data.batches import Batches
+    from longspan.trainer.data.batches import Batches, Share
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.recipe_file import load_recipe
 
     recipe = load_recipe(str(tiny_recipe), ["training.global_batch_size=8"])
     paths, cpu = prepare_data(recipe), torch.device("cpu")
     for step in (0, 5):
-        alone = list(Batches(recipe, paths, 257, 0, 1, cpu).step(step))
-        shared = [batch for rank in range(replicas) for batch in Batches(recipe, paths, 257, rank, replicas, cpu).step(step)]
+        alone = list(Batches(recipe, paths, 257, Share(0, 1, 0), cpu).step(step))
+        shared = [
+            batch for rank in range(replicas) for batch in Batches(recipe, paths, 257, Share(rank, replicas, 0), cpu).step(step)
+        ]
         assert len(shared) == 8
         seen, expected = ({batch.tokens.numpy().tobytes() for batch in batches} for batches in (shared, alone))
         assert seen == expected

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,26 +15,36 @@ from .packing import Mixture, PackedCorpus, Sample
 from .prepare import DataPaths
 
 
+class Share(NamedTuple):
+    """Which part of a global batch a rank sees: some of its sequences, and of those some of the tokens."""
+
+    data_rank: int
+    data_ranks: int
+    context_rank: int
+
+
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass of one rank takes."""
+    """What one forward pass of one rank takes: whole sequences, or the tokens of its context-parallel rank."""
 
     tokens: Tensor
-    """int64 ``[batch, time]``."""
+    """int64 ``[batch, local time]``."""
     labels: Tensor
-    """int64 ``[batch, time]``."""
+    """int64 ``[batch, local time]``."""
     weights: Tensor
-    """float32 ``[batch, time]``: 1 where the label counts."""
+    """float32 ``[batch, local time]``: 1 where the label counts."""
     sequence: Sequence
     padding: int
-    """Tokens of the batch that are only padding."""
+    """Tokens of the batch that are only padding; 0 but on the first context-parallel rank, so that they add up."""
 
 
 class Batches:
-    """Training and held-out batches of a recipe, for one data-parallel rank of ``replicas``."""
+    """Training and held-out batches of a recipe, as one rank sees them."""
 
-    def __init__(self, recipe: Recipe, paths: DataPaths, vocab_size: int, rank: int, replicas: int, device: torch.device):
-        self.recipe, self.rank, self.replicas, self.device = recipe, rank, replicas, device
+    def __init__(self, recipe: Recipe, paths: DataPaths, vocab_size: int, share: Share, device: torch.device):
+        self.recipe, self.share, self.device = recipe, share, device
+        make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
+        self.layout = make(recipe.training.seq_length, recipe.parallel.cp)
         self.micro = recipe.training.micro_batch_size
         length, alignment, seed = recipe.training.seq_length, recipe.model.document_alignment, recipe.training.seed
         corpora = [Corpus(prefix, vocab_size) for prefix in paths.sources]
@@ -45,10 +56,10 @@ class Batches:
 
     def step(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of training step ``step`` (from 0)."""
-        first, size = step * self.recipe.training.global_batch_size, self.micro * self.replicas
+        rank, ranks, _ = self.share
+        first = step * self.recipe.training.global_batch_size
         last = first + self.recipe.training.global_batch_size
-        starts = range(first + self.rank * self.micro, last, size)
-        for start in starts:
+        for start in range(first + rank * self.micro, last, self.micro * ranks):
             yield self._batch([self.training.sample(n) for n in range(start, start + self.micro)])
 
     def evaluation(self, sequences: int | None) -> Iterator[Microbatch]:
@@ -56,9 +67,9 @@ class Batches:
         assert self.held_out is not None
         total = self.held_out.samples_per_epoch
         total = total if sequences is None else min(sequences, total)
-        size = self.micro * self.replicas
-        for first in range(0, total, size):
-            numbers = range(first + self.rank * self.micro, first + (self.rank + 1) * self.micro)
+        rank, ranks, _ = self.share
+        for first in range(0, total, self.micro * ranks):
+            numbers = range(first + rank * self.micro, first + (rank + 1) * self.micro)
             samples = [self.held_out.sample(n) for n in numbers]
             yield self._batch(
                 [s if n < total else s._replace(weights=s.weights * 0) for n, s in zip(numbers, samples, strict=True)]
@@ -66,8 +77,10 @@ class Batches:
 
     def _batch(self, samples: list[Sample]) -> Microbatch:
         tokens, labels, weights, documents = (
-            torch.from_numpy(np.stack([getattr(s, name) for s in samples])).to(self.device)
+            torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
             for name in ("tokens", "labels", "weights", "documents")
         )
-        sequence = Sequence(Layout.contiguous(tokens.shape[1]), 0, documents)
-        return Microbatch(tokens, labels, weights, sequence, sum(s.padding for s in samples))
+        rank = self.share.context_rank
+        own = (self.layout.shard(x, rank).to(self.device) for x in (tokens, labels, weights))
+        padding = sum(s.padding for s in samples) if rank == 0 else 0
+        return Microbatch(*own, Sequence(self.layout, rank, documents.to(self.device)), padding)
