@@ -239,6 +239,24 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, repli
         assert len(seen) == 8
 
 
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
+    from longspan.trainer.data.batches import Batches, Share
+    from longspan.trainer.data.prepare import prepare_data
+    from longspan.trainer.recipe_file import load_recipe
+
+    recipe = load_recipe(str(tiny_recipe), ["parallel.cp=3", f"parallel.layout={layout}", "launch.processes=3"])
+    paths, cpu = prepare_data(recipe), torch.device("cpu")
+    alone = Batches(load_recipe(str(tiny_recipe)), paths, 257, Share(0, 1, 0), cpu)
+    ranks = [Batches(recipe, paths, 257, Share(0, 1, rank), cpu) for rank in range(3)]
+    for whole, *parts in zip(alone.step(3), *(batches.step(3) for batches in ranks), strict=True):
+        unshard = parts[0].sequence.layout.unshard
+        for name in ("tokens", "labels", "weights"):
+            assert torch.equal(unshard([getattr(part, name) for part in parts]), getattr(whole, name))
+        assert torch.equal(unshard([part.sequence.positions for part in parts]), whole.sequence.positions)
+        assert sum(part.padding for part in parts) == whole.padding
+
+
 def test_an_epoch_is_laid_out_once(corpus, monkeypatch):
     laid_out = []
     real = PackedCorpus._lay_out

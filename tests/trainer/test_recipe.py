@@ -83,7 +83,12 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
         ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the s2 block, 8"),
         ("training.global_batch_size=3 launch.processes=2", "training.global_batch_size: 3 is not a multiple"),
-        ("parallel.tp=2", "launch.processes: 1 is not a multiple of parallel.tp * parallel.pp = 2"),
+        ("parallel.tp=2", "launch.processes: 1 is not a multiple of parallel.tp * cp * pp = 2; use 2"),
+        (
+            "parallel.cp=5",
+            "training.seq_length: 96 does not split into 10 equal parts for parallel.cp 5 (zigzag)",
+        ),
+        ("parallel.layout=striped", "parallel.layout: should be 'zigzag' or 'contiguous', got 'striped'"),
         ("parallel.tp=4 launch.processes=4", "parallel.tp: 4 does not divide model.num_key_value_heads 2"),
         ("evaluation.ngram_baseline=true data.tokenizer=t.json", "evaluation.ngram_baseline: counts bytes"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
