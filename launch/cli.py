@@ -9,7 +9,10 @@ from .process import quiet_libraries
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 2 bad input (one line per problem on stderr), 1 anything else."""
+    """Run a command and exit.
+
+    0 done, 2 bad input (one line per problem on stderr), 3 loss not finite, 75 stopped on request, 1 anything else.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positionals after an option: an override may stand anywhere.
@@ -17,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from ..trainer.errors import EXIT_STATUS, UserError
+    from ..trainer.errors import UserError
 
     quiet_libraries()
     try:
@@ -25,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print("".join(f"longspan: {rank}{line}\n" for line in str(error).splitlines()), file=sys.stderr, end="", flush=True)
-        status = EXIT_STATUS
+        status = error.exit_status
     except KeyboardInterrupt:
         status = 130
     sys.exit(status or 0)
@@ -65,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 for the likeliest token (default 0.8)")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
+
+    status = commands.add_parser("status", help="show how far a run is, and which of its checkpoints are whole")
+    status.add_argument("run_dir", metavar="RUN")
+    status.set_defaults(run=_status)
 
     plot = commands.add_parser("plot", help="draw a run's loss curve")
     plot.add_argument("run_dir", metavar="RUN")
@@ -110,6 +117,13 @@ def _generate(options: argparse.Namespace) -> None:
     with process_group(os.cpu_count() or 1):
         engine = load_for_inference(folder)
         print(generate(folder, engine, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _status(options: argparse.Namespace) -> None:
+    from ..trainer.run_folder import RunFolder
+    from .status import status
+
+    status(RunFolder(options.run_dir))
 
 
 def _plot(options: argparse.Namespace) -> None:

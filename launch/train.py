@@ -1,15 +1,17 @@
 """``longspan train``: checks in the parent, then the ranks, then the report."""
 
+import contextlib
 import os
 import sys
 
 from ..trainer.data.prepare import DataPaths, prepare_data
-from ..trainer.errors import EXIT_STATUS, UserError
+from ..trainer.errors import STOPPED, UserError
 from ..trainer.metrics import require_wandb
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
 from .process import process_group, under_torchrun
+from .ranks import run_ranks
 
 
 def train(name: str, overrides: list[str], dry_run: bool) -> int:
@@ -23,66 +25,45 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
         require_wandb()
     if under_torchrun():
         return _work(recipe)
-    RunFolder(recipe.run_dir).require_new()
+    RunFolder(recipe.run_dir).require_usable(recipe)
     prepare_data(recipe)
     return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
 
 
 def _work(recipe: Recipe) -> int:
     """Run as one rank; the first also reports."""
-    threads = recipe.launch.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with process_group(threads):
+    with process_group(_threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))), contextlib.ExitStack() as stack:
         import torch.distributed as dist
 
         from ..trainer.control import Control
         from ..trainer.loop import train as train_loop
 
-        first, control = dist.get_rank() == 0, Control()
+        first, control, folder = dist.get_rank() == 0, Control(), RunFolder(recipe.run_dir)
         with control.together():
             if first:
-                RunFolder(recipe.run_dir).require_new()
+                folder.require_usable(recipe)
+                stack.enter_context(folder.lock())
             paths = prepare_data(recipe)
-        train_loop(recipe, paths, control)
+        finished = train_loop(recipe, paths, control)
+    if not finished:
+        return STOPPED
     if first:
-        _report(recipe, paths, RunFolder(recipe.run_dir))
+        _report(recipe, paths, folder)
     return 0
 
 
 def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
-    """Start this command once per process under torchrun's agent, and give the first failure's status."""
-    import logging
-    import uuid
-
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # our own message says what failed
     count, gpus = recipe.launch.processes, torch.cuda.device_count()
     if 0 < gpus < count:
         raise UserError(f"launch.processes: {count}, but this machine has {gpus} GPUs; use {gpus}, or hide them to use the CPU")
-    os.environ.setdefault("OMP_NUM_THREADS", str(recipe.launch.threads or max(1, (os.cpu_count() or 1) // count)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "longspan", "train", name, *overrides)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode != EXIT_STATUS:
-            print(f"longspan: rank {rank} ended with status {failure.exitcode}; its error is above", file=sys.stderr)
-        return failure.exitcode if failure.exitcode > 0 else 1
-    except SignalException as stopped:  # the agent has passed it on to the ranks
-        return 128 + stopped.sigval
-    return 0
+    return run_ranks([sys.executable, "-u", "-m", "longspan", "train", name, *overrides], count, _threads(recipe, count))
+
+
+def _threads(recipe: Recipe, processes: int) -> int:
+    """CPU threads of one of this machine's ``processes``."""
+    return recipe.launch.threads or max(1, (os.cpu_count() or 1) // processes)
 
 
 def _print_dry_run(recipe: Recipe) -> None:

@@ -21,6 +21,18 @@ class Control:
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return bool(raised)
 
+    def gather(self, value: object) -> list:
+        """Every rank's value, on every rank, in rank order."""
+        values: list = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def same(self, value: object) -> object:
+        """The first rank's value, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Bad input met inside by some ranks ends all of them here; those that met none have no message."""

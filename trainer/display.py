@@ -7,8 +7,9 @@ import time
 class Display:
     """A context manager; for rank 0 alone."""
 
-    def __init__(self, steps: int, log_interval: int):
-        self.steps, self.log_interval = steps, log_interval
+    def __init__(self, steps: int, log_interval: int, done: int = 0):
+        """``done`` of the ``steps`` were taken before this run."""
+        self.steps, self.log_interval, self.done = steps, log_interval, done
         self._started, self._progress = time.monotonic(), None
 
     def __enter__(self) -> "Display":
@@ -17,7 +18,7 @@ class Display:
 
             columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._progress = Progress(*columns)
-            self._task = self._progress.add_task("", total=self.steps)
+            self._task = self._progress.add_task("", total=self.steps, completed=self.done)
             self._progress.start()
         return self
 
@@ -31,8 +32,8 @@ class Display:
         line = f"loss {loss:.4f}{bits}  {tokens_per_sec:,.0f} tokens/s"
         if self._progress:
             self._progress.update(self._task, completed=step, description=line)
-        elif step % self.log_interval == 0 or step in (1, self.steps):
-            left = (time.monotonic() - self._started) / step * (self.steps - step)
+        elif step % self.log_interval == 0 or step in (self.done + 1, self.steps):
+            left = (time.monotonic() - self._started) / (step - self.done) * (self.steps - step)
             self.say(f"step {step:>{len(str(self.steps))}}/{self.steps}  {line}  {_clock(left)} left")
 
     def say(self, line: str) -> None:

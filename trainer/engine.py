@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .data.batches import Microbatch, Share
+from .shards import Shards
 
 
 class StepResult(NamedTuple):
@@ -19,6 +20,8 @@ class StepResult(NamedTuple):
     """Tokens that only filled up sequences."""
     grad_norm: float
     """Before clipping."""
+    updated: bool = True
+    """False where the loss or the gradient norm was not finite: the model and its optimizer are as before, bit by bit."""
 
     @property
     def loss(self) -> float:
@@ -35,7 +38,18 @@ class Engine(Protocol):
     """Of a global batch, on this rank."""
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
-        """One update; the loss is the mean over the global batch's labels, wherever they are."""
+        """One update, if all is finite; the loss is the mean over the global batch's labels, wherever they are."""
+        ...
+
+    def state(self) -> dict[str, Shards]:
+        """All that a checkpoint keeps, by global name, to save from and to load into.
+
+        ``model.*`` and ``optimizer.*`` are for any number of ranks, ``rng.*`` only for as many as there are.
+        """
+        ...
+
+    def restored(self, state: dict[str, Shards]) -> None:
+        """Take over what has been loaded into :meth:`state`'s shards."""
         ...
 
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:

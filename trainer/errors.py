@@ -2,11 +2,20 @@
 
 import difflib
 
-EXIT_STATUS = 2
+STOPPED = 75
+"""Exit status of a run that was asked to stop and can go on: sysexits' EX_TEMPFAIL."""
 
 
 class UserError(Exception):
-    """Bad input: each line names a key or file, what is wrong and what to do. Commands print it and exit with 2."""
+    """Bad input: each line names a key or file, what is wrong and what to do. Commands print it and exit with its status."""
+
+    exit_status = 2
+
+
+class NonFiniteError(UserError):
+    """Training cannot go on: the loss or its gradient is NaN or infinite."""
+
+    exit_status = 3
 
 
 def suggest(word: str, known: list[str]) -> str:

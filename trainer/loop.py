@@ -8,17 +8,21 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
+from .checkpointer import Checkpointer, Saved
 from .control import Control
 from .data.batches import Batches, Microbatch
 from .data.prepare import DataPaths
 from .data.tokenizer import recipe_vocab_size
 from .display import Display
 from .engine import Engine
+from .errors import NonFiniteError, UserError
 from .metrics import MetricsLog
+from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
 from .recipe import Recipe
 from .run_folder import RunFolder
 from .schedule import learning_rate
+from .stop import StopRequest
 
 
 def build_engine(recipe: Recipe) -> Engine:
@@ -28,32 +32,76 @@ def build_engine(recipe: Recipe) -> Engine:
     return MegatronEngine(recipe, recipe_vocab_size(recipe))
 
 
-def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
-    """Train to the last step, evaluate, and leave the weights in the run folder. Every rank calls it."""
-    engine = build_engine(recipe)
-    batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.share, engine.device)
-    folder, steps = RunFolder(recipe.run_dir), recipe.training.steps
-    tokens, since, logged = 0, time.monotonic(), 0
+def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
+    """Train from the newest checkpoint, or from step 0, to the last step; every rank calls it.
+
+    Returns:
+        False where it was asked to stop before the end: the state is saved, and the same call goes on with it.
+
+    Raises:
+        NonFiniteError: see :mod:`.nonfinite`.
+        UserError: where the state at the end or at a stop cannot be written.
+    """
+    folder, steps, rank = RunFolder(recipe.run_dir), recipe.training.steps, dist.get_rank()
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(folder.stop_file))
+        engine = build_engine(recipe)
         stack.callback(engine.close)
+        batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.share, engine.device)
+        checkpointer = Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control)
+        restored = checkpointer.restore(engine, print)
+        done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
+        policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
-        if dist.get_rank() == 0:
-            folder.create(recipe)
+        if rank == 0:
+            folder.begin(recipe, done)
             log = stack.enter_context(MetricsLog(folder, recipe))
-            display = stack.enter_context(Display(steps, recipe.metrics.log_interval))
+            display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
+            if done:
+                display.say(
+                    f"going on from step {done}" if done < steps else f"step {done} is done already: raise training.steps"
+                )
             for line in _warnings(recipe):
                 display.say(f"warning: {line}")
 
-        for step in range(1, steps + 1):
+        def report(saved: Saved | None) -> None:
+            if saved and display:
+                if saved.error:
+                    kept = f"step {checkpointer.last_step} is the last" if checkpointer.last_step else "there is none yet"
+                    display.say(f"ALERT: the checkpoint of step {saved.step} could not be written: {saved.error}; {kept}")
+                else:
+                    log.log(saved.step, {"checkpoint/save_s": saved.seconds})
+
+        def save_and_wait(step: int) -> None:
+            report(checkpointer.save(engine, step, tokens))
+            saved = checkpointer.poll(wait=True)
+            report(saved)
+            if saved and saved.error:
+                raise UserError(f"{folder.checkpoints}: step {step} is not saved ({saved.error})" if rank == 0 else "")
+
+        since, logged = time.monotonic(), done
+        for step in range(done + 1, steps + 1):
             lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
-            result = engine.step(list(_agreed(control, batches.step(step - 1))), lr)
+            taken = list(_agreed(control, batches.step(step - 1)))
+            result = engine.step(taken, lr)
+            try:
+                updated = policy.check(step, result, taken, rank)
+            except NonFiniteError:
+                save_and_wait(step - 1)
+                raise
             tokens += result.tokens
+            last = step == steps
             if display:
                 seconds = (time.monotonic() - since) / (step - logged)
                 speed = recipe.tokens_per_step / seconds
                 display.step(step, result.loss, _bits_per_byte(result.loss, batches.training.bytes_per_token), speed)
-            if step % recipe.metrics.log_interval == 0 or step in (1, steps):
+                if not updated:
+                    display.say(
+                        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; skipped, no update was made"
+                    )
+                    log.log(step, {"train/skipped": 1})
+            if updated and (step % recipe.metrics.log_interval == 0 or step == 1 or last):
                 if log:
                     log.log(
                         step,
@@ -69,7 +117,6 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
                         },
                     )
                 since, logged = time.monotonic(), step
-            last = step == steps
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
                 held_out = _agreed(control, batches.evaluation(sequences))
@@ -79,15 +126,31 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> None:
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
                     display.say(f"step {step}: {summary}")
                 since, logged = time.monotonic(), step
+            report(checkpointer.poll())
+            if control.any(stop.asked()) and not last:
+                save_and_wait(step)
+                if display:
+                    folder.stop_file.unlink(missing_ok=True)
+                    display.say(f"stopped after step {step} of {steps}, as asked; the same command goes on from there")
+                return False
+            if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
+                report(checkpointer.save(engine, step, tokens))
 
-        weights = engine.weights()
-        if weights is not None:
-            from safetensors.torch import save_file
+        if done < steps or not folder.weights.exists():
+            _write_weights(engine, folder)
+            save_and_wait(steps)
+        return True
 
-            partial = folder.weights.with_suffix(".partial")
-            save_file(weights, partial)
-            partial.rename(folder.weights)
-            plot_loss(folder)
+
+def _write_weights(engine: Engine, folder: RunFolder) -> None:
+    weights = engine.weights()
+    if weights is not None:
+        from safetensors.torch import save_file
+
+        partial = folder.weights.with_suffix(".partial")
+        save_file(weights, partial)
+        partial.rename(folder.weights)
+        plot_loss(folder)
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:

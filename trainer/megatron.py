@@ -4,12 +4,14 @@ Gloo on CPU, NCCL on GPUs.
 """
 
 import contextlib
+import math
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
@@ -20,8 +22,10 @@ from . import weights
 from .cpu import megatron_on_cpu
 from .data.batches import Microbatch, Share
 from .engine import StepResult
+from .megatron_state import MegatronState
 from .model import build_model
 from .recipe import Recipe
+from .shards import Shards
 from .size import parameter_count
 
 
@@ -71,22 +75,34 @@ class MegatronEngine:
                 bf16=config.bf16,
                 params_dtype=dtype,
                 use_distributed_optimizer=True,
-                clip_grad=recipe.training.max_grad_norm or float("inf"),
             ),
             [self._ddp],
         )
         config.grad_scale_func = self._optimizer.scale_loss
+        self._state = MegatronState(self.model, self._ddp, self._optimizer)
         self._forward_backward = get_forward_backward_func()
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
         loss_sum, tokens, padding = self._run(batches)
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):  # of all ranks: they agree
+            return StepResult(loss_sum, tokens, padding, grad_norm, updated=False)
         for group in self._optimizer.param_groups:  # Megatron's scheduler, not its optimizer, applies the multipliers
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
-        _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss_sum, tokens, padding, float(grad_norm))
+        if self.recipe.training.max_grad_norm:
+            clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self.recipe.training.max_grad_norm, grad_norm)
+        self._optimizer.step_with_ready_grads()
+        return StepResult(loss_sum, tokens, padding, grad_norm)
+
+    def state(self) -> dict[str, Shards]:
+        return self._state.shards()
+
+    def restored(self, state: dict[str, Shards]) -> None:
+        self._state.restored(state)
 
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._ddp.eval()

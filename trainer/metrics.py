@@ -46,8 +46,18 @@ def _start_wandb(folder: Path, recipe: Recipe):
     if not os.environ.get("WANDB_MODE") and not _has_wandb_account():
         os.environ["WANDB_MODE"] = "offline"
     settings = wandb.Settings(console="off", silent=True)
-    config = recipe.model_dump(mode="json")
-    return wandb.init(project=recipe.metrics.wandb_project, name=folder.name, dir=str(folder), config=config, settings=settings)
+    identity = folder / "wandb_id"  # a run that goes on is the same run there
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=recipe.metrics.wandb_project,
+        name=folder.name,
+        id=identity.read_text(),
+        resume="allow",
+        dir=str(folder),
+        config=recipe.model_dump(mode="json"),
+        settings=settings,
+    )
 
 
 def _has_wandb_account() -> bool:

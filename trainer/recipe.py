@@ -134,6 +134,11 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """0 for no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do where the loss or the gradient norm is NaN or infinite; neither makes the update. stop also writes the batch
+    to the run folder; skip goes on with the next."""
+    max_skipped_steps: Positive = 10
+    """Steps in a row that skip goes past before it stops."""
 
 
 class Optimizer(Section):
@@ -175,6 +180,13 @@ class Engine(Section):
     name: Literal["megatron"] = "megatron"
 
 
+class Checkpoint(Section):
+    interval: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0 for only at the end or a stop, which always write one."""
+    keep_latest_k: Annotated[int, Field(ge=0)] = 3
+    """How many to keep; 0 for all. 1 is refused: were it damaged, there would be none before it."""
+
+
 class Evaluation(Section):
     interval: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations on held-out data; 0 for only at the end."""
@@ -204,7 +216,7 @@ class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
     run_dir: Annotated[str, Field(min_length=1)]
-    """Folder of the run: recipe, metrics, weights, plots."""
+    """Folder of the run: recipe, metrics, checkpoints, weights, plots."""
     model: Model
     data: Data
     training: Training
@@ -212,6 +224,7 @@ class Recipe(Section):
     lr_scheduler: Scheduler = Scheduler()
     parallel: Parallel = Parallel()
     engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     metrics: Metrics = Metrics()
     launch: Launch = Launch()
@@ -294,6 +307,8 @@ def _training_problems(recipe: Recipe):
             f"{training.seq_length} does not split into {parts} equal parts for parallel.cp {parallel.cp} ({parallel.layout}) "
             f"and tp {parallel.tp}; use {training.seq_length + -training.seq_length % math.lcm(parts, align)}",
         )
+    if recipe.checkpoint.keep_latest_k == 1:
+        yield "checkpoint.keep_latest_k", "1 would leave nothing to go back to if it is damaged; use 2 or more, or 0 for all"
     processes = recipe.launch.processes
     if processes % parallel.model_ranks:
         yield (

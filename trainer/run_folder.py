@@ -1,43 +1,128 @@
 """The files of a run."""
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
+import socket
 import sys
+from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from .checkpoint import DamagedError, checkpoints
 from .errors import UserError
 from .recipe import Recipe
 from .recipe_file import load_recipe, to_yaml
 
+# What may differ between the runs that share a folder, one going on where the other stopped: nothing that is learned from.
+_MAY_CHANGE = (
+    "description",
+    "run_dir",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.on_nonfinite",
+    "training.max_skipped_steps",
+    "parallel",
+    "engine",
+    "checkpoint",
+    "evaluation",
+    "metrics",
+    "launch",
+)
+
 
 class RunFolder:
-    """``recipe.yaml`` (resolved), ``versions.txt``, ``metrics.jsonl``, ``weights.safetensors``, ``plots/``."""
+    """``recipe.yaml`` (resolved), ``versions.txt``, ``metrics.jsonl``, ``checkpoints/``, ``weights.safetensors``, ``plots/``.
+
+    ``lock`` is held while a run trains; ``STOP``, where someone makes it, asks that run to stop.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.recipe_file = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
         self.weights = self.path / "weights.safetensors"
         self.loss_plot = self.path / "plots" / "loss.png"
+        self.nonfinite = self.path / "nonfinite"
+        self.stop_file = self.path / "STOP"
+        self._lock_file = self.path / "lock"
 
-    def create(self, recipe: Recipe) -> None:
-        """Write what describes the run."""
-        self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
-        self.recipe_file.write_text(to_yaml(recipe))
-        packages = ("longspan", "torch", "megatron-core", "numpy")
-        lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
-        self.path.joinpath("versions.txt").write_text("\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
-
-    def require_new(self) -> None:
-        """Refuse a folder that holds a run, or that cannot be made."""
-        if self.recipe_file.exists():
-            raise UserError(f"run_dir: {self.path} holds a run already; choose another run_dir or remove that folder")
+    def require_usable(self, recipe: Recipe) -> None:
+        """Refuse a folder that cannot be made or written, is in use, or holds a run that ``recipe`` cannot go on with."""
         parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise UserError(f"run_dir: {self.path} cannot be made or written; choose another run_dir")
+        if not self.recipe_file.exists():
+            return
+        with self.lock():
+            pass
+        try:
+            before = self.recipe
+        except UserError as error:
+            raise UserError(
+                f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be read; choose another run_dir"
+            ) from None
+        problems = [
+            f"{key}: is {new!r}, but the run in {self.path} has {old!r}; set it back, or choose another run_dir"
+            for key, old, new in _differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+            if not any(key == may or key.startswith(f"{may}.") for may in _MAY_CHANGE)
+        ]
+        for newest in checkpoints(self.checkpoints)[:1]:
+            with contextlib.suppress(DamagedError):  # told and gone round when it is loaded
+                if newest.manifest().step > recipe.training.steps:
+                    steps = recipe.training.steps
+                    problems.append(f"training.steps: {steps}, but the run in {self.path} has done {newest.step}; raise it")
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one run; the lock goes with the process, however it ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock_file.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"run_dir: {self.path} is in use by {self.user}; wait for it, or choose another run_dir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    @property
+    def user(self) -> str:
+        """Who holds the lock, or held it last."""
+        return self._lock_file.read_text() or "another process"
+
+    def in_use(self) -> bool:
+        """Whether a run holds the folder."""
+        if not self._lock_file.exists():
+            return False
+        with self._lock_file.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def begin(self, recipe: Recipe, step: int) -> None:
+        """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again."""
+        self.stop_file.unlink(missing_ok=True)  # it was meant for a run before this one
+        self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        _replace(self.recipe_file, to_yaml(recipe))
+        packages = ("longspan", "torch", "megatron-core", "numpy")
+        lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
+        _replace(self.path / "versions.txt", "\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
+        if self.metrics.exists():
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            _replace(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -52,6 +137,22 @@ class RunFolder:
             raise UserError(f"{self.metrics}: no such file; the run has logged nothing yet")
         lines = self.metrics.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a run may be writing the last one
+
+
+def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
+    """(dotted key, old, new) of all that differs between two nested mappings."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".removeprefix("."))
+    elif old != new:
+        yield key, old, new
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole: a run that is killed here leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def _version(package: str) -> str:

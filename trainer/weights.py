@@ -28,6 +28,12 @@ def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
+def is_second_copy(model: GPTModel, parameter: nn.Parameter) -> bool:
+    """Whether it is a last stage's own copy of the tied embedding, which the first stage has as well."""
+    tied = model.post_process and not model.pre_process and model.share_embeddings_and_output_weights
+    return tied and parameter is model.output_layer.weight
+
+
 def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """Set every parameter to a pure function of (seed, its global name): the same model on any number of ranks.
 
@@ -35,7 +41,7 @@ def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """
     for name, parameter in global_parameters(model):
         shape = list(parameter.shape)
-        if _is_split(parameter):
+        if is_split(parameter):
             shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -63,7 +69,7 @@ def gather(
     group, here = parallel_state.get_tensor_model_parallel_group(), {}
     for name, parameter in global_parameters(model):
         part = of(parameter).contiguous()
-        if _is_split(parameter) and group.size() > 1:
+        if is_split(parameter) and group.size() > 1:
             parts = [torch.empty_like(part) for _ in range(group.size())]
             dist.all_gather(parts, part, group=group)
             part = _unsplit(parts, parameter)
@@ -78,7 +84,7 @@ def gather(
 
 @torch.no_grad()
 def _load(parameter: nn.Parameter, whole: Tensor) -> None:
-    if _is_split(parameter):
+    if is_split(parameter):
         rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
         # A partition stride of 2 is [gate; up] in one matrix: a rank holds its part of each.
         slabs = whole.chunk(parameter.partition_stride, parameter.partition_dim)
@@ -92,5 +98,6 @@ def _unsplit(parts: list[Tensor], parameter: nn.Parameter) -> Tensor:
     return torch.cat([piece for slab in slabs for piece in slab], dim)
 
 
-def _is_split(parameter: nn.Parameter) -> bool:
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether each tensor-parallel rank holds a slice of it."""
     return getattr(parameter, "tensor_model_parallel", False)
