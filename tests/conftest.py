@@ -84,9 +84,12 @@ def longspan():
 
 @pytest.fixture
 def ranks():
-    """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``."""
+    """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
-    def run(count: int, script: Path, *args: object) -> None:
+    They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
+    """
+
+    def run(count: int, script: Path, *args: object, status: int | None = 0) -> list[tuple[str, str]]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -95,14 +98,16 @@ def ranks():
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, args)],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
             for rank in range(count)
         ]
-        errors = [process.communicate(timeout=400)[1] for process in processes]
-        for rank, (process, error) in enumerate(zip(processes, errors, strict=True)):
-            assert process.returncode == 0, f"rank {rank} of {count}:\n{error[-3000:]}"
+        written = [process.communicate(timeout=400) for process in processes]
+        for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
+            assert status in (None, process.returncode), f"rank {rank} of {count}: {process.returncode}\n{error[-3000:]}"
+        return written
 
     return run
 

@@ -141,7 +141,9 @@ class Checkpointer:
             self._agree(lambda: prune(self.folder, self._keep) if self._first else None)
         except CheckpointException as failed:
             where, (caught, _) = next(iter(failed.failures.items()))
-            error = f"rank {where}: {caught}"
+            # Torch says no more of a full disk than that its file has not the length it should have.
+            free = shutil.disk_usage(self.folder).free / 2**20
+            error = f"rank {where}: {str(caught).splitlines()[0]} (the disk has {free:,.0f} MiB left)"
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
         self._saved = Saved(step, time.monotonic() - began, error)

@@ -60,7 +60,7 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
             if done:
                 display.say(
-                    f"going on from step {done}" if done < steps else f"step {done} is done already: raise training.steps"
+                    f"going on from step {done}" if done < steps else f"all {steps} steps are done; raise training.steps"
                 )
             for line in _warnings(recipe):
                 display.say(f"warning: {line}")
@@ -76,9 +76,9 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
         def save_and_wait(step: int) -> None:
             report(checkpointer.save(engine, step, tokens))
             saved = checkpointer.poll(wait=True)
-            report(saved)
             if saved and saved.error:
-                raise UserError(f"{folder.checkpoints}: step {step} is not saved ({saved.error})" if rank == 0 else "")
+                raise UserError(f"{folder.checkpoints}: step {step} is not saved: {saved.error}" if rank == 0 else "")
+            report(saved)
 
         since, logged = time.monotonic(), done
         for step in range(done + 1, steps + 1):
@@ -97,9 +97,8 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
                 speed = recipe.tokens_per_step / seconds
                 display.step(step, result.loss, _bits_per_byte(result.loss, batches.training.bytes_per_token), speed)
                 if not updated:
-                    display.say(
-                        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; skipped, no update was made"
-                    )
+                    what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+                    display.say(f"step {step}: {what}: skipped, without an update")
                     log.log(step, {"train/skipped": 1})
             if updated and (step % recipe.metrics.log_interval == 0 or step == 1 or last):
                 if log:

@@ -1,0 +1,238 @@
+"""Real runs that are killed, stopped, damaged and taken up again, against one that was left alone."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "run_worker.py"
+OPTIONS = ["checkpoint.interval=4", "checkpoint.keep_latest_k=2", "training.steps=14"]
+PAIR = ["parallel.cp=2", *OPTIONS]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def go(ranks, tiny_recipe):
+    """``go(count, *faults and overrides)``: one start of the run; what the ranks wrote."""
+
+    def start(count, *arguments, status=0):
+        return ranks(count, WORKER, tiny_recipe, *arguments, f"launch.processes={count}", status=status)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """What the first test that needs it makes, and the others use."""
+    return {"folder": tmp_path_factory.mktemp("made")}
+
+
+@pytest.fixture
+def expected(made, go, run):
+    """What a run on two ranks sees to which nothing happens: step -> (loss in hex, hash of its tokens)."""
+    if "expected" not in made:
+        go(2, *PAIR)
+        made["expected"] = seen(run)
+        shutil.rmtree(run)
+    return made["expected"]
+
+
+@pytest.fixture
+def stopped(made, go, run):
+    """Such a run that was stopped after step 10, with checkpoints of steps 8 and 10."""
+    kept = made["folder"] / "stopped"
+    if not kept.exists():
+        go(2, "stop-file=10", *PAIR, status=75)
+        run.rename(kept)
+    return shutil.copytree(kept, run)
+
+
+def seen(run):
+    """The last account of every step: those after the checkpoint are taken again."""
+    return {int(step): (loss, tokens) for step, loss, tokens in map(str.split, (run / "seen.txt").read_text().splitlines())}
+
+
+def whole_steps(longspan, run):
+    listed = longspan("status", run).stdout
+    return [int(step) for step in re.findall(r"^(\d+) .* whole$", listed, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("fault", ["kill=7", "kill-in-save=8", "kill-before-clean-up=8"])
+def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
+    go(2, fault, *PAIR, status=None)
+    assert len(seen(run)) < 14
+    leftovers = list((run / "checkpoints").glob("*.partial"))
+    assert bool(leftovers) == (fault == "kill-in-save=8")
+    whole = whole_steps(longspan, run)
+    assert whole == ([8, 4] if fault == "kill-before-clean-up=8" else [4])
+    written = go(2, *PAIR)
+    assert f"going on from step {whole[0]}" in written[0][0]
+    assert seen(run) == expected
+    assert whole_steps(longspan, run) == [14, 12]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000012", "step-00000014"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "train/loss" in record]
+    assert steps == [1, 5, 10, 14], "a step that is taken again is logged once"
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": ("__1_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-100]), "has 4?[0-9,]+ bytes instead of"),
+    "deleted": ("__0_0.distcp", Path.unlink, "No such file"),
+    "one bit": ("__0_0.distcp", flip_a_bit, r"has changed since it was written \(SHA-256 differs\)"),
+    "metadata": (".metadata", flip_a_bit, r"has changed since it was written \(SHA-256 differs\)"),
+    "empty manifest": ("manifest.json", lambda path: path.write_text(""), "is not a manifest"),
+    "no manifest": ("manifest.json", Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(go, longspan, stopped, expected, name, damage, message):
+    newest = stopped / "checkpoints" / "step-00000010"
+    damage(newest / name)
+    listed = longspan("status", stopped)
+    assert re.search(rf"^10 .*{re.escape(name)}:? {message}", listed.stdout, re.MULTILINE), listed.stdout
+    assert whole_steps(longspan, stopped) == [8]
+    first, second = go(2, *PAIR)
+    assert re.search(rf"warning: {newest}: {re.escape(name)}:? {message}", first[0]), first[0]
+    assert "set aside as step-00000010.damaged-1, going on from step 8" in first[0]
+    assert "warning" not in second[0]
+    assert seen(stopped) == expected
+
+
+def test_without_a_whole_checkpoint_nothing_is_lost(go, stopped):
+    for checkpoint in (stopped / "checkpoints").iterdir():
+        flip_a_bit(checkpoint / "__0_0.distcp")
+    before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    first, _ = go(2, *PAIR, status=2)
+    assert "checkpoints: holds no whole checkpoint; remove the folder to train from step 0" in first[1]
+    assert "step-00000008: __0_0.distcp has changed" in first[1]
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
+
+
+def test_other_ranks_go_on_with_the_same_tokens_and_losses(go, run, expected):
+    """Four ranks, then one, then two of each kind, each taking up what the one before left."""
+    arrangements = [(4, "parallel.cp=2"), (2, "parallel.pp=2"), (1,), (2, "parallel.tp=2"), (2, "parallel.cp=2"), (1,)]
+    for part, (count, *overrides) in enumerate(arrangements):
+        stop, status = ([f"stop-file={2 * part + 2}"], 75) if part < 5 else ([], 0)
+        go(count, *stop, *overrides, *OPTIONS, status=status)
+    ours = seen(run)
+    assert [tokens for _, tokens in ours.values()] == [tokens for _, tokens in expected.values()]
+    for step, (loss, _) in expected.items():
+        assert float.fromhex(ours[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
+
+
+def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
+    options = ["parallel.pp=2", "training.dtype=bfloat16", "training.steps=6"]
+    go(2, *options)
+    alone = seen(run)
+    shutil.rmtree(run)
+    go(2, "stop-file=3", *options, status=75)
+    go(2, *options)
+    assert seen(run) == alone
+
+
+@pytest.mark.parametrize("request_to_stop", ["term=6", "usr1=6"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(go, run, longspan, expected, request_to_stop):
+    first, _ = go(2, request_to_stop, *PAIR, status=75)
+    assert "stopped after step 6 of 14, as asked; the same command goes on from there" in first[0]
+    assert whole_steps(longspan, run) == [6, 4]
+    go(2, *PAIR)
+    assert seen(run) == expected
+
+
+def test_a_full_disk_stops_no_training(go, run, longspan, expected):
+    first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR)
+    alert = "ALERT: the checkpoint of step 8 could not be written: rank "
+    assert alert in first[0]
+    assert re.search(r"\(the disk has [0-9,]+ MiB left\); step 4 is the last", first[0])
+    assert whole_steps(longspan, run) == [14, 12]
+    assert not list((run / "checkpoints").glob("*.partial"))
+    assert seen(run) == expected
+
+
+def test_a_full_disk_at_a_stop_is_an_error_and_leaves_the_last_checkpoint(go, run, longspan):
+    first, _ = go(2, "disk-full=5", "stop-file=6", *PAIR, status=2)
+    assert "checkpoints: step 6 is not saved: rank " in first[1]
+    assert whole_steps(longspan, run) == [4]
+
+
+@pytest.mark.parametrize("fault", ["nan-loss=6", "inf-gradient=6"])
+def test_a_step_that_is_not_finite_stops_the_run_before_the_update(go, run, longspan, expected, fault):
+    from safetensors.torch import load_file
+
+    first, second = go(2, fault, *PAIR, status=3)
+    assert re.search("step 6: loss .* and gradient norm (nan|inf); no update was made; the batch is in", first[1])
+    assert "longspan" not in second[1]
+    assert whole_steps(longspan, run) == [5, 4]
+    dumped = [load_file(run / "nonfinite" / "step-00000006" / f"rank-{rank}.safetensors") for rank in range(2)]
+    assert {tuple(batches["0.tokens"].shape) for batches in dumped} == {(1, 48)}
+    go(2, *PAIR)  # without the fault
+    assert seen(run) == expected
+
+
+def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(go, run):
+    skip = [*PAIR, "training.on_nonfinite=skip", "training.max_skipped_steps=2"]
+    first, _ = go(2, "nan-loss=6", "times=2", *skip)
+    assert first[0].count("skipped, without an update") == 2
+    losses = {step: float.fromhex(loss) for step, (loss, _) in seen(run).items()}
+    assert [step for step, loss in losses.items() if loss != loss] == [6, 7]
+    shutil.rmtree(run)
+    first, _ = go(2, "nan-loss=6", "times=3", *skip, status=3)
+    assert "step 8: loss nan" in first[1]
+    assert "3 steps in a row, training.max_skipped_steps is 2" in first[1]
+
+
+def test_a_finished_run_says_so_and_more_steps_continue_it(go, run, tiny_recipe):
+    steady = ["lr_scheduler.name=wsd", "lr_scheduler.decay_ratio=0.0", "training.steps=4"]
+    go(1, *steady)
+    first = go(1, *steady)[0]
+    assert "all 4 steps are done; raise training.steps" in first[0]
+    assert len(seen(run)) == 4
+    go(1, *steady[:2], "training.steps=6")
+    assert list(seen(run)) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (
+            ["optimizer.lr=1e-4", "training.seed=1", "model.layers.blocks.sparse.stride=1"],
+            [
+                "optimizer.lr: is 0.0001, but the run in {} has 0.001; set it back, or choose another run_dir",
+                "training.seed: is 1, but",
+                "model.layers.blocks.sparse.stride: is 1, but",
+            ],
+        ),
+        (["training.steps=9"], ["training.steps: 9, but the run in {} has done 10; raise it"]),
+    ],
+)
+def test_another_recipe_is_refused_with_its_keys(longspan, tiny_recipe, stopped, overrides, messages):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file() and path.name != "lock"}
+    done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR, *overrides)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == len(messages), done.stderr
+    for message in messages:
+        assert message.format(stopped) in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stopped):
+    file = stopped / "checkpoints" / "step-00000010" / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
+    done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR)
+    assert done.returncode == 2
+    assert "step-00000010: was written by a newer longspan (format 99, this one reads up to 1); upgrade" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert file.exists()
