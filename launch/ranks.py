@@ -66,13 +66,13 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
 
 def _failure(ranks: list[subprocess.Popen]) -> int:
     """The status of a rank that has failed, told on stderr where it could not tell itself; 0 while there is none."""
-    for number, rank in enumerate(ranks):
-        if rank.returncode is not None and rank.returncode < 0:
-            name = signal.Signals(-rank.returncode).name
-            print(f"longspan: rank {number} was ended by {name}", file=sys.stderr)
-            return 128 - rank.returncode
-        if rank.returncode not in (None, 0, STOPPED):
-            if rank.returncode not in (UserError.exit_status, NonFiniteError.exit_status):
-                print(f"longspan: rank {number} ended with status {rank.returncode}; its error is above", file=sys.stderr)
-            return rank.returncode
+    ended = {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode not in (None, 0, STOPPED)}
+    for number, status in ended.items():  # a rank that was killed is why others have failed
+        if status < 0:
+            print(f"longspan: rank {number} was ended by {signal.Signals(-status).name}", file=sys.stderr)
+            return 128 - status
+    for number, status in ended.items():
+        if status not in (UserError.exit_status, NonFiniteError.exit_status):
+            print(f"longspan: rank {number} ended with status {status}; its error is above", file=sys.stderr)
+        return status
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -48,7 +49,7 @@ def _start_wandb(folder: Path, recipe: Recipe):
     settings = wandb.Settings(console="off", silent=True)
     identity = folder / "wandb_id"  # a run that goes on is the same run there
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(uuid.uuid4().hex)
     return wandb.init(
         project=recipe.metrics.wandb_project,
         name=folder.name,

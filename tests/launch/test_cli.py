@@ -48,7 +48,7 @@ def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_p
     assert "steps: 7" in out
     assert "eps: 1.0e-08" in out, "defaults are shown too"
     assert "tokens per step  384" in out
-    assert "processes        4 = dp 2 x tp 2 x pp 1" in out
+    assert "processes        4 = dp 2 x cp 1 x pp 1 x tp 2" in out
     assert "parameters       168,800" in out
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,78 @@
+"""Stopping a run of several processes from outside, as a person or a scheduler does."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.fixture
+def start(tiny_recipe, tmp_path):
+    """Start a long run of two processes and wait for its first steps."""
+    processes = []
+
+    def run(*overrides):
+        command = [sys.executable, "-m", "longspan", "train", tiny_recipe, "launch.processes=2", "training.steps=100000"]
+        log = (tmp_path / "log").open("w")
+        processes.append(subprocess.Popen([*command, *overrides], stdout=log, stderr=log))
+        deadline = time.monotonic() + 120
+        while "step" not in (tmp_path / "log").read_text():
+            assert processes[-1].poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number):
+    process = start("parallel.cp=2")
+    process.send_signal(number)
+    assert process.wait(60) == 75
+    (step,) = re.findall("stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text())
+    assert re.search(rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tiny_recipe, tmp_path):
+    process = start()
+    assert "running: process " in longspan("status", tmp_path / "run").stdout
+    second = longspan("train", tiny_recipe, "training.steps=100000")
+    assert second.returncode == 2
+    assert f"run_dir: {tmp_path / 'run'} is in use by process " in second.stderr
+    (tmp_path / "run" / "STOP").touch()
+    assert process.wait(60) == 75
+    assert not (tmp_path / "run" / "STOP").exists()
+    assert "not running" in longspan("status", tmp_path / "run").stdout
+
+
+def test_a_second_signal_ends_it_at_once(start, tmp_path):
+    process = start("training.seq_length=24576", "training.global_batch_size=64")  # a step takes a minute
+    children = children_of(process.pid)
+    assert len(children) == 2
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert "was ended by SIGTERM" in (tmp_path / "log").read_text()
+    assert not any(os.path.exists(f"/proc/{child}/status") for child in children)
+
+
+def test_a_rank_that_dies_ends_the_others(start, tmp_path):
+    process = start("parallel.cp=2")
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    assert process.wait(30) == 128 + signal.SIGKILL
+    assert "rank 1 was ended by SIGKILL" in (tmp_path / "log").read_text()
+
+
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return [int(child) for child in listed.stdout.split()]
