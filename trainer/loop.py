@@ -65,20 +65,20 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
             for line in _warnings(recipe):
                 display.say(f"warning: {line}")
 
-        def report(saved: Saved | None) -> None:
+        def report(step: int, saved: Saved | None) -> None:
             if saved and display:
                 if saved.error:
                     kept = f"step {checkpointer.last_step} is the last" if checkpointer.last_step else "there is none yet"
                     display.say(f"ALERT: the checkpoint of step {saved.step} could not be written: {saved.error}; {kept}")
                 else:
-                    log.log(saved.step, {"checkpoint/save_s": saved.seconds})
+                    log.log(step, {"checkpoint/save_s": saved.seconds})
 
         def save_and_wait(step: int) -> None:
-            report(checkpointer.save(engine, step, tokens))
+            report(step, checkpointer.save(engine, step, tokens))
             saved = checkpointer.poll(wait=True)
             if saved and saved.error:
                 raise UserError(f"{folder.checkpoints}: step {step} is not saved: {saved.error}" if rank == 0 else "")
-            report(saved)
+            report(step, saved)
 
         since, logged = time.monotonic(), done
         for step in range(done + 1, steps + 1):
@@ -125,7 +125,7 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
                     display.say(f"step {step}: {summary}")
                 since, logged = time.monotonic(), step
-            report(checkpointer.poll())
+            report(step, checkpointer.poll())
             if control.any(stop.asked()) and not last:
                 save_and_wait(step)
                 if display:
@@ -133,7 +133,7 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
                     display.say(f"stopped after step {step} of {steps}, as asked; the same command goes on from there")
                 return False
             if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
-                report(checkpointer.save(engine, step, tokens))
+                report(step, checkpointer.save(engine, step, tokens))
 
         if done < steps or not folder.weights.exists():
             _write_weights(engine, folder)
