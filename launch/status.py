@@ -7,7 +7,8 @@ from ..trainer.run_folder import RunFolder
 def status(folder: RunFolder) -> None:
     """Print it; every file of every checkpoint is read."""
     steps = folder.recipe.training.steps
-    logged = folder.read_metrics()[-1]["step"] if folder.metrics.is_file() and folder.metrics.stat().st_size else 0
+    records = folder.read_metrics() if folder.metrics.is_file() else []
+    logged = records[-1]["step"] if records else 0
     print(f"{folder.path}: step {logged} of {steps}, {f'running: {folder.user}' if folder.in_use() else 'not running'}")
     rows = [("step", "saved at", "ranks", "size", "state")]
     for checkpoint, manifest, damage in describe(folder.checkpoints):

@@ -118,7 +118,7 @@ def prune(folder: Path, keep: int) -> None:
         # Renamed first: what is left of a removal that was cut short must not look like a checkpoint.
         doomed = old.path.with_suffix(".partial")
         old.path.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # clean_up tries again
 
 
 def clean_up(folder: Path) -> None:

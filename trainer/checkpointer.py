@@ -143,7 +143,7 @@ class Checkpointer:
             where, (caught, _) = next(iter(failed.failures.items()))
             # Torch says no more of a full disk than that its file has not the length it should have.
             free = shutil.disk_usage(self.folder).free / 2**20
-            error = f"rank {where}: {str(caught).splitlines()[0]} (the disk has {free:,.0f} MiB left)"
+            error = f"rank {where}: {(str(caught) or repr(caught)).splitlines()[0]} (the disk has {free:,.0f} MiB left)"
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
         self._saved = Saved(step, time.monotonic() - began, error)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from .checkpointer import Checkpointer, Saved
 from .control import Control
 from .data.batches import Batches, Microbatch
+from .data.corpus import fingerprint
 from .data.prepare import DataPaths
 from .data.tokenizer import recipe_vocab_size
 from .display import Display
@@ -52,9 +53,12 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
+        with control.together():
+            if rank == 0:
+                names = zip(recipe.data.sources, paths.sources, strict=True)
+                folder.begin(recipe, done, {name: fingerprint(prefix) for name, prefix in names})
         display = log = None
         if rank == 0:
-            folder.begin(recipe, done)
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")

@@ -49,6 +49,7 @@ class RunFolder:
         self.loss_plot = self.path / "plots" / "loss.png"
         self.nonfinite = self.path / "nonfinite"
         self.stop_file = self.path / "STOP"
+        self._data_file = self.path / "data.json"
         self._lock_file = self.path / "lock"
 
     def require_usable(self, recipe: Recipe) -> None:
@@ -111,12 +112,23 @@ class RunFolder:
                 return True
         return False
 
-    def begin(self, recipe: Recipe, step: int) -> None:
-        """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again."""
+    def begin(self, recipe: Recipe, step: int, data: dict[str, str]) -> None:
+        """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again.
+
+        Args:
+            data: a fingerprint of each corpus. A run that goes on must have those it began with.
+        """
+        if step and self._data_file.exists():
+            before = json.loads(self._data_file.read_text())
+            for name in data:
+                if before.get(name, data[name]) != data[name]:
+                    changed = f"data.sources: {name}: is not the corpus that the run in {self.path} began with"
+                    raise UserError(f"{changed}; bring that back, or choose another run_dir")
         self.stop_file.unlink(missing_ok=True)  # it was meant for a run before this one
         self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _replace(self.recipe_file, to_yaml(recipe))
+        _replace(self._data_file, json.dumps(data, indent=1))
         packages = ("longspan", "torch", "megatron-core", "numpy")
         lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
         _replace(self.path / "versions.txt", "\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")

@@ -228,6 +228,14 @@ def test_another_recipe_is_refused_with_its_keys(longspan, tiny_recipe, stopped,
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_another_corpus_under_the_same_name_is_refused(go, stopped, corpus):
+    began_with = json.loads((stopped / "data.json").read_text())
+    assert list(began_with) == [corpus]
+    (stopped / "data.json").write_text(json.dumps({corpus: "another-" + began_with[corpus]}))
+    first, _ = go(2, *PAIR, status=2)
+    assert f"data.sources: {corpus}: is not the corpus that the run in {stopped} began with" in first[1]
+
+
 def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stopped):
     file = stopped / "checkpoints" / "step-00000010" / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
