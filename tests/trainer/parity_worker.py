@@ -26,6 +26,7 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
         dist.all_gather_object(seen["local_tokens"], tokens)
         if dist.get_rank() == 0:
             torch.save(seen, out)
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def train(ranks, tiny_recipe, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("tied", "arrangements"), [("true", PAIRS), ("false", PAIRS), ("true", CONTEXT)])
+@pytest.mark.parametrize(
+    ("tied", "arrangements"), [("true", PAIRS), pytest.param("false", PAIRS, marks=pytest.mark.wide), ("true", CONTEXT)]
+)
 def test_every_arrangement_trains_the_same_model(train, tied, arrangements):
     tied = f"model.tie_word_embeddings={tied}"
     alone = train("alone", 1, tied)

@@ -143,7 +143,7 @@ def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
     assert seen(run) == alone
 
 
-@pytest.mark.parametrize("request_to_stop", ["term=6", "usr1=6"])
+@pytest.mark.parametrize("request_to_stop", ["term=6", pytest.param("usr1=6", marks=pytest.mark.wide)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(go, run, longspan, expected, request_to_stop):
     first, _ = go(2, request_to_stop, *PAIR, status=75)
     assert "stopped after step 6 of 14, as asked; the same command goes on from there" in first[0]
