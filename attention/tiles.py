@@ -138,7 +138,7 @@ class _Part(NamedTuple):
 
 def _parts(pattern: Pattern, q_at: int, queries: int, kv_heads: int, device: torch.device) -> Iterator[_Part]:
     stop = q_at + queries
-    if isinstance(pattern, Causal) and device.type == "cpu":
+    if isinstance(pattern, Causal) and device.type in _FLASH_DEVICES:
         yield _Part(slice(0, queries), slice(q_at, stop), "causal")
         if q_at:
             yield _Part(slice(0, queries), slice(0, q_at), None, adds=True)
@@ -164,7 +164,7 @@ def _merge(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> tuple[Tens
 
 def _part_forward(q, k, v, visible, scale):
     """Torch's flash kernel on the CPU; elsewhere the formula in fp32."""
-    if q.device.type == "cpu":
+    if q.device.type in _FLASH_DEVICES:
         causal, mask = _cpu_mask(visible, q)
         return _FLASH(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     out, lse = _formula_forward(*(x.to(accumulation_dtype(q)) for x in (q, k, v)), visible, scale)
@@ -172,7 +172,7 @@ def _part_forward(q, k, v, visible, scale):
 
 
 def _part_backward(grad_out, q, out, lse, k, v, visible, scale):
-    if q.device.type == "cpu":
+    if q.device.type in _FLASH_DEVICES:
         causal, mask = _cpu_mask(visible, q)
         return _FLASH_BACKWARD(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     tensors = (x.to(accumulation_dtype(q)) for x in (grad_out, q, k, v, out, lse))
@@ -219,5 +219,7 @@ def _doubles(*tensors: Tensor) -> list[Tensor]:
 # Query blocks that share one gather of keys: more of them waste work at the band's corner, fewer waste calls.
 _QUERY_BLOCKS = 8
 
+# Where torch has a flash kernel that gives the log-sum-exp and takes the final one back.
+_FLASH_DEVICES = {"cpu"}
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -58,6 +58,13 @@ def test_head_ratios_and_value_dims(heads, kv_heads, value_dim):
         assert error < 1e-10, name
 
 
+@pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3)], ids=str)
+def test_devices_without_the_flash_kernel(pattern, monkeypatch):
+    monkeypatch.setattr("longspan.attention.tiles._FLASH_DEVICES", set())
+    for name, error in compare(pattern, DOCUMENTS["edges"], 6, 3, value_dim=8).items():
+        assert error < 1e-10, name
+
+
 def test_a_stripe_off_by_one_and_a_band_too_short_are_caught(monkeypatch):
     real = S2.need
     monkeypatch.setattr(S2, "need", lambda self, a, b, head: real(self, a, b, head + 1))
