@@ -8,21 +8,23 @@ import time
 from datetime import timedelta
 
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
-from ..trainer.stop import SIGNALS
+from ..trainer.stop import LIFELINE, REPEAT_SECONDS, SIGNALS, heeded
 
-# How long the others get to notice by themselves that one has failed: their collectives tell them within a second.
-_GRACE_SECONDS = 5.0
+# How long the others get once a rank has failed: their collectives tell them within a second, then they clean up.
+_GRACE_SECONDS = 30.0
 
 
 def run_ranks(command: list[str], count: int, threads: int) -> int:
     """Run ``command`` as ``count`` ranks with torchrun's environment, and give the status of the first that failed.
 
-    Signals that ask to stop are passed on, so that the ranks stop together in their own time (torchrun would give them 30 s).
+    A signal that asks to stop is passed on, so that the ranks stop together in their own time (torchrun would give them
+    30 s); a second one ends them at once. They stop as well when this process is killed.
     """
     from torch.distributed import TCPStore
 
     # This process keeps the rendezvous store, as torchrun's agent does, so no port is chosen before it is bound.
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    lifeline, held = os.pipe()  # this process holds the writing end until it ends, in whatever way
     shared = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
@@ -31,37 +33,48 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        LIFELINE: str(lifeline),
     }
+    received: list[int] = []
+    numbers = heeded((*SIGNALS, signal.SIGHUP))
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
     ranks: list[subprocess.Popen] = []
-
-    def pass_on(number: int, frame: object) -> None:
-        for rank in ranks:
-            rank.send_signal(signal.SIGTERM)
-
-    handled = (*SIGNALS, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in handled}
     try:
         for rank in range(count):
             # A session of their own: Ctrl-C in a terminal comes to them once, from here.
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        return _wait(ranks)
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[lifeline]))
+        return _wait(ranks, received)
     finally:
         for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
+            rank.kill()
+            rank.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(lifeline)
+        os.close(held)
 
 
-def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Until all have ended, or one has failed and the others had time to see it."""
-    failed, deadline = 0, None
-    while any(rank.poll() is None for rank in ranks) and (deadline is None or time.monotonic() < deadline):
+def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
+    """Until all have ended, or one has failed and the others had time to see it, or a second signal has come."""
+    failed = 0
+    deadline = asked = None
+    while True:
+        running = [rank for rank in ranks if rank.poll() is None]
+        if not running or (deadline is not None and time.monotonic() > deadline):
+            return failed or _failure(ranks) or max(rank.returncode for rank in ranks)
+        while received:
+            number = received.pop(0)
+            if asked is None:
+                asked = time.monotonic()
+                for rank in running:
+                    rank.send_signal(signal.SIGTERM)
+            elif time.monotonic() - asked > REPEAT_SECONDS:
+                print(f"longspan: ended at once by a second {signal.Signals(number).name}", file=sys.stderr)
+                return 128 + number
         if deadline is None and (failed := _failure(ranks)):
             deadline = time.monotonic() + _GRACE_SECONDS
         time.sleep(0.05)
-    return failed or _failure(ranks) or max(rank.returncode for rank in ranks)
 
 
 def _failure(ranks: list[subprocess.Popen]) -> int:

@@ -10,6 +10,7 @@ from ..trainer.metrics import require_wandb
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
+from ..trainer.stop import LIFELINE
 from .process import process_group, under_torchrun
 from .ranks import run_ranks
 
@@ -25,9 +26,18 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
         require_wandb()
     if under_torchrun():
         return _work(recipe)
-    RunFolder(recipe.run_dir).require_usable(recipe)
-    prepare_data(recipe)
+    _prepare(recipe, RunFolder(recipe.run_dir))
     return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
+
+
+def _prepare(recipe: Recipe, folder: RunFolder) -> DataPaths:
+    """Refuse what can be seen to be wrong before any model is built."""
+    folder.require_usable(recipe)
+    paths = prepare_data(recipe)
+    folder.require_same_data(paths.fingerprints(recipe))
+    if LIFELINE not in os.environ:  # the first process of this run: a STOP from before was meant for another
+        folder.stop_file.unlink(missing_ok=True)
+    return paths
 
 
 def _work(recipe: Recipe) -> int:
@@ -41,7 +51,7 @@ def _work(recipe: Recipe) -> int:
         first, control, folder = dist.get_rank() == 0, Control(), RunFolder(recipe.run_dir)
         with control.together():
             if first:
-                folder.require_usable(recipe)
+                _prepare(recipe, folder)
                 stack.enter_context(folder.lock())
             paths = prepare_data(recipe)
         finished = train_loop(recipe, paths, control)

@@ -52,8 +52,9 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
         received = torch.empty_like(gradient)
-        dist.all_to_all_single(received, gradient.contiguous(), group=ctx.group)
+        dist.all_to_all_single(received, gradient, group=ctx.group)
         return _sum_in_order(received, gradient.dtype), None
 
 

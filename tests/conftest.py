@@ -83,13 +83,14 @@ def longspan():
 
 
 @pytest.fixture
-def ranks():
+def ranks(tmp_path):
     """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
     They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
     """
 
     def run(count: int, script: Path, *args: object, status: int | None = 0) -> list[tuple[str, str]]:
+        files = [[tmp_path / f"rank-{rank}.{name}" for name in ("out", "err")] for rank in range(count)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -98,13 +99,18 @@ def ranks():
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, args)],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+                stdout=out.open("w"),
+                stderr=err.open("w"),
             )
-            for rank in range(count)
+            for rank, (out, err) in enumerate(files)
         ]
-        written = [process.communicate(timeout=400) for process in processes]
+        try:
+            for process in processes:
+                process.wait(timeout=400)
+        finally:
+            for process in processes:
+                process.kill()
+        written = [(out.read_text(), err.read_text()) for out, err in files]
         for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
             assert status in (None, process.returncode), f"rank {rank} of {count}: {process.returncode}\n{error[-3000:]}"
         return written

@@ -31,13 +31,18 @@ class Manifest:
     """Steps done."""
     tokens: int
     """Labels that counted in them."""
-    ranks: int
-    """Processes that wrote it."""
+    ranks: str
+    """How the ranks were arranged that wrote it."""
     saved_at: str
     """Local time, ISO 8601."""
     files: dict[str, tuple[int, str]]
     """Size in bytes and SHA-256 of every other file."""
     version: int = VERSION
+
+    def to_json(self) -> str:
+        """With a digest of the rest, so that a flipped bit is found here as well."""
+        content = asdict(self)
+        return json.dumps({**content, "digest": _digest(content)}, indent=1)
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,19 @@ class Checkpoint:
         file = self.path / "manifest.json"
         try:
             content = json.loads(file.read_text())
-            version = int(content["version"])
-        except FileNotFoundError:
-            raise DamagedError(f"{file.name} is missing") from None
-        except (ValueError, TypeError, KeyError):
+            digest, version = content.pop("digest"), int(content["version"])
+        except OSError as error:
+            raise DamagedError(f"{file.name}: {error.strerror}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise DamagedError(f"{file.name} is not a manifest") from None
+        if digest != _digest(content):
+            raise DamagedError(f"{file.name} has changed since it was written (SHA-256 differs)")
         if version > VERSION:
             raise UserError(
                 f"{self.path}: was written by a newer longspan (format {version}, this one reads up to {VERSION}); "
                 "upgrade longspan, or choose another run_dir"
             )
-        try:
-            manifest = Manifest(**content)
-        except TypeError:
-            raise DamagedError(f"{file.name} is not a manifest") from None
+        manifest = Manifest(**content)
         if manifest.step != self.step:
             raise DamagedError(f"{file.name} says step {manifest.step}")
         return manifest
@@ -104,7 +108,7 @@ def partial_path(folder: Path, step: int) -> Path:
 def commit(partial: Path, manifest: Manifest) -> None:
     """Write the manifest, flush everything to the disk and give the checkpoint its name."""
     with (partial / "manifest.json").open("w") as file:
-        json.dump(asdict(manifest), file, indent=1)
+        file.write(manifest.to_json())
         file.flush()
         os.fsync(file.fileno())
     _flush(partial)
@@ -118,7 +122,7 @@ def prune(folder: Path, keep: int) -> None:
         # Renamed first: what is left of a removal that was cut short must not look like a checkpoint.
         doomed = old.path.with_suffix(".partial")
         old.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)  # clean_up tries again
+        shutil.rmtree(doomed)
 
 
 def clean_up(folder: Path) -> None:
@@ -150,6 +154,10 @@ def describe(folder: Path) -> Iterator[tuple[Checkpoint, Manifest | None, str | 
             yield checkpoint, manifest, checkpoint.damage(manifest)
         except (DamagedError, UserError) as error:
             yield checkpoint, manifest, str(error)
+
+
+def _digest(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:

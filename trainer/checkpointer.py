@@ -31,15 +31,17 @@ from .shards import LoadPlanner, SavePlanner, Shards
 
 
 class Saved(NamedTuple):
-    """What became of a save; the same on every rank."""
+    """What became of a save; on every rank a success, or on every rank an error."""
 
     step: int
     seconds: float
     error: str | None
+    warning: str | None = None
+    """Of the first rank: the checkpoint is whole, but old ones could not be removed."""
 
 
 class Checkpointer:
-    """Every rank has one and calls it at the same steps.
+    """A context manager; every rank has one and calls it at the same steps.
 
     Args:
         folder: of the checkpoints of a run, on a disk that all ranks share.
@@ -54,6 +56,14 @@ class Checkpointer:
         self._saved: Saved | None = None
         self.last_step = 0
         """Of the newest whole checkpoint that is known."""
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Let a save come to its end also where an error ends the run; not for ever, as ranks may have died."""
+        if self._thread:
+            self._thread.join(60)
 
     def restore(self, engine: Engine, say: Callable[[str], None]) -> Manifest | None:
         """Load the newest whole checkpoint, the same one on every rank; None where there is none at all.
@@ -89,7 +99,8 @@ class Checkpointer:
         if step != self.last_step:
             state = {name: shards.snapshot() for name, shards in engine.state().items()}
             self._saved = None
-            self._thread = threading.Thread(target=self._write, args=(state, step, tokens), daemon=True, name="checkpoint")
+            work = (state, step, tokens, engine.ranks)
+            self._thread = threading.Thread(target=self._write, args=work, daemon=True, name="checkpoint")
             self._thread.start()
         return before
 
@@ -121,38 +132,43 @@ class Checkpointer:
 
     def _load(self, checkpoint: Checkpoint, engine: Engine, manifest: Manifest) -> None:
         state = engine.state()
-        if manifest.ranks != dist.get_world_size():  # other ranks draw other random numbers
+        if manifest.ranks != engine.ranks:  # other ranks draw other random numbers
             state = {name: shards for name, shards in state.items() if not name.startswith("rng.")}
-        dcp.load(state, storage_reader=FileSystemReader(checkpoint.path), planner=LoadPlanner(), process_group=self._group)
+        reader = FileSystemReader(checkpoint.path)
+        try:
+            dcp.load(state, storage_reader=reader, planner=LoadPlanner(), process_group=self._group)
+        except CheckpointException as failed:
+            raise UserError(f"{checkpoint.path}: cannot be loaded: {_first_failure(failed)}" if self._first else "") from None
         engine.restored(state)
 
-    def _write(self, state: dict[str, Shards], step: int, tokens: int) -> None:
+    def _write(self, state: dict[str, Shards], step: int, tokens: int, ranks: str) -> None:
         """In the thread: all ranks write their boxes, the first commits."""
         began, partial, rank = time.monotonic(), partial_path(self.folder, step), dist.get_rank()
-        error = None
+        error = warning = None
         try:
             dcp.save(state, storage_writer=FileSystemWriter(partial), planner=SavePlanner(), process_group=self._group)
             mine = [*partial.glob(f"__{rank}_*"), *([partial / ".metadata"] if self._first else [])]
             parts = self._agree(lambda: {path.name: (path.stat().st_size, sha256(path)) for path in mine})
             files = {name: entry for part in parts for name, entry in part.items()}
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            manifest = Manifest(step, tokens, dist.get_world_size(), now, files)
-            self._agree(lambda: commit(partial, manifest) if self._first else None)
-            self._agree(lambda: prune(self.folder, self._keep) if self._first else None)
+            self._agree(lambda: commit(partial, Manifest(step, tokens, ranks, now, files)) if self._first else None)
         except CheckpointException as failed:
-            where, (caught, _) = next(iter(failed.failures.items()))
             # Torch says no more of a full disk than that its file has not the length it should have.
-            free = shutil.disk_usage(self.folder).free / 2**20
-            error = f"rank {where}: {(str(caught) or repr(caught)).splitlines()[0]} (the disk has {free:,.0f} MiB left)"
+            error = f"{_first_failure(failed)} ({_free_space(self.folder)})"
             if self._first:
                 shutil.rmtree(partial, ignore_errors=True)
-        self._saved = Saved(step, time.monotonic() - began, error)
+        if self._first and not error:
+            try:
+                prune(self.folder, self._keep)
+            except OSError as failed:
+                warning = f"old checkpoints cannot be removed: {failed}"
+        self._saved = Saved(step, time.monotonic() - began, error, warning)
 
     def _agree(self, work: Callable[[], object]) -> list:
         """Every rank's result; where it fails on some, all of them raise what DCP raises then."""
         try:
             outcome = work(), None
-        except OSError as caught:
+        except Exception as caught:
             outcome = None, caught
         outcomes: list = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self._group)
@@ -160,3 +176,15 @@ class Checkpointer:
         if failures:
             raise CheckpointException("save", failures)
         return [result for result, _ in outcomes]
+
+
+def _first_failure(failed: CheckpointException) -> str:
+    rank, (error, _) = next(iter(failed.failures.items()))
+    return f"rank {rank}: {(str(error) or repr(error)).splitlines()[0]}"
+
+
+def _free_space(folder: Path) -> str:
+    try:
+        return f"the disk has {shutil.disk_usage(folder).free / 2**20:,.0f} MiB left"
+    except OSError as error:
+        return f"the disk does not say how much is left: {error.strerror}"

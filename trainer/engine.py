@@ -34,6 +34,8 @@ class Engine(Protocol):
     device: torch.device
     num_parameters: int
     """Of the whole model."""
+    ranks: str
+    """How they are arranged; random states fit no other arrangement."""
     share: Share
     """Of a global batch, on this rank."""
 

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from .checkpointer import Checkpointer, Saved
 from .control import Control
 from .data.batches import Batches, Microbatch
-from .data.corpus import fingerprint
 from .data.prepare import DataPaths
 from .data.tokenizer import recipe_vocab_size
 from .display import Display
@@ -49,16 +48,13 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
         engine = build_engine(recipe)
         stack.callback(engine.close)
         batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.share, engine.device)
-        checkpointer = Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control)
+        checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
-        with control.together():
-            if rank == 0:
-                names = zip(recipe.data.sources, paths.sources, strict=True)
-                folder.begin(recipe, done, {name: fingerprint(prefix) for name, prefix in names})
         display = log = None
         if rank == 0:
+            folder.begin(recipe, done, paths.fingerprints(recipe))
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
@@ -76,6 +72,8 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
                     display.say(f"ALERT: the checkpoint of step {saved.step} could not be written: {saved.error}; {kept}")
                 else:
                     log.log(step, {"checkpoint/save_s": saved.seconds})
+                    if saved.warning:
+                        display.say(f"ALERT: {saved.warning}")
 
         def save_and_wait(step: int) -> None:
             report(step, checkpointer.save(engine, step, tokens))
@@ -91,8 +89,11 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
             result = engine.step(taken, lr)
             try:
                 updated = policy.check(step, result, taken, rank)
-            except NonFiniteError:
-                save_and_wait(step - 1)
+            except NonFiniteError as error:
+                try:
+                    save_and_wait(step - 1)
+                except UserError as unsaved:
+                    raise NonFiniteError(f"{error}\n{unsaved}".strip()) from None
                 raise
             tokens += result.tokens
             last = step == steps
@@ -139,21 +140,14 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
             if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
                 report(step, checkpointer.save(engine, step, tokens))
 
-        if done < steps or not folder.weights.exists():
-            _write_weights(engine, folder)
-            save_and_wait(steps)
+        save_and_wait(steps)
+        if control.any(rank == 0 and folder.weights_step() != steps):
+            weights = engine.weights()
+            with control.together():
+                if rank == 0:
+                    folder.write_weights(weights, steps)
+                    plot_loss(folder)
         return True
-
-
-def _write_weights(engine: Engine, folder: RunFolder) -> None:
-    weights = engine.weights()
-    if weights is not None:
-        from safetensors.torch import save_file
-
-        partial = folder.weights.with_suffix(".partial")
-        save_file(weights, partial)
-        partial.rename(folder.weights)
-        plot_loss(folder)
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:

@@ -44,6 +44,8 @@ class MegatronEngine:
         self._resources.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(recipe.training.seed)
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        degrees = recipe.parallel
+        self.ranks = f"{self.device.type} dp {recipe.data_parallel} cp {degrees.cp} pp {degrees.pp} tp {degrees.tp}"
         self.num_parameters = parameter_count(recipe.model, vocab_size)
         self.share = Share(
             parallel_state.get_data_parallel_rank(),

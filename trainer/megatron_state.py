@@ -24,6 +24,10 @@ class MegatronState:
     def __init__(self, model: GPTModel, ddp: DistributedDataParallel, optimizer: MegatronOptimizer):
         self._model, self._ddp = model, ddp
         self._optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+        for each in self._optimizers:
+            if not isinstance(each.optimizer, torch.optim.AdamW):
+                kind = f"{type(each.optimizer).__module__}.{type(each.optimizer).__name__}"
+                raise RuntimeError(f"Megatron chose {kind}, whose state is not known here: remove Transformer Engine and Apex")
 
     def shards(self) -> dict[str, Shards]:
         found = {"optimizer.step": Shards.whole(torch.tensor([self._steps()]), owner=dist.get_rank() == 0)}

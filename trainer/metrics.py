@@ -17,11 +17,20 @@ class MetricsLog:
     """One JSON object per logged step: ``{"step": 10, "train/loss": ...}``. A context manager; for rank 0 alone."""
 
     def __init__(self, folder: RunFolder, recipe: Recipe):
-        self._file = folder.metrics.open("a", buffering=1)
+        self._path, self._failed = folder.metrics, False
         self._wandb = _start_wandb(folder.path, recipe) if recipe.metrics.wandb else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """A disk that takes no more stops no training: it is told, and the record is lost."""
+        line = json.dumps({"step": step, **values}) + "\n"
+        try:
+            with self._path.open("a") as file:
+                file.write("\n" * self._failed + line)  # what was cut short before keeps a line of its own
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                print(f"ALERT: {self._path} cannot be written: {error.strerror}; training goes on", flush=True)
+            self._failed = True
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -29,7 +38,6 @@ class MetricsLog:
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
         if self._wandb:
             self._wandb.finish(exit_code=0 if error[0] is None else 1)
 

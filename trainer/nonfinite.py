@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
 from .data.batches import Microbatch
 from .engine import StepResult
 from .errors import NonFiniteError
@@ -28,18 +31,20 @@ class NonFinitePolicy:
         if skipping and self._in_a_row <= self._training.max_skipped_steps:
             return False
         file = self._folder / f"step-{step:08}" / f"rank-{rank}.safetensors"
-        _write(file, batches)
         what = f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; no update was made"
+        where = f"the batch is in {file.parent}/"
+        try:
+            _write(file, batches)
+        except (OSError, SafetensorError) as error:
+            where = f"the batch could not be written: {error}"
         if skipping:
             hint = f"{self._in_a_row} steps in a row, training.max_skipped_steps is {self._training.max_skipped_steps}"
         else:
             hint = "training.on_nonfinite=skip goes past it"
-        raise NonFiniteError(f"{what}; the batch is in {file.parent}/; {hint}" if rank == 0 else "")
+        raise NonFiniteError(f"{what}; {where}; {hint}" if rank == 0 else "")
 
 
 def _write(file: Path, batches: list[Microbatch]) -> None:
-    from safetensors.torch import save_file
-
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for i, batch in enumerate(batches):

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .checkpoint import DamagedError, checkpoints
 from .errors import UserError
 from .recipe import Recipe
 from .recipe_file import load_recipe, to_yaml
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What may differ between the runs that share a folder, one going on where the other stopped: nothing that is learned from.
 _MAY_CHANGE = (
@@ -80,6 +84,19 @@ class RunFolder:
         if problems:
             raise UserError("\n".join(problems))
 
+    def require_same_data(self, data: dict[str, str]) -> None:
+        """Refuse corpora that are not those with which the run in this folder began; ``data`` has their fingerprints."""
+        if not self._data_file.exists():
+            return
+        try:
+            before = dict(json.loads(self._data_file.read_text()))
+        except (ValueError, TypeError):
+            raise UserError(f"{self._data_file}: is damaged; remove it if the corpora are the same") from None
+        for name in data:
+            if before.get(name, data[name]) != data[name]:
+                changed = f"data.sources: {name}: is not the corpus that the run in {self.path} began with"
+                raise UserError(f"{changed}; bring that back, or choose another run_dir")
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one run; the lock goes with the process, however it ends."""
@@ -115,16 +132,8 @@ class RunFolder:
     def begin(self, recipe: Recipe, step: int, data: dict[str, str]) -> None:
         """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again.
 
-        Args:
-            data: a fingerprint of each corpus. A run that goes on must have those it began with.
+        ``data`` has a fingerprint of each corpus, for :meth:`require_same_data`.
         """
-        if step and self._data_file.exists():
-            before = json.loads(self._data_file.read_text())
-            for name in data:
-                if before.get(name, data[name]) != data[name]:
-                    changed = f"data.sources: {name}: is not the corpus that the run in {self.path} began with"
-                    raise UserError(f"{changed}; bring that back, or choose another run_dir")
-        self.stop_file.unlink(missing_ok=True)  # it was meant for a run before this one
         self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         _replace(self.recipe_file, to_yaml(recipe))
@@ -136,6 +145,32 @@ class RunFolder:
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             _replace(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
+    def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
+        """Of the run after ``step``, whole or not at all."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        partial = self.weights.with_suffix(".partial")
+        try:
+            save_file(weights, partial, {"step": str(step)})
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.rename(self.weights)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            again = "the checkpoint is whole: the same command writes it again"
+            raise UserError(f"{self.weights}: could not be written: {error}; {again}") from None
+
+    def weights_step(self) -> int | None:
+        """The step that the weights are of; None where there are none."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.weights, "pt") as file:
+                return int(file.metadata()["step"])
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+            return None
+
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe of a run that exists."""
@@ -144,11 +179,14 @@ class RunFolder:
         return load_recipe(str(self.recipe_file))
 
     def read_metrics(self) -> list[dict]:
-        """The records of metrics.jsonl."""
+        """The records of metrics.jsonl, but for lines that a full disk or a killed run cut short."""
         if not self.metrics.is_file():
             raise UserError(f"{self.metrics}: no such file; the run has logged nothing yet")
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a run may be writing the last one
+        records = []
+        for line in self.metrics.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
 
 
 def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:

@@ -58,12 +58,79 @@ def test_a_second_signal_ends_it_at_once(start, tmp_path):
     children = children_of(process.pid)
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)  # so soon after the first it is the same request
+    time.sleep(2.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 128 + signal.SIGTERM
-    assert "was ended by SIGTERM" in (tmp_path / "log").read_text()
-    assert not any(os.path.exists(f"/proc/{child}/status") for child in children)
+    assert process.wait(10) == 128 + signal.SIGINT
+    assert "ended at once by a second SIGINT" in (tmp_path / "log").read_text()
+    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+def test_one_request_to_all_processes_is_one_request(start, tmp_path):
+    """As systemd and SLURM send it."""
+    process = start("parallel.cp=2")
+    for pid in (process.pid, *children_of(process.pid)):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert "stopped after step" in (tmp_path / "log").read_text()
+
+
+def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(start, longspan, tmp_path):
+    process = start("parallel.cp=2")
+    children = children_of(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (step,) = re.findall("stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text())
+    assert re.search(rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE)
+
+
+def test_a_second_signal_ends_a_rank_that_hangs(tmp_path):
+    hangs = """
+import ctypes, os, sys
+from longspan.trainer.stop import StopRequest
+with StopRequest(sys.argv[1]):
+    mutex = ctypes.create_string_buffer(256)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    print("hanging", flush=True)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)  # in C, where no handler of Python's runs
+"""
+    process = subprocess.Popen([sys.executable, "-c", hangs, tmp_path / "STOP"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "hanging\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 128 + signal.SIGTERM
+
+
+def test_what_was_started_to_ignore_a_signal_ignores_it(tmp_path):
+    ignores = """
+import os, signal, sys
+from longspan.trainer.stop import StopRequest
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
+with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    __import__("time").sleep(0.2)
+    sys.exit(stop.asked())
+"""
+    assert subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode == 0
+
+
+def test_the_first_rank_does_not_outlive_another_that_failed(monkeypatch, capfd):
+    from longspan.launch import ranks
+
+    monkeypatch.setattr(ranks, "_GRACE_SECONDS", 0.5)
+    script = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    began = time.monotonic()
+    assert ranks.run_ranks([sys.executable, "-c", script], 2, 1) == 7
+    assert time.monotonic() - began < 30
+    assert "rank 1 ended with status 7" in capfd.readouterr().err
 
 
 def test_a_rank_that_dies_ends_the_others(start, tmp_path):

@@ -72,7 +72,12 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(longspan, ti
     content[2000:2002] = (999).to_bytes(2, "little")
     (tmp_path / "bad.bin").write_bytes(content)
     done = longspan(
-        "train", tiny_recipe, "launch.processes=2", "training.steps=500", f"data.sources={{{tmp_path / 'bad'}: 1.0}}"
+        "train",
+        tiny_recipe,
+        "launch.processes=2",
+        "training.steps=500",
+        "checkpoint.interval=1",
+        f"data.sources={{{tmp_path / 'bad'}: 1.0}}",
     )
     assert done.returncode == 2, done.stderr
     assert (

@@ -208,3 +208,23 @@ def test_an_unknown_schedule_is_named(threads):
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="schedule must be auto or gather, got 'ring'"):
         threads(2, lambda rank, group: parallel.attend(x, x, x, Causal(), Layout.zigzag(8, 2), group, schedule="ring"))
+
+
+def test_real_processes_give_the_same(ranks, tmp_path):
+    import importlib.util
+    from pathlib import Path
+
+    script = Path(__file__).parent / "operations_worker.py"
+    spec = importlib.util.spec_from_file_location("operations_worker", script)
+    worker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(worker)
+    ranks(4, script, tmp_path / "out")
+    parts = [torch.load(tmp_path / f"out-{rank}") for rank in range(4)]
+    *whole, upstream = worker.inputs()
+    options = {"documents": worker.IDS, "backend": "reference"}
+    expected = [
+        on_one(lambda *x: attention.attend(*x, worker.PATTERN, **options), whole, upstream),
+        on_one(lambda *x: attention.linear_attention(*x, decay=worker.DECAY, **options), whole, upstream),
+    ]
+    for ours, oracle in zip(zip(*parts, strict=True), expected, strict=True):
+        assert worst([worker.LAYOUT.unshard(list(part)) for part in zip(*ours, strict=True)], oracle) < 1e-10

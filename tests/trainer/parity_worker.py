@@ -8,6 +8,17 @@ from longspan.launch.process import process_group
 from longspan.trainer.recipe_file import load_recipe
 
 
+def edges(sequences) -> dict[str, int]:
+    """How many documents start on the edge between two parts of the layout, and how many inside one."""
+    found = {"on": 0, "inside": 0}
+    for sequence in sequences:
+        parts = {start for start, *_ in sequence.layout.in_order}
+        for ids in sequence.all_documents:
+            for start in ids.unique_consecutive(return_counts=True)[1].cumsum(0)[:-1].tolist():
+                found["on" if start in parts else "inside"] += 1
+    return found
+
+
 def main(recipe_file: str, out: str, *overrides: str) -> None:
     recipe = load_recipe(recipe_file, list(overrides))
     with process_group(1):
@@ -22,6 +33,7 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
         tokens = [sum(int(batch.weights.sum()) for batch in batches.step(s)) for s in range(recipe.training.steps)]
         seen["steps"] = [engine.step(list(batches.step(s)), recipe.optimizer.lr) for s in range(recipe.training.steps)]
         seen["evaluations"] = [engine.evaluate(batch) for batch in batches.step(0)]
+        seen["edges"] = edges(batch.sequence for s in range(recipe.training.steps) for batch in batches.step(s))
         seen["local_tokens"] = [None] * dist.get_world_size()
         dist.all_gather_object(seen["local_tokens"], tokens)
         if dist.get_rank() == 0:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from longspan.launch.cli import main
 from longspan.trainer import checkpointer
 from longspan.trainer.megatron import MegatronEngine
+from torch.distributed.checkpoint import filesystem
 
 RECIPE, *ARGUMENTS = sys.argv[1:]
 RANK = int(os.environ["RANK"])
@@ -25,6 +26,11 @@ OVERRIDES = [argument for argument in ARGUMENTS if "." in argument.partition("="
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def limit_files(size: int) -> None:
+    """No file of this process may grow beyond that: what a full disk does, for any user."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def tokens_hash(engine: MegatronEngine, batches) -> str:
@@ -47,7 +53,7 @@ class Run:
 
 
 real_step, real_restore = MegatronEngine.step, checkpointer.Checkpointer.restore
-real_sha256, real_prune = checkpointer.sha256, checkpointer.prune
+real_sha256, real_prune, real_write_item = checkpointer.sha256, checkpointer.prune, filesystem._write_item
 
 
 def step(self, batches, lr):
@@ -56,10 +62,10 @@ def step(self, batches, lr):
     if at in (FAULTS.get("disk-full"), FAULTS.get("kill")):  # a save before it is through, on a slow machine as well
         while list(Path(self.recipe.run_dir, "checkpoints").glob("*.partial")):
             time.sleep(0.01)
-    if at == FAULTS.get("disk-full"):  # from now on no file may grow beyond 20 kB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    if at == FAULTS.get("disk-full"):
+        limit_files(FAULTS.get("bytes", 0))
     if at == FAULTS.get("disk-free"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        limit_files(resource.RLIM_INFINITY)
     if at == FAULTS.get("kill") and dist.get_world_size() - 1 == RANK:  # gradients are ready, the update is not
         self._optimizer.step_with_ready_grads = die
     for name, number in (("term", signal.SIGTERM), ("usr1", signal.SIGUSR1)):
@@ -79,8 +85,11 @@ def step(self, batches, lr):
     if before is not None:
         assert (fingerprint(self) == before) == (not result.updated)
     if RANK == 0:
+        before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit_files(resource.RLIM_INFINITY)
         with Path(self.recipe.run_dir, "seen.txt").open("a") as file:
             file.write(f"{at} {result.loss.hex()} {tokens}\n")
+        limit_files(before)
     return result
 
 
@@ -108,12 +117,22 @@ def sha256(path: Path) -> str:
     return real_sha256(path)
 
 
+def write_item(transforms, stream, *rest):
+    written = real_write_item(transforms, stream, *rest)
+    if Run.step >= FAULTS.get("kill-in-write", sys.maxsize):  # a file is begun, and not all in it
+        stream.flush()
+        die()
+    return written
+
+
 def prune(folder: Path, keep: int) -> None:
     if (folder / f"step-{FAULTS.get('kill-before-clean-up', 0):08}").exists():
         die()
+    if "no-removal" in FAULTS:
+        raise PermissionError("not permitted")
     real_prune(folder, keep)
 
 
 MegatronEngine.step, checkpointer.Checkpointer.restore = step, restored
-checkpointer.sha256, checkpointer.prune = sha256, prune
+checkpointer.sha256, checkpointer.prune, filesystem._write_item = sha256, prune, write_item
 main(["train", RECIPE, *OVERRIDES])

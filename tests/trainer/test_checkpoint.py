@@ -1,7 +1,5 @@
 """Checkpoints as files; what ranks do with them is in test_resume.py."""
 
-import json
-
 import pytest
 from longspan.trainer.checkpoint import (
     DamagedError,
@@ -25,7 +23,7 @@ def folder(tmp_path):
         partial.mkdir()
         (partial / "data").write_bytes(b"weights" * step)
         files = {"data": (7 * step, sha256(partial / "data"))}
-        commit(partial, Manifest(step, 10 * step, 2, "now", files))
+        commit(partial, Manifest(step, 10 * step, "two ranks", "now", files))
     return tmp_path
 
 
@@ -34,7 +32,7 @@ def test_committed_checkpoints_are_whole_and_listed_from_the_newest(folder):
     assert checkpoints(folder / "none") == []
     for checkpoint in checkpoints(folder):
         manifest = checkpoint.manifest()
-        assert (manifest.step, manifest.tokens, manifest.ranks) == (checkpoint.step, 10 * checkpoint.step, 2)
+        assert (manifest.step, manifest.tokens, manifest.ranks) == (checkpoint.step, 10 * checkpoint.step, "two ranks")
         assert checkpoint.damage(manifest) is None
 
 
@@ -79,7 +77,8 @@ def test_a_damaged_checkpoint_set_aside_is_kept_but_not_listed(folder):
         ("[1]", "is not a manifest"),
         ('{"version": "x"}', "is not a manifest"),
         ('{"version": 1}', "is not a manifest"),
-        ('{"version": 1, "step": 4, "tokens": 1, "ranks": 1, "saved_at": "", "files": {}}', "says step 4"),
+        ('{"version": 1, "digest": "0"}', "has changed since it was written"),
+        (Manifest(4, 1, "two ranks", "now", {}).to_json(), "says step 4"),
     ],
 )
 def test_a_bad_manifest_is_damage(folder, content, message):
@@ -89,8 +88,18 @@ def test_a_bad_manifest_is_damage(folder, content, message):
         newest.manifest()
 
 
-def test_a_newer_format_is_refused_whatever_else_it_says(folder):
+def test_every_bit_of_a_manifest_counts(folder):
     newest = checkpoints(folder)[0]
-    (newest.path / "manifest.json").write_text(json.dumps({"version": 2, "shape": "unknown"}))
+    content = (newest.path / "manifest.json").read_text()
+    for old, new in (('"tokens": 5000', '"tokens": 5001'), ("two ranks", "tvo ranks"), ('"now"', '"nox"')):
+        assert old in content
+        (newest.path / "manifest.json").write_text(content.replace(old, new))
+        with pytest.raises(DamagedError, match=r"manifest\.json has changed"):
+            newest.manifest()
+
+
+def test_a_newer_format_is_refused(folder):
+    newest = checkpoints(folder)[0]
+    (newest.path / "manifest.json").write_text(Manifest(500, 1, "two ranks", "now", {}, version=2).to_json())
     with pytest.raises(UserError, match=r"step-00000500: was written by a newer longspan \(format 2"):
         newest.manifest()

@@ -63,12 +63,12 @@ def whole_steps(longspan, run):
     return [int(step) for step in re.findall(r"^(\d+) .* whole$", listed, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("fault", ["kill=7", "kill-in-save=8", "kill-before-clean-up=8"])
+@pytest.mark.parametrize("fault", ["kill=7", "kill-in-write=8", "kill-in-save=8", "kill-before-clean-up=8"])
 def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     go(2, fault, *PAIR, status=None)
     assert len(seen(run)) < 14
     leftovers = list((run / "checkpoints").glob("*.partial"))
-    assert bool(leftovers) == (fault == "kill-in-save=8")
+    assert bool(leftovers) == (fault in ("kill-in-save=8", "kill-in-write=8"))
     whole = whole_steps(longspan, run)
     assert whole == ([8, 4] if fault == "kill-before-clean-up=8" else [4])
     written = go(2, *PAIR)
@@ -92,8 +92,13 @@ DAMAGE = {
     "deleted": ("__0_0.distcp", Path.unlink, "No such file"),
     "one bit": ("__0_0.distcp", flip_a_bit, r"has changed since it was written \(SHA-256 differs\)"),
     "metadata": (".metadata", flip_a_bit, r"has changed since it was written \(SHA-256 differs\)"),
+    "changed manifest": (
+        "manifest.json",
+        lambda path: path.write_text(path.read_text().replace('"step": 10', '"step": 11')),
+        "has changed",
+    ),
     "empty manifest": ("manifest.json", lambda path: path.write_text(""), "is not a manifest"),
-    "no manifest": ("manifest.json", Path.unlink, "is missing"),
+    "no manifest": ("manifest.json", Path.unlink, "No such file"),
 }
 
 
@@ -153,7 +158,10 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(go, run, longspan, expe
 
 
 def test_a_full_disk_stops_no_training(go, run, longspan, expected):
-    first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR)
+    first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR, "metrics.log_interval=1")
+    assert first[0].count(f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training goes on") == 1
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4, 5, 6, 10, 11, 12, 13, 14]
     alert = "ALERT: the checkpoint of step 8 could not be written: rank "
     assert alert in first[0]
     assert re.search(r"\(the disk has [0-9,]+ MiB left\); step 4 is the last", first[0])
@@ -162,9 +170,22 @@ def test_a_full_disk_stops_no_training(go, run, longspan, expected):
     assert seen(run) == expected
 
 
+def test_old_checkpoints_that_cannot_be_removed_are_told(go, run, longspan):
+    first, _ = go(2, "no-removal=1", *PAIR)
+    assert first[0].count("ALERT: old checkpoints cannot be removed: not permitted") >= 2
+    assert whole_steps(longspan, run) == [14, 12, 8, 4]
+
+
 def test_a_full_disk_at_a_stop_is_an_error_and_leaves_the_last_checkpoint(go, run, longspan):
     first, _ = go(2, "disk-full=5", "stop-file=6", *PAIR, status=2)
     assert "checkpoints: step 6 is not saved: rank " in first[1]
+    assert whole_steps(longspan, run) == [4]
+
+
+def test_a_step_that_is_not_finite_is_told_on_a_full_disk_too(go, run, longspan):
+    first, _ = go(2, "disk-full=6", "nan-loss=6", *PAIR, status=3)
+    assert re.search("step 6: loss nan .* the batch could not be written", first[1])
+    assert "checkpoints: step 5 is not saved: rank " in first[1]
     assert whole_steps(longspan, run) == [4]
 
 
@@ -237,8 +258,10 @@ def test_another_corpus_under_the_same_name_is_refused(go, stopped, corpus):
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stopped):
+    from longspan.trainer.checkpoint import Manifest
+
     file = stopped / "checkpoints" / "step-00000010" / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
+    file.write_text(Manifest(10, 1, "other ranks", "later", {}, version=99).to_json())
     done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR)
     assert done.returncode == 2
     assert "step-00000010: was written by a newer longspan (format 99, this one reads up to 1); upgrade" in done.stderr

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..errors import UserError
 from ..recipe import Recipe
-from .corpus import check_corpus
+from .corpus import check_corpus, fingerprint
 from .stdlib import NAME, python_stdlib
 from .tokenizer import recipe_tokenizer, recipe_vocab_size
 
@@ -15,6 +15,10 @@ class DataPaths:
 
     sources: dict[str, float]
     validation: str | None
+
+    def fingerprints(self, recipe: Recipe) -> dict[str, str]:
+        """Of each of the recipe's sources, by the name that it has there."""
+        return {name: fingerprint(prefix) for name, prefix in zip(recipe.data.sources, self.sources, strict=True)}
 
 
 def prepare_data(recipe: Recipe) -> DataPaths:
