@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,13 @@ def longspan():
 
 
 @pytest.fixture
-def ranks(tmp_path):
+def ranks():
     """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
     They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
     """
 
     def run(count: int, script: Path, *args: object, status: int | None = 0) -> list[tuple[str, str]]:
-        files = [[tmp_path / f"rank-{rank}.{name}" for name in ("out", "err")] for rank in range(count)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -99,18 +99,18 @@ def ranks(tmp_path):
             subprocess.Popen(
                 [sys.executable, str(script), *map(str, args)],
                 env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=out.open("w"),
-                stderr=err.open("w"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
-            for rank, (out, err) in enumerate(files)
+            for rank in range(count)
         ]
-        try:
-            for process in processes:
-                process.wait(timeout=400)
+        try:  # all pipes at once: a rank that writes much must not wait for the one before it
+            with ThreadPoolExecutor(count) as readers:
+                written = list(readers.map(lambda process: process.communicate(timeout=400), processes))
         finally:
             for process in processes:
                 process.kill()
-        written = [(out.read_text(), err.read_text()) for out, err in files]
         for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
             assert status in (None, process.returncode), f"rank {rank} of {count}: {process.returncode}\n{error[-3000:]}"
         return written

@@ -31,7 +31,7 @@ def start(tiny_recipe, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.wide)])
 def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number):
     process = start("parallel.cp=2")
     process.send_signal(number)
