@@ -23,7 +23,8 @@ def hybrid_stack_spec(
     """Spec of the layers of this pipeline stage, for Megatron-core's ``GPTModel``.
 
     Build the model with ``position_embedding_type="none"``: positions are the layers' business. Pass a
-    :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` where a batch holds several documents.
+    :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` where a batch holds several documents, or where its
+    tokens are spread over context-parallel ranks.
 
     Args:
         stack: the block of every layer of the whole model, bottom up.
