@@ -46,7 +46,7 @@ def test_every_arrangement_trains_the_same_model(train, tied, arrangements):
         sums = [(sum(e[0] for e in run["evaluations"]), sum(e[1] for e in run["evaluations"])) for run in (several, alone)]
         assert sums[0] == pytest.approx(sums[1], rel=1e-5)
         if "cp" in name:
-            assert min(several["edges"].values()) > 5, "documents should start on the edges of shards and inside them"
+            assert min(several["edges"].values()) > 0, "documents should start on the edges of shards and inside them"
         if count > 2 or name in ("dp", "cp"):
             assert any(len(set(counts)) > 1 for counts in zip(*several["local_tokens"], strict=True)), "ranks should differ"
     assert alone["steps"][-1].loss < 0.9 * alone["steps"][0].loss
