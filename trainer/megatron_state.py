@@ -36,7 +36,7 @@ class MegatronState:
                 if parameter in optimizer.model_param_group_index_map:
                     start = optimizer._get_model_param_range_map(parameter)["param"].start
                     main, moments = _main_and_moments(optimizer, parameter)
-                    owner = self._saves(name, parameter)
+                    owner = self._saves(parameter)
                     found[f"model.{name}"] = _placed(main, start, parameter, owner)
                     for key in ("exp_avg", "exp_avg_sq"):
                         found[f"optimizer.{key}.{name}"] = _placed(moments[key], start, parameter, owner)
@@ -60,7 +60,7 @@ class MegatronState:
         states = [state for optimizer in self._optimizers for state in optimizer.optimizer.state.values() if state]
         return int(states[0]["step"]) if states else 0
 
-    def _saves(self, name: str, parameter: torch.nn.Parameter) -> bool:
+    def _saves(self, parameter: torch.nn.Parameter) -> bool:
         """Whether no other rank holds the same part: a parameter that is not split is on every tensor-parallel rank."""
         if is_second_copy(self._model, parameter):
             return False
