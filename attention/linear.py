@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .arguments import accumulation_dtype, check_backend, check_dims
 from .documents import check_documents, one_document
 
 
@@ -43,7 +44,7 @@ def linear_attention(
     """
     check_linear(q, k, v, decay, state, backend)
     check_documents(documents, q.shape[:2])
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = accumulation_dtype(q)
     batch, _, heads, key_dim = q.shape
     decay = q.new_zeros(heads, dtype=dtype) if decay is None else decay.to(dtype)
     if state is None:
@@ -60,7 +61,7 @@ def added_state(k: Tensor, v: Tensor, *, decay: Tensor | None = None, documents:
 
     In fp32 (fp64 for fp64) and differentiable; arguments as of :func:`linear_attention`, of which it is the last state.
     """
-    dtype = torch.promote_types(k.dtype, torch.float32)
+    dtype = accumulation_dtype(k)
     k, v = k.to(dtype), v.to(dtype)
     if decay is not None:
         steps = torch.arange(k.shape[1] - 1, -1, -1, device=k.device, dtype=dtype)
@@ -72,11 +73,8 @@ def added_state(k: Tensor, v: Tensor, *, decay: Tensor | None = None, documents:
 
 def check_linear(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, backend: str) -> None:
     """Refuse arguments that do not fit one another."""
-    if backend not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend must be auto, {' or '.join(_BACKENDS)}, got {backend!r}")
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
+    check_backend(backend, _BACKENDS)
+    check_dims(q=q, k=k, v=v)
     if k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     if decay is not None and decay.shape != (q.shape[2],):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .arguments import accumulation_dtype
+
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, fp32 ``[*positions.shape, dim / 2]``, for integer ``positions`` and an even ``dim``."""
@@ -18,7 +20,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     half = cos.shape[-1]
     turning, rest = x[..., : 2 * half], x[..., 2 * half :]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = accumulation_dtype(x)
     halves = turning.unflatten(-1, (2, half)).to(dtype)
     cos, sin = cos[:, :, None, None].to(dtype), torch.stack([-sin, sin], -2)[:, :, None].to(dtype)
     rotated = torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)

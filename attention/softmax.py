@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .arguments import accumulation_dtype, check_backend, check_dims
 from .documents import check_documents, one_document
 from .patterns import Pattern
-from .tiles import BACKENDS, accumulation_dtype, tile_backward, tile_forward
+from .tiles import BACKENDS, tile_backward, tile_forward
 
 
 def attend(
@@ -48,11 +49,9 @@ def attend(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
     """Refuse arguments that do not fit one another."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be auto, {' or '.join(BACKENDS)}, got {backend!r}")
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
+    check_backend(backend, BACKENDS)
+    check_dims(q=q, k=k, v=v)
+    for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, but q is {q.dtype} on {q.device}")
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
@@ -86,19 +85,19 @@ class Work(NamedTuple):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """``q`` holds the segments' tokens, ``k`` and ``v`` the whole sequence; gives the output and log-sum-exp of ``q``."""
         out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
-        for rows, queries, keys in self.tiles:
-            tile = (q[rows, queries], k[rows, keys], v[rows, keys])
-            out[rows, queries], lse[rows, queries] = tile_forward(
-                *tile, self.pattern, _q_at(queries, keys), self.scale, self.backend
-            )
+        for tile in self.tiles:
+            rows, queries, keys = tile
+            parts = (q[rows, queries], k[rows, keys], v[rows, keys])
+            out[rows, queries], lse[rows, queries] = tile_forward(*parts, self.pattern, tile.q_at, self.scale, self.backend)
         return out, lse
 
     def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
         """Gradients of ``q``, and of the whole ``k`` and ``v`` as these queries see them, in fp32 (fp64 for fp64)."""
         dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v))
-        for rows, queries, keys in self.tiles:
-            tile = (grad_out[rows, queries], q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries])
-            gradients = tile_backward(*tile, lse[rows, queries], self.pattern, _q_at(queries, keys), self.scale, self.backend)
+        for tile in self.tiles:
+            rows, queries, keys = tile
+            parts = (grad_out[rows, queries], q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries])
+            gradients = tile_backward(*parts, lse[rows, queries], self.pattern, tile.q_at, self.scale, self.backend)
             for total, at, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
                 total[rows, at] += gradient
         return [dq, dk, dv]
@@ -113,6 +112,11 @@ class Tile(NamedTuple):
     """Among the tokens of all segments."""
     keys: slice
     """In the whole sequence: from the document's first token to the last query."""
+
+    @property
+    def q_at(self) -> int:
+        """Where the first query stands in its document."""
+        return (self.keys.stop - self.keys.start) - (self.queries.stop - self.queries.start)
 
 
 def _tiles(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Tile]:
@@ -133,10 +137,6 @@ def _documents(documents: Tensor) -> Iterator[tuple[slice, int, int]]:
         for count in ids.unique_consecutive(return_counts=True)[1].tolist():
             yield slice(row, row + 1), start, start + count
             start += count
-
-
-def _q_at(queries: slice, keys: slice) -> int:
-    return (keys.stop - keys.start) - (queries.stop - queries.start)
 
 
 class _Attend(torch.autograd.Function):

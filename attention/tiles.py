@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import accumulation_dtype
 from .patterns import Causal, Pattern
 
 
@@ -50,11 +51,6 @@ def tile_backward(
     tensors = _heads_first(grad_out, q, k, v, out)
     dq, dk, dv = BACKENDS[backend].backward(*tensors, lse.transpose(1, 2), pattern, q_at, scale)
     return tuple(x[..., : like.shape[-1]].transpose(1, 2) for x, like in ((dq, q), (dk, k), (dv, v)))
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -34,7 +34,7 @@ def _prepare(recipe: Recipe, folder: RunFolder) -> DataPaths:
     """Refuse what can be seen to be wrong before any model is built."""
     folder.require_usable(recipe)
     paths = prepare_data(recipe)
-    folder.require_same_data(paths.fingerprints(recipe))
+    folder.require_same_data(paths.fingerprints)
     if LIFELINE not in os.environ:  # the first process of this run: a STOP from before was meant for another
         folder.stop_file.unlink(missing_ok=True)
     return paths
@@ -50,10 +50,9 @@ def _work(recipe: Recipe) -> int:
 
         first, control, folder = dist.get_rank() == 0, Control(), RunFolder(recipe.run_dir)
         with control.together():
+            paths = _prepare(recipe, folder) if first else prepare_data(recipe)
             if first:
-                _prepare(recipe, folder)
                 stack.enter_context(folder.lock())
-            paths = prepare_data(recipe)
         finished = train_loop(recipe, paths, control)
     if not finished:
         return STOPPED

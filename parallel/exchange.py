@@ -13,11 +13,10 @@ from .layout import Layout
 
 def gather_sequence(x: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
     """The whole ``[batch, time, ...]`` on every rank, from each rank's own tokens ``[batch, local time, ...]``."""
-    longest = max(layout.lengths)
-    room = x.new_zeros(x.shape[0], longest, *x.shape[2:]) if x.shape[1] < longest else x
-    if room is not x:
-        room[:, : x.shape[1]] = x
-    return layout.unshard(list(_all_gather(room, group)))
+    missing = max(layout.lengths) - x.shape[1]
+    if missing:  # an all-gather takes equally much of each rank
+        x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], 1)
+    return layout.unshard(list(_all_gather(x, group)))
 
 
 def sum_home(x: Tensor, layout: Layout, group: dist.ProcessGroup, wire: torch.dtype) -> Tensor:

@@ -51,10 +51,8 @@ def linear_attention(
     options = {"decay": decay, "scale": scale, "backend": backend}
     if layout.ranks == 1:
         return attention.linear_attention(q, k, v, state=state, documents=documents, return_state=return_state, **options)
-    segments, slots = layout.segments[group.rank()], []
-    for start, stop in segments:
-        first = slots[-1].stop if slots else 0
-        slots.append(slice(first, first + stop - start))
+    segments = layout.segments[group.rank()]
+    slots = [slice(slot, slot + stop - start) for start, stop, rank, slot in layout.in_order if rank == group.rank()]
     ids = [None if documents is None else documents[:, start:stop] for start, stop in segments]
 
     added = [added_state(k[:, at], v[:, at], decay=decay, documents=own) for at, own in zip(slots, ids, strict=True)]

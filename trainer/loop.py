@@ -54,7 +54,7 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
         if rank == 0:
-            folder.begin(recipe, done, paths.fingerprints(recipe))
+            folder.begin(recipe, done, paths.fingerprints)
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")

@@ -1,6 +1,7 @@
 """What a recipe's data section means on this machine, checked before any process starts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ..errors import UserError
 from ..recipe import Recipe
@@ -15,10 +16,13 @@ class DataPaths:
 
     sources: dict[str, float]
     validation: str | None
+    names: tuple[str, ...]
+    """Of the sources, as the recipe has them."""
 
-    def fingerprints(self, recipe: Recipe) -> dict[str, str]:
-        """Of each of the recipe's sources, by the name that it has there."""
-        return {name: fingerprint(prefix) for name, prefix in zip(recipe.data.sources, self.sources, strict=True)}
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each source, by its name."""
+        return {name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)}
 
 
 def prepare_data(recipe: Recipe) -> DataPaths:
@@ -39,4 +43,4 @@ def prepare_data(recipe: Recipe) -> DataPaths:
                 raise UserError(f"evaluation.{key}: there is no held-out data; set data.validation, or {key} to 0 or false")
     for prefix in (*sources, *([validation] if validation else [])):
         check_corpus(prefix, tokenizer.identity, vocab_size)
-    return DataPaths(sources, validation)
+    return DataPaths(sources, validation, tuple(recipe.data.sources))
