@@ -14,7 +14,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def check_backend(backend: str, known: Collection[str]) -> None:
     """Refuse a name that is neither ``auto`` nor known."""
     if backend not in ("auto", *known):
-        raise ValueError(f"backend must be auto, {' or '.join(known)}, got {backend!r}")
+        *most, last = known
+        raise ValueError(f"backend must be auto, {', '.join(most)} or {last}, got {backend!r}")
 
 
 def check_dims(**tensors: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Softmax attention under a pattern: over documents, and in pieces of a sequence."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import accumulation_dtype, check_backend, check_dims
+from .blocklists import BlockLists
 from .documents import check_documents, one_document
-from .patterns import Pattern
-from .tiles import BACKENDS, tile_backward, tile_forward
+from .patterns import Blocks, Pattern
+from .tiles import BACKENDS, Logits, Tile, load, tile_backward, tile_forward
 
 
 def attend(
@@ -21,8 +23,12 @@ def attend(
     *,
     documents: Tensor | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    sigmoid_bias: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of ``q`` over the keys that ``pattern`` shows it, within each document.
 
     Args:
@@ -33,23 +39,36 @@ def attend(
         documents: int ``[batch, time]``, non-decreasing along time; attention never crosses from one id to another, and
             the pattern's positions count from a document's first token.
         scale: of the logits; ``head_dim ** -0.5`` by default.
-        backend: ``torch`` (the keys that a pattern needs, through torch's kernels), ``reference`` (dense mask in fp64) or
-            ``auto``.
+        sinks: ``[heads]``, for each head the logit of one more key, whose value is 0 (gpt-oss).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        sigmoid_bias: weights are ``sigmoid(logits + sigmoid_bias)`` of each key instead of the softmax over all
+            (arXiv 2409.04431, which takes ``-log(time)``).
+        return_lse: also return the log-sum-exp of each row's logits, with the sink's; minus infinity where a row sees nothing.
+        backend: ``torch`` (torch's kernels on the keys that the pattern needs), ``triton`` (our kernels, CUDA), ``flash``
+            (flash-attn, CUDA, causal and windows), ``reference`` (dense mask in fp64), or ``auto``: ``triton`` on CUDA where
+            it can, else ``torch``.
 
     Returns:
-        ``[batch, time, heads, value_dim]`` in the dtype of ``q``, differentiable in ``q``, ``k`` and ``v``.
+        ``[batch, time, heads, value_dim]`` in the dtype of ``q``, and the log-sum-exp ``[batch, time, heads]`` in fp32 (fp64
+        for fp64) where asked for. Differentiable in ``q``, ``k``, ``v`` and ``sinks``, through both. A row that sees nothing
+        gives 0.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError: naming the argument that does not fit, and what would.
     """
-    check_attention(q, k, v, backend)
+    check_attention(q, k, v, pattern, backend)
     check_documents(documents, q.shape[:2])
-    return _Attend.apply(q, k, v, Work.of(pattern, documents, [(0, q.shape[1])], q, scale, backend))
+    logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
+    work = Work.of(pattern, documents, [(0, q.shape[1])], q, k, v, logits, backend)
+    out, lse = _Attend.apply(q, k, v, sinks, work)
+    return (out, lse) if return_lse else out
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str) -> None:
     """Refuse arguments that do not fit one another."""
     check_backend(backend, BACKENDS)
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern, as S2(64, 16, 16), got {pattern!r}")
     check_dims(q=q, k=k, v=v)
     for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype or tensor.device != q.device:
@@ -60,12 +79,29 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> None:
         raise ValueError(f"k has {k.shape[2]} heads, which do not divide the {q.shape[2]} heads of q")
 
 
-class Work(NamedTuple):
-    """What to compute of an attention, as tiles."""
+def check_logits(
+    q: Tensor, scale: float | None, sinks: Tensor | None, softcap: float | None, sigmoid_bias: float | None, return_lse: bool
+) -> Logits:
+    """How weights come from products, or a refusal of arguments that do not fit."""
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}; None for none")
+    if sinks is not None and sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks must be one number for each head of q, shape ({q.shape[2]},), got {tuple(sinks.shape)}")
+    if sinks is not None and sinks.device != q.device:
+        raise ValueError(f"sinks is on {sinks.device}, but q is on {q.device}")
+    for name, given in {"sinks": sinks is not None, "return_lse": return_lse}.items():
+        if given and sigmoid_bias is not None:
+            raise ValueError(f"{name} belongs to softmax, but sigmoid_bias is given: its rows have no sum to share")
+    return Logits(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sigmoid_bias)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to compute of an attention: stretches of queries, each with the keys of its document up to them."""
 
     pattern: Pattern
-    tiles: list["Tile"]
-    scale: float
+    stretches: list["Stretch"]
+    logits: Logits
     backend: str
 
     @classmethod
@@ -75,35 +111,76 @@ class Work(NamedTuple):
         documents: Tensor | None,
         segments: Iterable[tuple[int, int]],
         q: Tensor,
-        scale: float | None,
+        k: Tensor,
+        v: Tensor,
+        logits: Logits,
         backend: str,
     ) -> "Work":
         """For queries that are the tokens of ``segments`` of a sequence, with ``documents`` ``[batch, time]`` of the whole."""
-        tiles = list(_tiles(None if one_document(documents) else documents, segments))
-        return cls(pattern, tiles, q.shape[-1] ** -0.5 if scale is None else scale, "torch" if backend == "auto" else backend)
+        stretches = list(_stretches(None if one_document(documents) else documents, segments))
+        pattern.check(k.shape[2], max((stretch.keys.stop - stretch.keys.start for stretch in stretches), default=0))
+        if backend == "auto":
+            backend = "torch" if load("triton").refusal(q, k, v, pattern, logits) else "triton"
+        elif refusal := load(backend).refusal(q, k, v, pattern, logits):
+            raise ValueError(f"backend {backend} {refusal}")
+        return cls(pattern, stretches, logits, backend)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def tile(self, stretch: "Stretch") -> Tile:
+        """Where the rows of a stretch stand in their document."""
+        pattern = self.pattern
+        keys = stretch.keys.stop - stretch.keys.start
+        queries = stretch.queries.stop - stretch.queries.start
+        if isinstance(pattern, BlockLists):
+            pattern = pattern.in_document(stretch.rows, stretch.keys.start, stretch.keys.stop)
+        return Tile(pattern, (Blocks(keys - queries, 1, queries),), (Blocks(0, 1, keys),), self.logits)
+
+    def _is_one_tile(self, q: Tensor, k: Tensor) -> bool:
+        """Whether nothing needs to be cut out of the tensors, nor put together."""
+        return self.stretches == [Stretch(slice(None), slice(0, q.shape[1]), slice(0, k.shape[1]))]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """``q`` holds the segments' tokens, ``k`` and ``v`` the whole sequence; gives the output and log-sum-exp of ``q``."""
-        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
-        for tile in self.tiles:
-            rows, queries, keys = tile
-            parts = (q[rows, queries], k[rows, keys], v[rows, keys])
-            out[rows, queries], lse[rows, queries] = tile_forward(*parts, self.pattern, tile.q_at, self.scale, self.backend)
+        if self._is_one_tile(q, k):
+            (stretch,) = self.stretches
+            out, lse = tile_forward(q, k, v, self.tile(stretch), self.backend)
+        else:
+            out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+            for stretch in self.stretches:
+                rows, queries, keys = stretch
+                parts = (q[rows, queries], k[rows, keys], v[rows, keys])
+                out[rows, queries], lse[rows, queries] = tile_forward(*parts, self.tile(stretch), self.backend)
+        if sinks is not None:
+            # One more key with value 0: the other weights shrink.
+            total = torch.logaddexp(lse, sinks.to(lse.dtype))
+            out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
         return out, lse
 
-    def backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> list[Tensor]:
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> list[Tensor]:
         """Gradients of ``q``, and of the whole ``k`` and ``v`` as these queries see them, in fp32 (fp64 for fp64)."""
+        if self._is_one_tile(q, k):
+            (stretch,) = self.stretches
+            return list(tile_backward(grad_out, q, k, v, out, lse, self.tile(stretch), self.backend, grad_lse))
         dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v))
-        for tile in self.tiles:
-            rows, queries, keys = tile
+        for stretch in self.stretches:
+            rows, queries, keys = stretch
             parts = (grad_out[rows, queries], q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries])
-            gradients = tile_backward(*parts, lse[rows, queries], self.pattern, tile.q_at, self.scale, self.backend)
+            own_grad_lse = None if grad_lse is None else grad_lse[rows, queries]
+            gradients = tile_backward(*parts, lse[rows, queries], self.tile(stretch), self.backend, own_grad_lse)
             for total, at, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
                 total[rows, at] += gradient
         return [dq, dk, dv]
 
 
-class Tile(NamedTuple):
+def sinks_gradient(sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """Gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
+    weight = (sinks.to(lse.dtype) - lse).exp()
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return (weight * ((0.0 if grad_lse is None else grad_lse) - delta)).sum((0, 1)).to(sinks.dtype)
+
+
+class Stretch(NamedTuple):
     """A stretch of queries in one document and the document's keys up to it."""
 
     rows: slice
@@ -113,20 +190,15 @@ class Tile(NamedTuple):
     keys: slice
     """In the whole sequence: from the document's first token to the last query."""
 
-    @property
-    def q_at(self) -> int:
-        """Where the first query stands in its document."""
-        return (self.keys.stop - self.keys.start) - (self.queries.stop - self.queries.start)
 
-
-def _tiles(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Tile]:
+def _stretches(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
     everything = [(slice(None), 0, max((stop for _, stop in segments), default=0))]
     for rows, first, last in everything if documents is None else _documents(documents):
         slot = 0
         for start, stop in segments:
             begin, end = max(first, start), min(last, stop)
             if begin < end:
-                yield Tile(rows, slice(slot + begin - start, slot + end - start), slice(first, end))
+                yield Stretch(rows, slice(slot + begin - start, slot + end - start), slice(first, end))
             slot += stop - start
 
 
@@ -141,14 +213,18 @@ def _documents(documents: Tensor) -> Iterator[tuple[slice, int, int]]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, work: Work):
-        out, lse = work.forward(q, k, v)
+    def forward(ctx, q, k, v, sinks, work: Work):
+        out, lse = work.forward(q, k, v, sinks)
         ctx.work = work
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
-        gradients = ctx.work.backward(grad_out, *ctx.saved_tensors)
-        return *(gradient.to(grad_out.dtype) for gradient in gradients), None
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        gradients = ctx.work.backward(grad_out, grad_lse, q, k, v, out, lse)
+        dsinks = None if sinks is None else sinks_gradient(sinks, grad_out, grad_lse, out, lse)
+        return *(gradient.to(q.dtype) for gradient in gradients), dsinks, None

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 from .. import attention
 from ..attention.documents import check_documents
 from ..attention.patterns import Pattern
-from ..attention.softmax import Work, check_attention
+from ..attention.softmax import Work, check_attention, check_logits, sinks_gradient
 from .exchange import gather_sequence, sum_home
 from .layout import Layout, check_shard
 
@@ -23,10 +23,16 @@ def attend(
     *,
     documents: Tensor | None = None,
     scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    sigmoid_bias: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
     schedule: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`longspan.attention.attend` of a sequence that is spread over ``group``; every rank calls it.
+
+    Takes the same keywords, and:
 
     Args:
         q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, ...]``, possibly none.
@@ -35,20 +41,24 @@ def attend(
         schedule: ``gather`` (all keys and values on every rank, their gradients sent home) or ``auto``.
 
     Returns:
-        This rank's tokens of the output. Gradients are those of the sum of all ranks' losses.
+        This rank's tokens of the output (and log-sum-exp). Gradients are those of the sum of all ranks' losses; those of
+        ``sinks``, of which every rank has a copy, are this rank's share.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    check_attention(q, k, v, backend)
+    check_attention(q, k, v, pattern, backend)
     check_shard(layout, group, q.shape[1])
     check_documents(documents, (q.shape[0], layout.length))
+    logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if schedule not in ("auto", "gather"):
         raise ValueError(f"schedule must be auto or gather, got {schedule!r}")
     if layout.ranks == 1:
-        return attention.attend(q, k, v, pattern, documents=documents, scale=scale, backend=backend)
-    work = Work.of(pattern, documents, layout.segments[group.rank()], q, scale, backend)
-    return _GatherAttend.apply(q, k, v, work, layout, group)
+        options = {"scale": scale, "sinks": sinks, "softcap": softcap, "sigmoid_bias": sigmoid_bias, "return_lse": return_lse}
+        return attention.attend(q, k, v, pattern, documents=documents, backend=backend, **options)
+    work = Work.of(pattern, documents, layout.segments[group.rank()], q, k, v, logits, backend)
+    out, lse = _GatherAttend.apply(q, k, v, sinks, work, layout, group)
+    return (out, lse) if return_lse else out
 
 
 class _GatherAttend(torch.autograd.Function):
@@ -58,19 +68,22 @@ class _GatherAttend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, work: Work, layout: Layout, group: dist.ProcessGroup):
-        out, lse = work.forward(q, *_gather(k, v, layout, group))
+    def forward(ctx, q, k, v, sinks, work: Work, layout: Layout, group: dist.ProcessGroup):
+        out, lse = work.forward(q, *_gather(k, v, layout, group), sinks)
         ctx.work, ctx.layout, ctx.group = work, layout, group
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.work.backward(grad_out, q, *_gather(k, v, ctx.layout, ctx.group), out, lse)
+    def backward(ctx, grad_out, grad_lse):
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        dq, dk, dv = ctx.work.backward(grad_out, grad_lse, q, *_gather(k, v, ctx.layout, ctx.group), out, lse)
         home = sum_home(torch.cat([dk, dv], -1), ctx.layout, ctx.group, wire=k.dtype).to(k.dtype)
-        return dq.to(q.dtype), *home.split([k.shape[-1], v.shape[-1]], -1), None, None, None
+        dsinks = None if sinks is None else sinks_gradient(sinks, grad_out, grad_lse, out, lse)
+        return dq.to(q.dtype), *home.split([k.shape[-1], v.shape[-1]], -1), dsinks, None, None, None
 
 
 def _gather(k: Tensor, v: Tensor, layout: Layout, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

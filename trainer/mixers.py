@@ -94,7 +94,7 @@ def uncovered_stripes(block: Block, num_kv_heads: int) -> bool:
 
 def _pattern(block: SoftmaxBlock, num_kv_heads: int):
     if isinstance(block, S2Block):
-        return S2.spread(num_kv_heads, block=block.block, local_blocks=block.local_blocks, stride=block.stride)
+        return S2(block.block, block.local_blocks, block.stride).spread(num_kv_heads)
     assert isinstance(block, FullBlock)
     return Causal()
 

@@ -1,0 +1,128 @@
+"""A pattern of arbitrary block lists: a user's own, or chosen from the content."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .patterns import Blocks, Pattern, _power_of_two
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class BlockLists(Pattern):
+    """For each query block the key blocks that it sees; causal within a block, and never ahead.
+
+    Args:
+        block: tokens in a block, of queries and keys: a power of two.
+        lists: int ``[kv_heads or 1, query_blocks, width]``, positions counted from a document's start; or
+            ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the **sequence** and key blocks of their
+            document, as a selector makes them. -1 stands for none; order and repetition do not matter.
+    """
+
+    block: int
+    lists: Tensor
+    first_head: int = 0
+
+    def __post_init__(self):
+        _power_of_two("BlockLists", self.block)
+        lists = torch.as_tensor(self.lists)
+        if lists.ndim not in (3, 4) or lists.is_floating_point():
+            raise ValueError(
+                "BlockLists.lists must be integers [kv_heads, query_blocks, width] or [batch, kv_heads, query_blocks, width], "
+                f"got {lists.dtype} of shape {tuple(lists.shape)}"
+            )
+        none = torch.iinfo(torch.int32).max
+        lists = torch.where(lists < 0, none, lists).to(torch.int32).sort(-1).values
+        again = torch.zeros_like(lists, dtype=torch.bool)
+        again[..., 1:] = lists[..., 1:] == lists[..., :-1]
+        lists = torch.where(again, none, lists).sort(-1).values
+        object.__setattr__(self, "lists", torch.where(lists == none, -1, lists))
+
+    @classmethod
+    def where(cls, block: int, sees: Callable | np.ndarray, length: int, num_kv_heads: int = 1) -> "BlockLists":
+        """Lists for documents of up to ``length`` tokens.
+
+        Args:
+            sees: ``sees(query_blocks, key_blocks, head)``, bool for arrays of block indices that broadcast; or a bool array
+                ``[kv_heads or 1, query_blocks, key_blocks]``.
+            num_kv_heads: how many heads to ask the function for; 1 for the same in all.
+        """
+        _power_of_two("BlockLists", block)
+        blocks = np.arange(-(-length // block))
+        if callable(sees):
+            shape = (len(blocks), len(blocks))
+            table = np.stack([np.broadcast_to(sees(blocks[:, None], blocks, head), shape) for head in range(num_kv_heads)])
+        else:
+            table = np.asarray(sees)
+            if table.dtype != bool or table.ndim != 3 or table.shape[1] < len(blocks) or table.shape[2] < len(blocks):
+                raise ValueError(
+                    f"sees must be a bool array [kv_heads, {len(blocks)}, {len(blocks)}] for length {length}, "
+                    f"got {table.dtype} of shape {table.shape}"
+                )
+            table = table[:, : len(blocks), : len(blocks)]
+        table = table & (blocks[:, None] >= blocks)
+        width = max(1, int(table.sum(-1).max()))
+        order = np.argsort(~table, axis=-1, kind="stable")[..., :width]
+        return cls(block, torch.from_numpy(np.where(np.take_along_axis(table, order, -1), order, -1)))
+
+    @property
+    def alignment(self) -> int:
+        return self.block
+
+    def from_head(self, first: int) -> "BlockLists":
+        return replace(self, first_head=self.first_head + first)
+
+    def in_document(self, row: slice, start: int, stop: int) -> "BlockLists":
+        """The same for one document alone, the tokens ``start`` to ``stop`` of the batch's ``row``."""
+        if self.lists.ndim == 3:
+            return self
+        if start % self.block:
+            raise ValueError(f"documents must start at multiples of BlockLists.block {self.block}, got one at {start}")
+        return replace(self, lists=self.lists[row, :, start // self.block : -(-stop // self.block)])
+
+    def of_heads(self, num_kv_heads: int) -> Tensor:
+        """The lists of that many heads: int32 ``[batch or 1, num_kv_heads, query_blocks, width]``."""
+        lists = self.lists if self.lists.ndim == 4 else self.lists[None]
+        if lists.shape[1] == 1:
+            return lists.expand(-1, num_kv_heads, -1, -1)
+        if self.first_head + num_kv_heads > lists.shape[1]:
+            last = self.first_head + num_kv_heads - 1
+            raise ValueError(f"BlockLists has lists for {lists.shape[1]} KV heads, but is asked for head {last}")
+        return lists[:, self.first_head : self.first_head + num_kv_heads]
+
+    def check(self, num_kv_heads: int, length: int) -> None:
+        self.of_heads(num_kv_heads)
+        blocks = self.lists.shape[-2]
+        if length > blocks * self.block:
+            raise ValueError(f"BlockLists has lists for {blocks} blocks of {self.block}, but a document has {length} tokens")
+
+    def mask(self, query_positions, key_positions, num_kv_heads: int) -> Tensor:
+        """Of one document: bool ``[num_kv_heads, queries, keys]``, with the batch before that where the lists have one."""
+        queries, keys = torch.as_tensor(query_positions), torch.as_tensor(key_positions)
+        lists = self.of_heads(num_kv_heads).to(queries.device)
+        blocks = int(keys.max()) // self.block + 1 if len(keys) else 1
+        table = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.bool, device=queries.device)
+        table.scatter_(-1, torch.where((lists < 0) | (lists >= blocks), blocks, lists).long(), True)
+        seen = table[:, :, queries // self.block][..., keys // self.block] & (queries[:, None] >= keys)
+        return seen if self.lists.ndim == 4 else seen[0]
+
+    def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
+        rows = self.of_heads(head + 1)[:, head, query_start // self.block : -(-query_stop // self.block)]
+        blocks = rows.unique().tolist()
+        last = (query_stop - 1) // self.block
+        return tuple(Blocks(b, 1, 1, self.block) for b in blocks if 0 <= b <= last)
+
+    def seen(self, length: int, head: int) -> int:
+        at = torch.arange(length)
+        return sum(int(self.mask(rows, at, head + 1)[..., head, :, :].sum()) for rows in at.split(self.block))
+
+    def covers(self, num_kv_heads: int) -> bool:
+        lists = self.of_heads(num_kv_heads)
+        seen = torch.zeros(lists.shape[2], lists.shape[2] + 1, dtype=torch.bool)
+        for batch in lists:
+            table = seen.new_zeros(*batch.shape[:2], lists.shape[2] + 1)
+            table.scatter_(-1, torch.where(batch < 0, lists.shape[2], batch).long(), True)
+            seen |= table.any(0)
+        return bool(seen[:, :-1].tril().eq(torch.ones_like(seen[:, :-1]).tril()).all())

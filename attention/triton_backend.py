@@ -1,0 +1,2 @@
+def refusal(q, k, v, pattern, logits):
+    return "not yet"
