@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .linear import linear_attention
     from .patterns import S2, Blocks, Causal, Dilated, Pattern, PerHead, Sinks, Streaming, Stripes, Window
     from .rotary import apply_rotary, rotary_tables
+    from .selection import MoBA, Selector
     from .softmax import attend
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Blocks",
     "Causal",
     "Dilated",
+    "MoBA",
     "Pattern",
     "PerHead",
+    "Selector",
     "Sinks",
     "Streaming",
     "Stripes",
@@ -35,7 +38,7 @@ __all__ = [
 def __getattr__(name: str):
     """Looks where the name lives when it is asked for: a recipe's patterns are checked without waiting for torch."""
     if name in __all__:
-        for module in ("patterns", "blocklists", "softmax", "linear", "rotary"):
+        for module in ("patterns", "blocklists", "selection", "softmax", "linear", "rotary"):
             home = import_module(f".{module}", __name__)
             if hasattr(home, name):
                 return getattr(home, name)

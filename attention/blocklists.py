@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .patterns import Blocks, Pattern, _power_of_two
+from .selection import Selector
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -66,6 +67,9 @@ class BlockLists(Pattern):
         width = max(1, int(table.sum(-1).max()))
         order = np.argsort(~table, axis=-1, kind="stable")[..., :width]
         return cls(block, torch.from_numpy(np.where(np.take_along_axis(table, order, -1), order, -1)))
+
+    def __repr__(self) -> str:
+        return f"BlockLists({self.block}, lists {list(self.lists.shape)})"
 
     @property
     def alignment(self) -> int:
@@ -126,3 +130,40 @@ class BlockLists(Pattern):
             table.scatter_(-1, torch.where(batch < 0, lists.shape[2], batch).long(), True)
             seen |= table.any(0)
         return bool(seen[:, :-1].tril().eq(torch.ones_like(seen[:, :-1]).tril()).all())
+
+
+# Query blocks whose scores are held at a time.
+_CHUNK = 256
+
+
+def chosen_lists(
+    selector: Selector, queries: Tensor, keys: Tensor, at: Tensor, documents: Tensor | None, length: int
+) -> BlockLists:
+    """The pattern that ``selector`` chooses for the query blocks ``at`` of a sequence of ``length`` tokens.
+
+    Args:
+        queries, keys: summaries of those query blocks and of all key blocks.
+        documents: ids ``[batch, length]``; the lists count blocks from a document's start.
+    """
+    blocks = keys.shape[1]
+    index = torch.arange(blocks, device=keys.device)
+    ids = torch.zeros(1, blocks, dtype=torch.int32, device=keys.device)
+    if documents is not None:
+        inside = documents[:, 1:] != documents[:, :-1]
+        starts = torch.arange(1, length, device=documents.device)[None].expand_as(inside)[inside]
+        if bool((starts % selector.block).any()):
+            bad = int(starts[starts % selector.block != 0][0])
+            raise ValueError(f"documents must start at multiples of the pattern's block {selector.block}, got one at {bad}")
+        ids = documents[:, :: selector.block]
+    first = (ids[:, :, None] == ids[:, None]).int().argmax(-1)  # where each block's document begins
+    lists = torch.full((keys.shape[0], keys.shape[2], blocks, 1), -1, dtype=torch.int32, device=keys.device)
+    chosen = []
+    for part, own in zip(queries.split(_CHUNK, 1), at.split(_CHUNK), strict=True):
+        visible = (ids[:, own, None] == ids[:, None]) & (index <= own[:, None])
+        found = selector.choose(part, keys, own, visible.expand(keys.shape[0], -1, -1))
+        chosen.append(torch.where(found < 0, -1, found - first[:, None, own, None]))
+    if chosen:
+        chosen = torch.cat(chosen, 2).int()
+        lists = lists.repeat(1, 1, 1, chosen.shape[-1])
+        lists[:, :, at] = chosen
+    return BlockLists(selector.block, lists)

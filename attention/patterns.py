@@ -403,9 +403,9 @@ class S2(_Striped):
             paper's figure of several ranges).
     """
 
-    block: int = 64
-    local_blocks: int = 16
-    stride: int = 16
+    block: int
+    local_blocks: int
+    stride: int
     dense_heads: int = 0
     offset: int = 0
     head_step: int | None = None
@@ -419,8 +419,10 @@ class S2(_Striped):
             if not isinstance(self.near, tuple) or len(self.near) != 2:
                 raise ValueError(f"S2.near must be (blocks, stride), got {self.near!r}")
             blocks, stride = self.near
-            _at_least("S2", near=(stride, 1))
-            _at_least("S2", near=(blocks, self.local_blocks + 1))
+            if blocks <= self.local_blocks or stride < 1:
+                raise ValueError(
+                    f"S2.near must reach beyond the {self.local_blocks} local blocks, at a stride from 1, got {self.near}"
+                )
             if self.stride % stride:
                 raise ValueError(f"S2.near has stride {stride}, which does not divide the far stride {self.stride}")
 
@@ -463,6 +465,10 @@ class Union(Ruled):
     def alignment(self) -> int:
         return max(part.alignment for part in self.parts)
 
+    def check(self, num_kv_heads: int, length: int) -> None:
+        for part in self.parts:
+            part.check(num_kv_heads, length)
+
     def from_head(self, first: int) -> Pattern:
         return Union(tuple(part.from_head(first) for part in self.parts))
 
@@ -489,6 +495,7 @@ class PerHead(Ruled):
 
     def __post_init__(self):
         object.__setattr__(self, "patterns", tuple(self.patterns))
+        _at_least("PerHead", patterns=(len(self.patterns), 1), first_head=(self.first_head, 0))
         for pattern in self.patterns:
             if not isinstance(pattern, Ruled):
                 raise ValueError(f"PerHead.patterns must have a closed form, got {pattern!r}")

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arguments import accumulation_dtype, check_backend, check_dims
-from .blocklists import BlockLists
+from .blocklists import BlockLists, chosen_lists
 from .documents import check_documents, one_document
 from .patterns import Blocks, Pattern
+from .selection import Selector
 from .tiles import BACKENDS, Logits, Tile, load, tile_backward, tile_forward
 
 
@@ -19,7 +20,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | Selector,
     *,
     documents: Tensor | None = None,
     scale: float | None = None,
@@ -36,6 +37,7 @@ def attend(
         k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, query head ``h`` reads KV head
             ``h // (heads // kv_heads)``.
         v: ``[batch, time, kv_heads, value_dim]``.
+        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses it from the content.
         documents: int ``[batch, time]``, non-decreasing along time; attention never crosses from one id to another, and
             the pattern's positions count from a document's first token.
         scale: of the logits; ``head_dim ** -0.5`` by default.
@@ -59,15 +61,23 @@ def attend(
     check_attention(q, k, v, pattern, backend)
     check_documents(documents, q.shape[:2])
     logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
+    if isinstance(pattern, Selector):
+        pattern = _select(pattern, q, k, documents)
     work = Work.of(pattern, documents, [(0, q.shape[1])], q, k, v, logits, backend)
     out, lse = _Attend.apply(q, k, v, sinks, work)
     return (out, lse) if return_lse else out
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str) -> None:
+@torch.no_grad()
+def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None) -> Pattern:
+    queries, keys = selector.summaries(q, k)
+    return chosen_lists(selector, queries, keys, torch.arange(keys.shape[1], device=q.device), documents, q.shape[1])
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | Selector, backend: str) -> None:
     """Refuse arguments that do not fit one another."""
     check_backend(backend, BACKENDS)
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern | Selector):
         raise ValueError(f"pattern must be a Pattern, as S2(64, 16, 16), got {pattern!r}")
     check_dims(q=q, k=k, v=v)
     for name, tensor in {"k": k, "v": v}.items():

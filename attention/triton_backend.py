@@ -1,2 +1,376 @@
-def refusal(q, k, v, pattern, logits):
-    return "not yet"
+"""Tiles through our Triton kernels: a small table of rules in, one launch for the rows, a few for the keys."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_kernels as kernels
+from .blocklists import BlockLists
+from .patterns import Blocks, Pattern, Rule
+from .tiles import Logits, Tile, merge_
+from .triton_shapes import MAX_DIM, Shape, shape
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# wgmma takes tiles of 64; the interpreter anything, and is slow.
+_LEAST_BLOCK = 16 if INTERPRETED else 64
+_UNLIMITED = 1 << 30
+# The queries of a far tile of keys are shared among so many programs at most, each with so many tiles at least.
+_SPLITS, _TILES_PER_SPLIT = 8, 16
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> str | None:
+    """What it cannot do, and what can."""
+    if not q.is_cuda and not INTERPRETED:
+        return f"needs CUDA, but q is on {q.device}; use torch"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"has no {q.dtype}; use torch"
+    if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
+        return (
+            f"takes head dims up to {MAX_DIM}, not {max(q.shape[-1], v.shape[-1])}; use torch, or flash for causal and windows"
+        )
+    blocks = _blocks(pattern, k.shape[2])
+    if min(blocks, default=_LEAST_BLOCK) < _LEAST_BLOCK:
+        return f"takes blocks of at least {_LEAST_BLOCK} tokens, but {pattern!r} has {min(blocks)}; use torch"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """See :func:`~longspan.attention.tiles.tile_forward`."""
+    triton.set_allocator(_workspace)  # of this thread: autograd has its own
+    q, k, v = map(_unit_stride, (q, k, v))
+    outs, lses = (
+        [q.new_empty(q.shape[0], 0, q.shape[2], v.shape[3])],
+        [q.new_empty(*q.shape[:1], 0, q.shape[2], dtype=torch.float32)],
+    )
+    for at, rows in _runs(tile.q_at, consecutive=True):
+        out = lse = None
+        for keys_at, keys in _runs(tile.k_at):
+            new, new_lse = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys]).forward()
+            if out is None:
+                out, lse = new, new_lse
+            else:
+                merge_(out, lse, new, new_lse, tile.logits)
+        outs.append(out)
+        lses.append(lse)
+    return _cat(outs), _cat(lses)
+
+
+def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
+    """See :func:`~longspan.attention.tiles.tile_backward`."""
+    triton.set_allocator(_workspace)
+    grad_out, q, k, v, out = map(_unit_stride, (grad_out, q, k, v, out))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
+    delta = _delta(out, grad_out, grad_lse)
+    lse = lse.transpose(1, 2)
+    for at, rows in _runs(tile.q_at, consecutive=True):
+        for keys_at, keys in _runs(tile.k_at):
+            launch = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys])
+            own = (grad_out[:, rows], lse[:, :, rows].contiguous(), delta[:, :, rows].contiguous())
+            dq[:, rows] += launch.queries_gradient(*own)
+            launch.add_keys_gradients(*own, dk[:, keys], dv[:, keys])
+    return dq, dk, dv
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where the kernels lay down the descriptors of their bulk copies."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The numbers of a head beside one another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _runs(at: tuple[Blocks, ...], consecutive: bool = False) -> Iterator[tuple[Blocks, slice]]:
+    """Each range with its rows; where ``consecutive``, cut into ranges of consecutive positions."""
+    row = 0
+    for blocks in at:
+        cut = consecutive and blocks.step > 1
+        parts = [Blocks(blocks.start + n * blocks.step, 1, 1, blocks.size) for n in range(blocks.count)] if cut else [blocks]
+        for part in parts:
+            yield part, slice(row, row + len(part))
+            row += len(part)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[1] if len(parts) == 2 else torch.cat(parts, 1)
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    batch, queries, heads, dim = out.shape
+    delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
+    dlse = delta if grad_lse is None else grad_lse.transpose(1, 2).to(torch.float32).contiguous()
+    kernels.delta_kernel[triton.cdiv(queries, 64), batch * heads](
+        out, grad_out, dlse, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, queries,
+        DV=dim, BLOCK_DV=triton.next_power_of_2(dim), BM=64, WITH_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return delta
+
+
+def _blocks(pattern: Pattern, kv_heads: int) -> list[int]:
+    """Of everything in the pattern that comes in whole blocks."""
+    if isinstance(pattern, BlockLists):
+        return [pattern.block]
+    return [rule.block for head in range(kv_heads) for rule in pattern.rules(head) if rule.step > 1]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The rules of each KV head as the kernels read them."""
+
+    rows: np.ndarray
+    """int32 ``[kv_heads, bands + fars, columns]``."""
+    bands: int
+    fixed: int
+    fars: int
+    """Fixed rules and relative ones."""
+    tiles: tuple[int, ...]
+    """Of each far rule, how many tiles of keys it has at most."""
+
+
+@lru_cache(maxsize=256)
+def _table(pattern: Pattern, kv_heads: int, keys: Blocks, size: int) -> _Table:
+    """For key tiles of ``size``."""
+    if isinstance(pattern, BlockLists):
+        rows = np.zeros((kv_heads, 1, len(_NOTHING)), np.int32)
+        rows[..., 0] = pattern.block.bit_length() - 1
+        return _Table(rows, 0, 0, 0, ())
+    heads = [pattern.rules(head) for head in range(kv_heads)]
+    kinds = [
+        [[rule for rule in rules if rule.is_band] for rules in heads],
+        [sorted((rule for rule in rules if not rule.is_band and not rule.relative), key=_nearest_first) for rules in heads],
+        [[rule for rule in rules if rule.relative] for rules in heads],
+    ]
+    counts = [max(map(len, kind)) for kind in kinds]
+    rows = [
+        [_row(rule, keys, size) for kind, count in zip(kinds, counts, strict=True) for rule in _padded(kind[head], count)]
+        for head in range(kv_heads)
+    ]
+    rows = np.array(rows, np.int32).reshape(kv_heads, sum(counts), len(_NOTHING))
+    far = range(counts[0], sum(counts))
+    tiles = tuple(max(_tiles(rows[head, n], keys, size, n >= sum(counts[:2])) for head in range(kv_heads)) for n in far)
+    return _Table(rows, counts[0], counts[1], len(far), tiles)
+
+
+@lru_cache(maxsize=256)
+def _table_on(device: torch.device, *key) -> Tensor:
+    return torch.from_numpy(_table(*key).rows).to(device)
+
+
+def _nearest_first(rule: Rule) -> tuple:
+    """Rules without limit come last: the others bound what is left to them."""
+    return rule.stop is None, _UNLIMITED if rule.reach is None else rule.reach * rule.block
+
+
+def _padded(rules: list[Rule], count: int) -> list[Rule | None]:
+    return [*rules, *[None] * (count - len(rules))]
+
+
+# Shift, reach, stop, step, residue, width, first row, row step, first position, position step.
+_NOTHING = (0, 0, 0, 1, 0, 1 << 16, 0, 1 << 16, 0, 1 << 16)
+
+
+def _row(rule: Rule | None, keys: Blocks, size: int) -> tuple[int, ...]:
+    """A row of the table."""
+    if rule is None:
+        return _NOTHING
+    shift = rule.block.bit_length() - 1
+    reach = _UNLIMITED >> shift if rule.reach is None else min(rule.reach, _UNLIMITED >> shift)
+    stop = _UNLIMITED if rule.stop is None else rule.stop
+    segment = (size, 0, size, 0, size) if rule.is_band else _segment(rule, keys, size)
+    return (shift, reach, stop, rule.step, rule.residue, *segment) if segment else _NOTHING
+
+
+def _segment(rule: Rule, keys: Blocks, size: int) -> tuple[int, ...] | None:
+    """Width, first row, row step, first position and position step of a far rule's runs; None where it has none."""
+    if keys.step == 1:
+        first = keys.start * keys.size
+        if rule.step == 1:  # the first tokens, tile by tile
+            return size, -(first % size), size, first - first % size, size
+        at, step = (0 if rule.relative else rule.residue * rule.block), rule.step * rule.block
+        return rule.block, at - first, step, at, step
+    if rule.step == 1:
+        return keys.size, 0, keys.size, keys.start * keys.size, keys.step * keys.size
+    if rule.relative or rule.block != keys.size:
+        raise ValueError(f"backend triton takes keys in blocks of {keys.size} for stripes of the same blocks, not for {rule}")
+    # Every step-th block of those whose index in the run solves start + n * keys.step = residue (mod step).
+    for n in range(rule.step // np.gcd(rule.step, keys.step)):
+        if (keys.start + n * keys.step - rule.residue) % rule.step == 0:
+            skip = rule.step // np.gcd(rule.step, keys.step)
+            at, at_step = (keys.start + n * keys.step) * keys.size, skip * keys.step * keys.size
+            return keys.size, n * keys.size, skip * keys.size, at, at_step
+    return None
+
+
+def _tiles(row: np.ndarray, keys: Blocks, size: int, relative: bool) -> int:
+    stop, width, first, step, at, at_step = (int(row[n]) for n in (2, 5, 6, 7, 8, 9))
+    if stop == 0:
+        return 0
+    if relative:
+        return triton.cdiv(keys.start * keys.size % width + len(keys), width) * (width // size)
+    runs = min(triton.cdiv(max(0, len(keys) - first), step), triton.cdiv(max(0, stop - at), at_step))
+    return runs * (width // size)
+
+
+class _Launch:
+    """The kernels' launches for consecutive queries and one range of keys."""
+
+    def __init__(self, tile: Tile, queries: Blocks, keys: Blocks, q: Tensor, k: Tensor, v: Tensor):
+        self.pattern, self.logits, self.q, self.k, self.v = tile.pattern, tile.logits, q, k, v
+        self.q_start, self.keys = queries.start * queries.size, keys
+        self.group = q.shape[2] // k.shape[2]
+        if isinstance(self.pattern, BlockLists) and (keys.step > 1 or keys.start * keys.size % self.pattern.block):
+            raise ValueError("backend triton takes BlockLists with consecutive keys from the edge of a block on; use torch")
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output, and log-sum-exp ``[batch, queries, heads]``."""
+        out = self.q.new_empty(*self.q.shape[:3], self.v.shape[3])
+        lse = torch.empty(self.q.shape[0], self.q.shape[2], self.q.shape[1], dtype=torch.float32, device=self.q.device)
+        self._rows("forward", out, lse, None, None)
+        return out, lse.transpose(1, 2)
+
+    def queries_gradient(self, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+        """In fp32; ``lse`` and ``delta`` are ``[batch, heads, queries]``."""
+        dq = torch.empty(self.q.shape, dtype=torch.float32, device=self.q.device)
+        self._rows("dq", dq, lse, grad_out, delta)
+        return dq
+
+    def add_keys_gradients(self, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """To ``dk`` and ``dv``: what the bands show in one launch, what each far rule shows beyond them in another."""
+        size = self._sizes("dkv")
+        table = self._table(size.keys)
+        batch, rows, kv_heads, _ = self.k.shape
+        if table.bands or self._listed:
+            own_dk, own_dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv))
+            self._keys(grad_out, lse, delta, own_dk, own_dv, -1, triton.cdiv(rows, size.keys), 1)
+            dk += own_dk
+            dv += own_dv
+        for far, tiles in enumerate(table.tiles):
+            if not tiles:
+                continue
+            splits = max(1, min(_SPLITS, self.q.shape[1] // (size.queries * _TILES_PER_SPLIT)))
+            parts = [
+                torch.empty(splits * batch, kv_heads, tiles * size.keys, x.shape[3], dtype=torch.float32, device=x.device)
+                for x in (dk, dv)
+            ]
+            self._keys(grad_out, lse, delta, *(x.transpose(1, 2) for x in parts), far, tiles, splits)
+            for part, out in zip(parts, (dk, dv), strict=True):
+                strides = (part.stride(0), part.stride(2), part.stride(1), *out.stride()[:3])
+                kernels.home_kernel[tiles, batch * kv_heads](
+                    part, out, self._on_device(size.keys), *strides, kv_heads, batch, self._key_range[0], rows, splits,
+                    D=out.shape[3], BLOCK_D=_block_d(out), BN=size.keys, RULES=table.bands + table.fars,
+                    RULE=table.bands + far, RELATIVE=far >= table.fixed,
+                )  # fmt: skip
+
+    @property
+    def _listed(self) -> bool:
+        return isinstance(self.pattern, BlockLists)
+
+    @property
+    def _key_range(self) -> tuple[int, int, int, int]:
+        """First block, step and size of the keys' blocks, where consecutive keys are blocks of one; and how many keys."""
+        keys = self.keys
+        return (keys.start * keys.size, 1, 1, len(keys)) if keys.step == 1 else (keys.start, keys.step, keys.size, len(keys))
+
+    def _sizes(self, kernel: str) -> Shape:
+        """The launch shape, with tiles no larger than the blocks that a tile must lie in."""
+        found = shape(kernel, *_chip(self.q.device), self.q.element_size(), max(_block_d(self.q), _block_d(self.v)))
+        blocks = _blocks(self.pattern, self.k.shape[2]) + ([self.keys.size] if self.keys.step > 1 else [])
+        one_block = self._listed or any(
+            rule.relative for head in range(self.k.shape[2]) for rule in ([] if self._listed else self.pattern.rules(head))
+        )
+        queries = min([found.queries, *blocks]) if one_block else found.queries
+        return replace(found, queries=queries, keys=min([found.keys, *blocks]))
+
+    def _table(self, size: int) -> _Table:
+        return _table(self.pattern, self.k.shape[2], self.keys, size)
+
+    def _on_device(self, size: int) -> Tensor:
+        return _table_on(self.q.device, self.pattern, self.k.shape[2], self.keys, size)
+
+    def _options(self, size: Shape) -> dict:
+        table = self._table(size.keys)
+        return {
+            "D": self.q.shape[3], "DV": self.v.shape[3], "BLOCK_D": _block_d(self.q), "BLOCK_DV": _block_d(self.v),
+            "BM": size.queries, "BN": size.keys, "BANDS": table.bands, "FIXED": table.fixed, "FARS": table.fars,
+            "LISTED": self._listed, "SOFTCAP": self.logits.softcap is not None, "SIGMOID": self.logits.sigmoid_bias is not None,
+            "TMA": _chip(self.q.device)[0] >= 90 and self.q.dtype != torch.float32 and _aligned(self.q, self.k, self.v),
+            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "num_warps": size.warps, "num_stages": size.stages,
+        }  # fmt: skip
+
+    @property
+    def _scales(self) -> tuple[float, float, float]:
+        return self.logits.scale, self.logits.softcap or 0.0, self.logits.sigmoid_bias or 0.0
+
+    def _rows(self, kernel: str, out: Tensor, lse: Tensor, grad_out: Tensor | None, delta: Tensor | None) -> None:
+        size, heads = self._sizes(kernel), self.q.shape[2]
+        lists, list_strides = lse, (0, 0, 0)
+        if self._listed:
+            lists = _forward_lists(self.pattern.of_heads(self.k.shape[2]).to(self.q.device))
+            list_strides = (lists.stride(0) if lists.shape[0] > 1 else 0, *lists.stride()[1:3])
+        grad = out if grad_out is None else grad_out
+        tiles = triton.cdiv(self.q_start % size.queries + self.q.shape[1], size.queries)
+        kernels.rows_kernel[tiles, self.q.shape[0] * heads](
+            self.q, self.k, self.v, out, lse, grad, lse if delta is None else delta, self._on_device(size.keys), lists,
+            *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
+            *grad.stride()[:3], *list_strides, heads, self.group, self.q_start, self.q.shape[1], *self._key_range,
+            GRAD=kernel == "dq", **self._options(size),
+        )  # fmt: skip
+
+    def _keys(self, grad_out, lse, delta, dk: Tensor, dv: Tensor, far: int, tiles: int, splits: int) -> None:
+        size, kv_heads = self._sizes("dkv"), self.k.shape[2]
+        pointers = lists = lse
+        list_strides = (0, 0)
+        if self._listed:
+            own = self.pattern.of_heads(kv_heads).to(self.q.device)
+            blocks = (self._key_range[0] + self._key_range[3] - 1) // self.pattern.block + 1
+            pointers, lists = _transposed(own, blocks)
+            list_strides = (kv_heads * blocks if own.shape[0] > 1 else 0, blocks)
+        kernels.keys_kernel[tiles * splits, self.k.shape[0] * kv_heads](
+            self.q, self.k, self.v, lse, grad_out, delta, dk, dv, self._on_device(size.keys), pointers, lists,
+            *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *grad_out.stride()[:3],
+            *dk.stride()[:3], *dv.stride()[:3], *list_strides,
+            kv_heads, self.group, self.q_start, self.q.shape[1], *self._key_range, splits,
+            FAR=far, **self._options(size),
+        )  # fmt: skip
+
+
+def _block_d(x: Tensor) -> int:
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+@lru_cache
+def _chip(device: torch.device) -> tuple[int]:
+    major, minor = (0, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
+    return (major * 10 + minor,)
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether the chip's bulk copies can take rows from these."""
+    return all(x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors)
+
+
+def _forward_lists(lists: Tensor) -> Tensor:
+    """For each query block how many blocks before its own it sees, whether it sees its own, and which: int32."""
+    own = torch.arange(lists.shape[2], device=lists.device)[:, None]
+    before, beside = (lists >= 0) & (lists < own), lists == own
+    return torch.cat([before.sum(-1, keepdim=True), beside.any(-1, keepdim=True), lists], -1).to(torch.int32).contiguous()
+
+
+def _transposed(lists: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+    """For each key block the query blocks that see it, ascending: where each begins, and all of them. Made on the device."""
+    batch, heads, query_blocks, width = lists.shape
+    queries = torch.arange(query_blocks, device=lists.device)[:, None]
+    row = torch.arange(batch * heads, device=lists.device).view(batch, heads, 1, 1) * key_blocks
+    shown = (lists >= 0) & (lists <= queries) & (lists < key_blocks)
+    keys = torch.where(shown, row + lists, batch * heads * key_blocks).flatten()
+    keys, order = keys.sort(stable=True)
+    begin = torch.searchsorted(keys, torch.arange(batch * heads * key_blocks + 1, device=lists.device))
+    return begin.to(torch.int32), queries.expand(batch, heads, -1, width).flatten()[order].to(torch.int32)

@@ -76,6 +76,44 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw a run's loss curve")
     plot.add_argument("run_dir", metavar="RUN")
     plot.set_defaults(run=_plot)
+
+    show = commands.add_parser(
+        "show-pattern",
+        help="draw what each KV head sees",
+        description="Draw an attention pattern, or those of a recipe, and print its density and ideal speed-up.",
+    )
+    show.add_argument("pattern", metavar="EXPR|RECIPE", help="as 'S2(64, 16, 16) | Sinks(4)', or a recipe")
+    show.add_argument("-o", "--out", required=True, metavar="PNG", help="file to draw to")
+    show.add_argument("--heads", type=int, metavar="N", help="KV heads (default 4; a recipe has its own)")
+    show.add_argument("--length", type=int, metavar="T", help="tokens (default: enough to show the structure, or the recipe's)")
+    show.set_defaults(run=_show_pattern)
+
+    bench = commands.add_parser("bench", help="measure speed and memory").add_subparsers(
+        dest="bench_command", required=True, metavar="COMMAND"
+    )
+    attention = bench.add_parser(
+        "attention",
+        help="softmax attention against dense kernels",
+        description="Check, then measure softmax attention under patterns against dense kernels, in turns.",
+    )
+    attention.add_argument(
+        "--pattern",
+        nargs="+",
+        default=["S2(64, 16, 16)", "Window(1024)"],
+        metavar="EXPR",
+        help="(default 'S2(64, 16, 16)' 'Window(1024)')",
+    )
+    attention.add_argument("--lengths", default="8192,32768", metavar="T,T", help="tokens (default %(default)s)")
+    attention.add_argument("--backend", default="torch", help="of ours: torch (default), triton, flash, reference or auto")
+    attention.add_argument("--heads", type=int, default=4, help="(default 4)")
+    attention.add_argument("--kv-heads", type=int, default=4, help="(default 4)")
+    attention.add_argument("--head-dim", type=int, default=64, help="(default 64)")
+    attention.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    attention.add_argument("--repeats", type=int, default=5, help="(default 5)")
+    attention.add_argument("--out", default="bench", metavar="FOLDER", help="gets attention.json and .png (default bench)")
+    attention.set_defaults(run=_bench_attention)
     return parser
 
 
@@ -131,3 +169,15 @@ def _plot(options: argparse.Namespace) -> None:
     from ..trainer.run_folder import RunFolder
 
     print(plot_loss(RunFolder(options.run_dir)))
+
+
+def _show_pattern(options: argparse.Namespace) -> None:
+    from .show_pattern import show_pattern
+
+    show_pattern(options.pattern, options.out, options.heads, options.length)
+
+
+def _bench_attention(options: argparse.Namespace) -> None:
+    from .bench import bench_attention
+
+    bench_attention(options)

@@ -6,8 +6,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import attention
+from ..attention.blocklists import chosen_lists
 from ..attention.documents import check_documents
 from ..attention.patterns import Pattern
+from ..attention.selection import Selector
 from ..attention.softmax import Work, check_attention, check_logits, sinks_gradient
 from .exchange import gather_sequence, sum_home
 from .layout import Layout, check_shard
@@ -17,7 +19,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern,
+    pattern: Pattern | Selector,
     layout: Layout,
     group: dist.ProcessGroup,
     *,
@@ -56,9 +58,26 @@ def attend(
     if layout.ranks == 1:
         options = {"scale": scale, "sinks": sinks, "softcap": softcap, "sigmoid_bias": sigmoid_bias, "return_lse": return_lse}
         return attention.attend(q, k, v, pattern, documents=documents, backend=backend, **options)
+    if isinstance(pattern, Selector):
+        pattern = _select(pattern, q, k, documents, layout, group)
     work = Work.of(pattern, documents, layout.segments[group.rank()], q, k, v, logits, backend)
     out, lse = _GatherAttend.apply(q, k, v, sinks, work, layout, group)
     return (out, lse) if return_lse else out
+
+
+@torch.no_grad()
+def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, layout: Layout, group) -> Pattern:
+    """What the selector chooses from summaries of its blocks, those of the keys gathered from all ranks."""
+    block = selector.block
+    if any(start % block or (stop % block and stop != layout.length) for start, stop, _, _ in layout.in_order):
+        raise ValueError(f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks")
+    blocks = Layout(tuple(tuple((start // block, -(-stop // block)) for start, stop in own) for own in layout.segments))
+    slots = [(slot, slot + stop - start) for start, stop, rank, slot in layout.in_order if rank == group.rank()]
+    summaries = [selector.summaries(q[:, start:stop], k[:, start:stop]) for start, stop in slots]
+    none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
+    queries, keys = (torch.cat(parts, 1) for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,))))
+    at = blocks.tokens(group.rank()).to(q.device)
+    return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents, layout.length)
 
 
 class _GatherAttend(torch.autograd.Function):

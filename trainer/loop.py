@@ -19,7 +19,7 @@ from .errors import NonFiniteError, UserError
 from .metrics import MetricsLog
 from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
-from .recipe import Recipe
+from .recipe import Recipe, SoftmaxBlock
 from .run_folder import RunFolder
 from .schedule import learning_rate
 from .stop import StopRequest
@@ -151,14 +151,12 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
-    from .mixers import uncovered_stripes
-
     model = recipe.model
     for name, block in model.layers.blocks.items():
-        if uncovered_stripes(block, model.kv_heads):
+        if isinstance(block, SoftmaxBlock) and block.leaves_gaps(model.kv_heads):
             yield (
-                f"model.layers.blocks.{name}: {model.kv_heads} KV heads cannot cover {block.stride} stripes; what lies between "
-                f"is seen in the local band alone. Use a stride of at most {model.kv_heads}, or a full layer beside it"
+                f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps, which are seen from nearby "
+                f"alone. Use a stride of at most {model.kv_heads}, or a full layer beside it"
             )
 
 

@@ -6,14 +6,15 @@ Fused projections are laid out head by head, so that a tensor-parallel rank's ro
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..attention import S2, Causal, apply_rotary
+from ..attention import apply_rotary
 from ..parallel import Sequence, attend, linear_attention
 from .norm import RMSNorm, ShardedRMSNorm
-from .recipe import Block, FullBlock, LightningBlock, S2Block, SoftmaxBlock
+from .recipe import LightningBlock, SoftmaxBlock
 
 
 class Mixer(MegatronModule):
@@ -65,12 +66,17 @@ class SoftmaxAttention(Mixer):
         super().__init__(config, pg_collection, config.num_query_groups, config.kv_channels, sum(self.parts))
         self.block = block
         self.rotary_dim, self.rope_theta = int(self.head_dim * block.rotary_fraction), rope_theta
-        self.pattern = _pattern(block, config.num_query_groups).from_head(self.first_head)
+        self.pattern = block.attention_pattern(config.num_query_groups).from_head(self.first_head)
         if block.qk_norm and pg_collection.tp.size() > 1 and not config.qk_layernorm:
             raise ValueError("a block has qk_norm: set qk_layernorm in the TransformerConfig, or its gradients are not summed")
         if block.qk_norm:  # these names ask Megatron to sum their gradients over the ranks' heads
             self.q_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
             self.k_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.sinks = None
+        if block.attention_sink:
+            weight = self.linear_in.weight
+            self.sinks = nn.Parameter(weight.new_zeros(self.local_heads * self.group))
+            set_tensor_model_parallel_attributes(self.sinks, True, 0, 1)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         rows = self.project(hidden).unflatten(-1, (-1, self.head_dim))
@@ -81,22 +87,11 @@ class SoftmaxAttention(Mixer):
         if self.rotary_dim:
             tables = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents)
+        logits = {"sinks": self.sinks, "softcap": self.block.softcap}
+        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents, **logits)
         if self.block.output_gate:
             out = out * torch.sigmoid(gate.flatten(2, 3))
         return self.output(out.flatten(2))
-
-
-def uncovered_stripes(block: Block, num_kv_heads: int) -> bool:
-    """Whether some positions are beyond the reach of every head of such a layer but for its local band."""
-    return isinstance(block, S2Block) and not _pattern(block, num_kv_heads).covers(num_kv_heads)
-
-
-def _pattern(block: SoftmaxBlock, num_kv_heads: int):
-    if isinstance(block, S2Block):
-        return S2(block.block, block.local_blocks, block.stride).spread(num_kv_heads)
-    assert isinstance(block, FullBlock)
-    return Causal()
 
 
 class LightningAttention(Mixer):

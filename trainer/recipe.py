@@ -1,11 +1,18 @@
 """What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
 
 import math
+from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ..attention.expression import parse_pattern
+from ..attention.patterns import S2, Causal, Pattern, PerHead, Streaming, Union, Window
+from ..attention.selection import MoBA, Selector
+
 Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples
@@ -28,18 +35,42 @@ class Block(Section):
 
 
 class SoftmaxBlock(Block):
+    """Attention with grouped queries, under some pattern."""
+
     qk_norm: bool = False
     """RMSNorm of each query and key head before rotation (Qwen3)."""
     output_gate: bool = False
     """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
     rotary_fraction: Fraction = 1.0
     """Share of the head dimension that is rotated; 0 for no position embedding."""
+    attention_sink: bool = False
+    """A learned logit per query head that takes its share of the softmax and adds nothing (gpt-oss)."""
+    softcap: Annotated[float, Field(gt=0)] | None = None
+    """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
+
+    @abstractmethod
+    def attention_pattern(self, num_kv_heads: int) -> Pattern | Selector:
+        """What the heads of the whole model see; ValueError where the block's keys make no pattern."""
+
+    def leaves_gaps(self, num_kv_heads: int) -> bool:
+        """Whether it has stripes at every distance, and yet there are positions that only nearby queries see.
+
+        A window on its own leaves none: it is meant to end.
+        """
+        pattern = self.attention_pattern(num_kv_heads)
+        if isinstance(pattern, Selector):
+            return False
+        striped = any(rule.reach is None and rule.step > 1 for head in range(num_kv_heads) for rule in pattern.rules(head))
+        return striped and not pattern.covers(num_kv_heads)
 
 
 class FullBlock(SoftmaxBlock):
     """Causal attention over the whole document."""
 
     mixer: Literal["full"]
+
+    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+        return Causal()
 
 
 class S2Block(SoftmaxBlock):
@@ -52,6 +83,52 @@ class S2Block(SoftmaxBlock):
     """Blocks in the local band, the query's own among them."""
     stride: Positive = 16
     """Every stride-th block is seen at any distance."""
+    dense_heads: Natural = 0
+    """The first so many KV heads see everything."""
+    offset: Natural = 0
+    """Blocks by which the stripes are moved."""
+    near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
+    """[blocks, stride]: a finer stride within so many blocks."""
+
+    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+        pattern = S2(self.block, self.local_blocks, self.stride, self.dense_heads, self.offset, near=self.near)
+        return pattern.spread(num_kv_heads)
+
+
+class WindowBlock(SoftmaxBlock):
+    """The last tokens alone."""
+
+    mixer: Literal["window"]
+    window: Positive
+    """How many tokens, the query's own among them."""
+
+    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+        return Window(self.window)
+
+
+class StreamingBlock(SoftmaxBlock):
+    """The first and the last tokens of what came before (StreamingLLM, arXiv 2309.17453)."""
+
+    mixer: Literal["streaming"]
+    sinks: Positive = 4
+    """The first so many tokens of the document."""
+    window: Positive
+    """The last so many, the query's own among them."""
+
+    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+        return Streaming(self.sinks, self.window)
+
+
+class PatternBlock(SoftmaxBlock):
+    """Any pattern, as an expression."""
+
+    mixer: Literal["pattern"]
+    pattern: str
+    """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
+    spread evenly over the heads."""
+
+    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+        return parse_pattern(self.pattern).spread(num_kv_heads)
 
 
 class LightningBlock(Block):
@@ -65,7 +142,22 @@ class LightningBlock(Block):
     """Multiply the normalised output by a sigmoid of a projection of the layer's input."""
 
 
-AnyBlock = Annotated[FullBlock | S2Block | LightningBlock, Field(discriminator="mixer")]
+class MoBABlock(SoftmaxBlock):
+    """Blocks of keys chosen from the content (MoBA, arXiv 2502.13189)."""
+
+    mixer: Literal["moba"]
+    block: Positive = 64
+    """Tokens in a block: a power of two."""
+    top_k: Positive = 8
+    """Blocks that a block of queries sees, its own among them."""
+
+    def attention_pattern(self, num_kv_heads: int) -> MoBA:
+        return MoBA(self.block, self.top_k)
+
+
+AnyBlock = Annotated[
+    FullBlock | S2Block | WindowBlock | StreamingBlock | PatternBlock | MoBABlock | LightningBlock, Field(discriminator="mixer")
+]
 
 
 class Layers(Section):
@@ -102,7 +194,7 @@ class Model(Section):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def stack(self) -> list[FullBlock | S2Block | LightningBlock]:
+    def stack(self) -> list[Block]:
         """The block of every layer, bottom up."""
         names = self.layers.pattern
         return [self.layers.blocks[names[i % len(names)]] for i in range(self.num_hidden_layers)]
@@ -110,7 +202,9 @@ class Model(Section):
     @property
     def document_alignment(self) -> int:
         """Documents start at multiples of this: the largest block of the sparse patterns in use."""
-        return max((block.block for block in self.stack if isinstance(block, S2Block)), default=1)
+        used = [self.layers.blocks[name] for name in self.layers.pattern[: self.num_hidden_layers]]
+        softmax = [block for block in used if isinstance(block, SoftmaxBlock)]
+        return max((block.attention_pattern(self.kv_heads).alignment for block in softmax), default=1)
 
 
 class Data(Section):
@@ -264,8 +358,8 @@ def _model_problems(model: Model):
         key = f"model.layers.blocks.{name}"
         if name not in model.layers.pattern:
             yield key, "is not in model.layers.pattern; name it there or remove it"
-        if isinstance(block, S2Block) and block.block & (block.block - 1):
-            yield f"{key}.block", f"{block.block} is not a power of two"
+        if isinstance(block, SoftmaxBlock):
+            yield from ((f"{key}.{field}", reason) for field, reason in _pattern_problems(block, kv_heads))
         if isinstance(block, LightningBlock) and (heads * model.kv_channels) % (block.num_heads or heads):
             yield f"{key}.num_heads", f"{block.num_heads} does not divide the width, {heads * model.kv_channels}"
         if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
@@ -275,6 +369,32 @@ def _model_problems(model: Model):
         yield "model.num_attention_heads", f"{heads} does not divide hidden_size {model.hidden_size}; set head_dim"
     if heads % kv_heads:
         yield "model.num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}"
+
+
+def _pattern_problems(block: SoftmaxBlock, kv_heads: int) -> Iterator[tuple[str, str]]:
+    try:
+        pattern = block.attention_pattern(kv_heads)
+    except ValueError as error:
+        if isinstance(block, PatternBlock):
+            yield "pattern", str(error)
+        else:  # a pattern's own refusal begins with what it refuses: S2.block must be ...
+            field, reason = str(error).partition(".")[2].split(" ", 1)
+            yield field, reason
+        return
+    for per_head in _per_heads(pattern):
+        if (per_head.first_head, len(per_head.patterns)) != (0, kv_heads):
+            reason = f"PerHead lists {len(per_head.patterns)} patterns and the model has {kv_heads} KV heads"
+            yield "pattern", f"{reason}; list one for each, from head 0"
+    if isinstance(block, S2Block) and block.dense_heads > kv_heads:
+        yield "dense_heads", f"{block.dense_heads} is more than the {kv_heads} KV heads"
+
+
+def _per_heads(pattern: Pattern) -> Iterator[PerHead]:
+    """All that an expression has, however deep."""
+    if isinstance(pattern, PerHead):
+        yield pattern
+    for part in pattern.parts if isinstance(pattern, Union) else pattern.patterns if isinstance(pattern, PerHead) else ():
+        yield from _per_heads(part)
 
 
 def _training_problems(recipe: Recipe):
@@ -294,9 +414,12 @@ def _training_problems(recipe: Recipe):
         yield "parallel.tp", f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
     if model.num_hidden_layers % parallel.pp:
         yield "parallel.pp", f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
-    align = model.document_alignment if all(name in model.layers.blocks for name in model.layers.pattern) else 1
+    try:
+        align = model.document_alignment
+    except (KeyError, ValueError):  # of unknown blocks and faulty patterns, which are problems of the model
+        align = 1
     if training.seq_length % align:
-        yield "training.seq_length", f"{training.seq_length} is not a multiple of the s2 block, {align}"
+        yield "training.seq_length", f"{training.seq_length} is not a multiple of the patterns' largest block, {align}"
     if recipe.evaluation.ngram_baseline and (recipe.data.tokenizer != "bytes" or model.vocab_size):
         yield "evaluation.ngram_baseline", "counts bytes: needs data.tokenizer bytes and no model.vocab_size; set it to false"
     # Zigzag has two parts per rank; Megatron splits each rank's tokens over tp, and its pipeline needs equal shapes.
@@ -307,6 +430,14 @@ def _training_problems(recipe: Recipe):
             f"{training.seq_length} does not split into {parts} equal parts for parallel.cp {parallel.cp} ({parallel.layout}) "
             f"and tp {parallel.tp}; use {training.seq_length + -training.seq_length % math.lcm(parts, align)}",
         )
+    for name, block in model.layers.blocks.items():
+        shard = training.seq_length * parallel.tp // parts
+        if isinstance(block, MoBABlock) and parallel.cp > 1 and shard % block.block:
+            yield (
+                "training.seq_length",
+                f"{training.seq_length} gives context-parallel ranks parts of {shard} tokens, which are not whole blocks of "
+                f"model.layers.blocks.{name}: use a multiple of {parts // parallel.tp * block.block}",
+            )
     if recipe.checkpoint.keep_latest_k == 1:
         yield "checkpoint.keep_latest_k", "1 would leave nothing to go back to if it is damaged; use 2 or more, or 0 for all"
     processes = recipe.launch.processes

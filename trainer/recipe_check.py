@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from .errors import UserError, suggest
 from .recipe import CombinationError, Recipe
 
-# Divisible by whatever a recipe divides by; stands in for a required number that is faulty.
+# Divisible by whatever a recipe divides by; stands in for a required number, or as text for a string, that is faulty.
 _STAND_IN = 2**16 * 3**3 * 5 * 7
 
 
@@ -16,7 +16,7 @@ def check_recipe(content: dict, source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = _problems(error, content)
+        problems = _problems(error)
     problems += _combination_problems(content, {key for key, _ in problems})
     raise UserError("\n".join(f"{source}: {key}: {reason}" for key, reason in problems))
 
@@ -25,33 +25,33 @@ def _is_combination(error: ValidationError) -> bool:
     return isinstance(error.errors()[0].get("ctx", {}).get("error"), CombinationError)
 
 
-def _problems(error: ValidationError, content: dict) -> list[tuple[str, str]]:
+def _problems(error: ValidationError) -> list[tuple[str, str]]:
     """(key, reason and fix) of everything that is wrong."""
     if _is_combination(error):
         return error.errors()[0]["ctx"]["error"].problems
-    return [(_key(item["loc"], content), _reason(item)) for item in error.errors()]
+    return [(_key(item["loc"]), _reason(item)) for item in error.errors()]
 
 
 def _combination_problems(content: dict, faulty: set[str]) -> list[tuple[str, str]]:
     """Impossible combinations of the keys that are not faulty, so that all problems are told at once."""
     content = _without(content, faulty)
-    for _ in range(2):
+    for _ in range(3):
         try:
             Recipe.model_validate(content)
         except ValidationError as error:
             if _is_combination(error):
-                unknown_stack = any(key.startswith("model.layers") for key in faulty)
+                unknown_stack = any(key.startswith(("model.layers", "model.num_key_value_heads")) for key in faulty)
                 return [
                     (key, reason)
-                    for key, reason in _problems(error, content)
+                    for key, reason in _problems(error)
                     if str(_STAND_IN) not in reason
                     and key not in faulty
                     and not (unknown_stack and key.startswith("model.layers"))
                 ]
             for item in error.errors():
-                *sections, last = _key(item["loc"], content).split(".")
+                *sections, last = _key(item["loc"]).split(".")
                 if ".".join((*sections, last)) in faulty and (section := _at(content, sections)) is not None:
-                    section[last] = _STAND_IN
+                    section[last] = str(_STAND_IN) if item["type"] == "string_type" else _STAND_IN
     return []
 
 
@@ -61,15 +61,11 @@ def _at(content: Any, path: list[str]) -> dict | None:
     return content if isinstance(content, dict) else None
 
 
-def _key(loc: tuple, content: Any) -> str:
+def _key(loc: tuple) -> str:
     """The dotted key of an error; pydantic's location also names the chosen kind of a block, which is no key."""
-    path = []
-    for depth, part in enumerate(loc):
-        inside = (isinstance(content, dict) and part in content) or (isinstance(content, list) and part in range(len(content)))
-        if inside or depth == len(loc) - 1:
-            path.append(str(part))
-            content = content[part] if inside else None
-    return ".".join(path)
+    if loc[:3] == ("model", "layers", "blocks"):  # and then a block's name and its kind
+        loc = (*loc[:4], *loc[5:])
+    return ".".join(map(str, loc))
 
 
 def _reason(item: dict) -> str:

@@ -23,4 +23,5 @@ def _layer(model: Model, block: Block) -> int:
     elif isinstance(block, SoftmaxBlock):
         mixer += ((2 if block.output_gate else 1) * width + 2 * model.kv_heads * model.kv_channels) * hidden
         mixer += 2 * model.kv_channels if block.qk_norm else 0
+        mixer += model.num_attention_heads if block.attention_sink else 0
     return norms + mixer + 3 * hidden * model.intermediate_size

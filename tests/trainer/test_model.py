@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from longspan.launch.process import process_group
 from longspan.parallel import Layout, Sequence
-from longspan.trainer.recipe import LightningBlock, S2Block
+from longspan.trainer.recipe import LightningBlock
 from longspan.trainer.recipe_file import load_recipe
+
+from .stacks import PATTERNS
 
 
 @pytest.fixture
@@ -39,6 +41,29 @@ def rotate(x, at, dim, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., dim:]], -1)
 
 
+def seen(block, head, heads, at):
+    """What KV head ``head`` of ``heads`` sees of one document, [queries, keys]."""
+    i, j = at[:, None], at
+    if block.mixer == "full":
+        mask = i >= 0
+    elif block.mixer == "window":
+        mask = i - j < block.window
+    elif block.mixer == "streaming":
+        mask = (i - j < block.window) | (j < block.sinks)
+    elif block.mixer == "s2":
+        away, striped = i // block.block - j // block.block, heads - block.dense_heads
+        shift = (head - block.dense_heads) * max(1, block.stride // striped) + block.offset
+        mask = (away < block.local_blocks) | ((j // block.block + shift) % block.stride == 0)
+        if block.near:
+            mask = mask | (away < block.near[0]) & ((j // block.block + shift) % block.near[1] == 0)
+        mask = mask | (head < block.dense_heads)
+    else:  # the expression in the stack of patterns, for its two heads
+        away = i // 2 - j // 2
+        own = [(i - j < 5) | (j < 2), (away % 3 == 0) & (away < 12)][head]
+        mask = own | ((j // 4 + head * 3) % 6 == 0)
+    return mask & (i >= j)
+
+
 def softmax_attention(x, w, model, block, at):
     """One document [tokens, hidden]: dense masks, one head at a time."""
     group, dim = model.num_attention_heads // model.kv_heads, model.kv_channels
@@ -53,14 +78,15 @@ def softmax_attention(x, w, model, block, at):
             key = rms(key, w["mixer.k_layernorm.weight"], model.rms_norm_eps)
         turn = int(dim * block.rotary_fraction)
         key = rotate(key[:, None], at, turn, model.rope_theta)[:, 0] if turn else key
-        mask = at[:, None] >= at
-        if isinstance(block, S2Block):
-            i, j = (at // block.block)[:, None], at // block.block
-            residue = -(kv * max(1, block.stride // model.kv_heads)) % block.stride
-            mask = mask & ((i - j < block.local_blocks) | (j % block.stride == residue))
+        mask = seen(block, kv, model.kv_heads, at)
         for query, gate in zip(queries, gates, strict=True):
             query = rotate(query[:, None], at, turn, model.rope_theta)[:, 0] if turn else query
-            out = (query @ key.T / dim**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ value
+            logits = query @ key.T / dim**0.5
+            if block.softcap:
+                logits = block.softcap * (logits / block.softcap).tanh()
+            weights = logits.masked_fill(~mask, -torch.inf).exp()
+            sink = w["mixer.sinks"][len(outs)].exp() if block.attention_sink else 0
+            out = weights @ value / (weights.sum(-1, keepdim=True) + sink)
             outs.append(out if gate is None else out * torch.sigmoid(gate))
     return torch.cat(outs, -1) @ w["mixer.linear_proj.weight"].T
 
@@ -129,6 +155,7 @@ OVERRIDES = {
         "model.tie_word_embeddings=false",
         "model.head_dim=24",
     ],
+    "patterns": [PATTERNS],
 }
 
 
@@ -136,6 +163,9 @@ OVERRIDES = {
 def test_logits_are_those_of_a_plain_forward(engine, overrides):
     made = engine("model.initializer_range=0.7", *overrides)
     weights, model = made.weights(), made.recipe.model
+    for name in (name for name in weights if name.endswith("mixer.sinks")):
+        weights[name] = torch.tensor([-1.0, 0.5, 1.0, 3.0])
+    made.load_weights(weights)
     lengths = [41, 1, 54]
     tokens = torch.randint(0, 257, (1, 96), generator=torch.Generator().manual_seed(0))
     documents = torch.repeat_interleave(torch.arange(3, dtype=torch.int32), torch.tensor(lengths))[None]
@@ -197,6 +227,11 @@ def test_initial_weights_depend_on_seed_and_name_alone(engine):
     assert not torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
     initialise(made.model, 3, 0.02, 4)
     assert torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
+
+
+def test_sinks_begin_at_zero(engine):
+    sinks = [weight for name, weight in engine(PATTERNS).weights().items() if name.endswith("mixer.sinks")]
+    assert torch.equal(torch.stack(sinks), torch.zeros(3, 4))
 
 
 def test_our_spec_in_a_plain_megatron_model(engine):

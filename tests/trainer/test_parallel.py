@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .stacks import PATTERNS
+
 WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
 PAIRS = {"dp": (2, []), "tp": (2, ["parallel.tp=2"]), "pp": (2, ["parallel.pp=2"]), "cp": (2, ["parallel.cp=2"])}
@@ -14,6 +16,7 @@ CONTEXT = {
     "cp-tp": (4, ["parallel.cp=2", "parallel.tp=2"]),
     "cp-pp": (4, ["parallel.cp=2", "parallel.pp=2"]),
 }
+HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 
 
 @pytest.fixture
@@ -27,13 +30,19 @@ def train(ranks, tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tied", "arrangements"), [("true", PAIRS), pytest.param("false", PAIRS, marks=pytest.mark.wide), ("true", CONTEXT)]
+    ("model", "arrangements"),
+    [
+        ("model.tie_word_embeddings=true", PAIRS),
+        pytest.param("model.tie_word_embeddings=false", PAIRS, marks=pytest.mark.wide),
+        ("model.tie_word_embeddings=true", CONTEXT),
+        (PATTERNS, HEADS),
+    ],
+    ids=["tied", "untied", "context", "patterns"],
 )
-def test_every_arrangement_trains_the_same_model(train, tied, arrangements):
-    tied = f"model.tie_word_embeddings={tied}"
-    alone = train("alone", 1, tied)
+def test_every_arrangement_trains_the_same_model(train, model, arrangements):
+    alone = train("alone", 1, model)
     for name, (count, overrides) in arrangements.items():
-        several = train(name, count, tied, *overrides)
+        several = train(name, count, model, *overrides)
         assert several["weights"].keys() == alone["weights"].keys()
         for key, weight in alone["weights"].items():
             assert torch.equal(several["weights"][key], weight), (name, key)

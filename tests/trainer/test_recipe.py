@@ -55,6 +55,11 @@ def test_a_faulty_required_key_hides_no_other_problem(tiny_recipe):
     found = problems(tiny_recipe, "training.steps=x", "model.num_attention_heads=x", "parallel.pp=3", "launch.processes=3")
     keys = [line.split(": ")[1] for line in found]
     assert sorted(keys) == ["model.num_attention_heads", "parallel.pp", "training.steps"]
+    pattern = "model.layers.blocks.full={mixer: pattern}"
+    assert [line.split(": ")[1] for line in problems(tiny_recipe, pattern, "parallel.pp=3", "launch.processes=3")] == [
+        "model.layers.blocks.full.pattern",
+        "parallel.pp",
+    ]
 
 
 def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_path):
@@ -76,12 +81,32 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
         ("model.layers.blocks.linear.mixer=lihgtning", "unknown mixer 'lihgtning' (did you mean lightning?)"),
         ("model.layers.blocks.linear={}", "names no mixer"),
-        ("model.layers.blocks.sparse.block=12", "blocks.sparse.block: 12 is not a power of two"),
+        ("model.layers.blocks.sparse.block=12", "sparse.block: must be a power of two, got 12; 8 and 16 are the nearest"),
+        ("model.layers.blocks.sparse.dense_heads=3", "blocks.sparse.dense_heads: 3 is more than the 2 KV heads"),
+        ("model.layers.blocks.sparse.near=[6, 4]", "blocks.sparse.near: has stride 4, which does not divide the far stride 2"),
+        ("model.layers.blocks.full={mixer: window, window: 0}", "blocks.full.window: should be greater than 0, got 0"),
+        ("model.layers.blocks.full={mixer: window, windw: 9}", "blocks.full.windw: unknown key (did you mean window?)"),
+        ("model.layers.blocks.full={mixer: window, window: 9, softcap: 0}", "blocks.full.softcap: should be greater than 0"),
+        ("model.layers.blocks.full={mixer: streaming}", "blocks.full.window: is required"),
+        ("model.layers.blocks.full={mixer: pattern, pattern: S2(8}", "blocks.full.pattern: 'S2(8' is no pattern"),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'S2(9, 1, 2)'}",
+            "blocks.full.pattern: S2.block must be a power of two",
+        ),
+        ("model.layers.blocks.full={mixer: pattern, pattern: S3(8)}", "full.pattern: unknown pattern 'S3'; known: Causal"),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal()]) | Sinks(2)'}",
+            "blocks.full.pattern: PerHead lists 1 patterns and the model has 2 KV heads; list one for each, from head 0",
+        ),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal(), Causal(), Window(9)])'}",
+            "blocks.full.pattern: PerHead lists 3 patterns and the model has 2 KV heads; list one for each, from head 0",
+        ),
         ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
         ("model.layers.blocks.linear.num_heads=3", "blocks.linear.num_heads: 3 does not divide the width, 64"),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
-        ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the s2 block, 8"),
+        ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the patterns' largest block, 8"),
         ("training.global_batch_size=3 launch.processes=2", "training.global_batch_size: 3 is not a multiple"),
         ("parallel.tp=2", "launch.processes: 1 is not a multiple of parallel.tp * cp * pp = 2; use 2"),
         (
@@ -170,9 +195,36 @@ def test_a_base_that_is_its_own_ancestor(tmp_path):
     assert "its own ancestor" in problems(tmp_path / "a.yaml")[0]
 
 
+@pytest.mark.parametrize(
+    ("block", "gaps"),
+    [
+        ("{mixer: full}", False),
+        ("{mixer: window, window: 9}", False),
+        ("{mixer: streaming, window: 9}", False),
+        ("{mixer: s2, block: 8, stride: 2}", False),
+        ("{mixer: s2, block: 8, stride: 4}", True),
+        ("{mixer: s2, block: 8, stride: 4, dense_heads: 1}", False),
+        ("{mixer: pattern, pattern: 'PerHead([Stripes(8, 2), Window(9)])'}", True),
+        ("{mixer: pattern, pattern: 'Stripes(8, 2) | Window(9)'}", False),
+    ],
+)
+def test_gaps_between_stripes_are_warned_of(tiny_recipe, block, gaps):
+    from longspan.trainer.loop import _warnings
+
+    told = list(_warnings(load_recipe(str(tiny_recipe), [f"model.layers.blocks.full={block}"])))
+    assert ["model.layers.blocks.full: the stripes of 2 KV heads leave gaps" in line for line in told] == [True] * gaps
+
+
+def test_documents_are_aligned_to_the_patterns_in_use(tiny_recipe):
+    pattern = "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Stripes(32, 2), Dilated(16, 2, 2)]) | Sinks(4)'}"
+    model = load_recipe(str(tiny_recipe), [pattern]).model
+    assert model.document_alignment == 32
+    assert model.model_copy(update={"num_hidden_layers": 3}).document_alignment == 8
+
+
 def test_recipes_need_no_torch(tiny_recipe):
     code = (
         "import sys; from longspan.trainer.recipe_file import load_recipe;"
-        f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
