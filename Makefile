@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all lint
+.PHONY: train test test-all test-gpu lint
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -12,6 +12,9 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest -m ""
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .documents import document_spans
 from .patterns import Blocks, Pattern, _power_of_two
 from .selection import Selector
 
@@ -136,24 +137,22 @@ class BlockLists(Pattern):
 _CHUNK = 256
 
 
-def chosen_lists(
-    selector: Selector, queries: Tensor, keys: Tensor, at: Tensor, documents: Tensor | None, length: int
-) -> BlockLists:
-    """The pattern that ``selector`` chooses for the query blocks ``at`` of a sequence of ``length`` tokens.
+def chosen_lists(selector: Selector, queries: Tensor, keys: Tensor, at: Tensor, documents: Tensor | None) -> BlockLists:
+    """The pattern that ``selector`` chooses for the query blocks ``at`` of a sequence.
 
     Args:
         queries, keys: summaries of those query blocks and of all key blocks.
-        documents: ids ``[batch, length]``; the lists count blocks from a document's start.
+        documents: ids ``[batch, time]``; the lists count blocks from a document's start.
     """
     blocks = keys.shape[1]
     index = torch.arange(blocks, device=keys.device)
     ids = torch.zeros(1, blocks, dtype=torch.int32, device=keys.device)
     if documents is not None:
-        inside = documents[:, 1:] != documents[:, :-1]
-        starts = torch.arange(1, length, device=documents.device)[None].expand_as(inside)[inside]
-        if bool((starts % selector.block).any()):
-            bad = int(starts[starts % selector.block != 0][0])
-            raise ValueError(f"documents must start at multiples of the pattern's block {selector.block}, got one at {bad}")
+        for _, start, _ in document_spans(documents):
+            if start % selector.block:
+                raise ValueError(
+                    f"documents must start at multiples of the pattern's block {selector.block}, got one at {start}"
+                )
         ids = documents[:, :: selector.block]
     first = (ids[:, :, None] == ids[:, None]).int().argmax(-1)  # where each block's document begins
     lists = torch.full((keys.shape[0], keys.shape[2], blocks, 1), -1, dtype=torch.int32, device=keys.device)

@@ -1,6 +1,12 @@
-"""Several documents in one sequence, as every operation takes them: integer ids ``[batch, time]``."""
+"""Several documents in one sequence, as every operation takes them: integer ids ``[batch, time]``.
+
+Where documents begin is needed on the host, by every layer: it is found once for each tensor of ids, as on a GPU asking waits.
+"""
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> None:
@@ -9,10 +15,28 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> None:
         return
     if documents.shape != shape or documents.is_floating_point():
         raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {tuple(documents.shape)}")
-    if bool((documents[:, 1:] < documents[:, :-1]).any()):
-        raise ValueError("documents must not decrease along time: sort the documents before packing them")
+    document_spans(documents)
 
 
 def one_document(documents: Tensor | None) -> bool:
     """Whether each row is a single document, so that nothing needs masking."""
-    return documents is None or bool((documents[:, 0] == documents[:, -1]).all())
+    return documents is None or len(document_spans(documents)) <= len(documents)
+
+
+def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
+    """(batch row, start, stop) of each document, in order."""
+    version, spans = _found.get(documents, (None, []))
+    if version != documents._version:
+        spans = list(_spans(documents.cpu()))
+        _found[documents] = (documents._version, spans)
+    return spans
+
+
+def _spans(documents: Tensor):
+    if bool((documents[:, 1:] < documents[:, :-1]).any()):
+        raise ValueError("documents must not decrease along time: sort the documents before packing them")
+    for row, ids in enumerate(documents):
+        start = 0
+        for count in ids.unique_consecutive(return_counts=True)[1].tolist():
+            yield row, start, start + count
+            start += count

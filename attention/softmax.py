@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import accumulation_dtype, check_backend, check_dims
 from .blocklists import BlockLists, chosen_lists
-from .documents import check_documents, one_document
+from .documents import check_documents, document_spans, one_document
 from .patterns import Blocks, Pattern
 from .selection import Selector
 from .tiles import BACKENDS, Logits, Tile, load, tile_backward, tile_forward
@@ -71,7 +71,7 @@ def attend(
 @torch.no_grad()
 def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None) -> Pattern:
     queries, keys = selector.summaries(q, k)
-    return chosen_lists(selector, queries, keys, torch.arange(keys.shape[1], device=q.device), documents, q.shape[1])
+    return chosen_lists(selector, queries, keys, torch.arange(keys.shape[1], device=q.device), documents)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | Selector, backend: str) -> None:
@@ -202,23 +202,18 @@ class Stretch(NamedTuple):
 
 
 def _stretches(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
-    everything = [(slice(None), 0, max((stop for _, stop in segments), default=0))]
-    for rows, first, last in everything if documents is None else _documents(documents):
+    spans = [(None, 0, max((stop for _, stop in segments), default=0))]
+    for row, first, last in spans if documents is None else document_spans(documents):
         slot = 0
         for start, stop in segments:
             begin, end = max(first, start), min(last, stop)
             if begin < end:
-                yield Stretch(rows, slice(slot + begin - start, slot + end - start), slice(first, end))
+                yield Stretch(
+                    slice(None) if row is None else slice(row, row + 1),
+                    slice(slot + begin - start, slot + end - start),
+                    slice(first, end),
+                )
             slot += stop - start
-
-
-def _documents(documents: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """(batch row, start, stop) of each document, in order."""
-    for row, ids in enumerate(documents):
-        start = 0
-        for count in ids.unique_consecutive(return_counts=True)[1].tolist():
-            yield slice(row, row + 1), start, start + count
-            start += count
 
 
 class _Attend(torch.autograd.Function):

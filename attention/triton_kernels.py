@@ -202,7 +202,11 @@ def _visit(
     return acc, m, l
 
 
-@triton.jit
+# What differs from one sequence to the next: the kernels are compiled once for all.
+_RUNNING = ["q_start", "q_len", "k_start", "k_len", "splits", "list_b", "list_h", "list_q"]
+
+
+@triton.jit(do_not_specialize=_RUNNING[:4] + _RUNNING[5:])
 def rows_kernel(
     Q,
     K,
@@ -453,7 +457,7 @@ def rows_kernel(
         tl.store(LSE + at_rows, tl.where(l == 0.0, -float("inf"), (m + tl.log2(total)) / LOG2E), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNNING[:7])
 def keys_kernel(
     Q,
     K,
@@ -702,7 +706,7 @@ def _receive(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k_start", "k_len", "splits"])
 def home_kernel(
     PARTS,
     OUT,
@@ -738,7 +742,7 @@ def home_kernel(
     _store(OUT, row, k_len, o_t, total, BN, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
     OUT,
     DO,

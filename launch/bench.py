@@ -36,6 +36,8 @@ CHECKED_TOKENS = 2048
 """Candidates are checked at the measured length, but at no more than this: the reference holds every pair in fp64."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Relative error that is allowed; on CUDA products of fp32 may be those of TF32."""
+PATTERNS = ("S2(64, 16, 16)", "Window(1024)")
+"""Where none are asked for."""
 STEPS = ("forward", "forward+backward")
 
 
@@ -199,7 +201,9 @@ def _settings(options: Namespace) -> Settings:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
     if options.heads % options.kv_heads:
         raise UserError(f"--kv-heads: {options.kv_heads} does not divide --heads {options.heads}")
-    settings = Settings(list(dict.fromkeys(options.pattern)), sorted(set(lengths)), options.backend, dtype=dtype, **counts)
+    settings = Settings(
+        list(dict.fromkeys(options.pattern or PATTERNS)), sorted(set(lengths)), options.backend, dtype=dtype, **counts
+    )
     try:
         check_backend(settings.backend, BACKENDS)
         for text in settings.patterns:

@@ -98,10 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     attention.add_argument(
         "--pattern",
-        nargs="+",
-        default=["S2(64, 16, 16)", "Window(1024)"],
+        action="append",
         metavar="EXPR",
-        help="(default 'S2(64, 16, 16)' 'Window(1024)')",
+        help="may be repeated (default 'S2(64, 16, 16)' and 'Window(1024)')",
     )
     attention.add_argument("--lengths", default="8192,32768", metavar="T,T", help="tokens (default %(default)s)")
     attention.add_argument("--backend", default="torch", help="of ours: torch (default), triton, flash, reference or auto")

@@ -77,7 +77,7 @@ def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, 
     none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
     queries, keys = (torch.cat(parts, 1) for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,))))
     at = blocks.tokens(group.rank()).to(q.device)
-    return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents, layout.length)
+    return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents)
 
 
 class _GatherAttend(torch.autograd.Function):

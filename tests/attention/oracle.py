@@ -6,8 +6,8 @@ from torch import Tensor
 
 def make(batch, length, heads, kv_heads, dim, value_dim=None, dtype=torch.float64) -> list[Tensor]:
     """Queries, keys and values whose logits have a standard deviation of 5: flat softmaxes hide errors."""
-    generator = torch.Generator().manual_seed(length + heads)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    generator = torch.Generator("cpu").manual_seed(length + heads)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")  # noqa: E731
     q = draw(batch, length, heads, dim) * 5.0
     k, v = draw(batch, length, kv_heads, dim), draw(batch, length, kv_heads, value_dim or dim)
     return [x.requires_grad_() for x in (q, k, v)]
@@ -42,7 +42,13 @@ def document_ids(lengths, batch=2) -> Tensor | None:
     """int32 ``[batch, time]``, the second row in the opposite order."""
     if lengths is None:
         return None
-    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(batch, -1).int().clone()
+    ids = (
+        torch.arange(len(lengths), device="cpu")
+        .repeat_interleave(torch.tensor(lengths, device="cpu"))
+        .expand(batch, -1)
+        .int()
+        .clone()
+    )
     ids[1] = ids[1].flip(0).max() - ids[1].flip(0)
     return ids
 
@@ -60,7 +66,7 @@ def errors(run, inputs, expected_inputs=None, **options) -> dict[str, float]:
         options = options | {"sinks": wide[3]}
     expected = oracle(*wide[:3], **options)
     ours = run()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     found = {}
     losses = [0.0, 0.0]
     for name, a, b in zip(("out", "lse"), ours, expected, strict=True):
@@ -69,7 +75,7 @@ def errors(run, inputs, expected_inputs=None, **options) -> dict[str, float]:
         seen = (b > -torch.inf) if name == "lse" else torch.ones_like(b, dtype=torch.bool)
         assert torch.equal(a[~seen].double(), b[~seen]), f"{name} of rows that see nothing"
         found[name] = relative(a[seen], b[seen])
-        upstream = torch.randn(b[seen].shape, generator=generator, dtype=torch.float64)
+        upstream = torch.randn(b[seen].shape, generator=generator, dtype=torch.float64, device="cpu").to(b.device)
         losses = [loss + (x[seen].double() * upstream).sum() for loss, x in zip(losses, (a, b), strict=True)]
     ours = torch.autograd.grad(losses[0], inputs)
     expected = torch.autograd.grad(losses[1], wide)

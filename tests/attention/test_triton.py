@@ -65,3 +65,11 @@ def test_it_is_refused_without_a_gpu():
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="backend triton needs CUDA, but q is on cpu; use torch"):
         attend(x, x, x, Causal(), backend="triton")
+
+
+def test_lengths_are_no_part_of_what_is_compiled():
+    from longspan.attention import triton_kernels as kernels
+
+    for kernel in (kernels.rows_kernel, kernels.keys_kernel):
+        general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        assert {"q_start", "q_len", "k_start", "k_len"} <= general

@@ -73,7 +73,7 @@ def test_picture(capsys, tmp_path, on_cpu, no_memory):
     from matplotlib.pyplot import imread
 
     lengths = ("--lengths", "64,256")
-    status, _, _ = run(capsys, "--pattern", "S2(8, 2, 4)", "Window(32)", *SMALL, *lengths, "--out", tmp_path)
+    status, _, _ = run(capsys, "--pattern", "S2(8, 2, 4)", "--pattern", "Window(32)", *SMALL, *lengths, "--out", tmp_path)
     assert status == 0
     assert len(json.loads((tmp_path / "attention.json").read_text())["rows"]) == 2 * 3
     picture = imread(tmp_path / "attention.png")[..., :3]
