@@ -138,9 +138,9 @@ class Pattern(ABC):
 
     def __repr__(self) -> str:
         given = [(f, getattr(self, f.name)) for f in fields(self)]
-        given = [(f, value) for f, value in given if f.repr and (f.default is MISSING or value != f.default)]
-        positional = [f.name for f, _ in given] == [f.name for f in fields(self)][: len(given)]
-        return f"{type(self).__name__}({', '.join(repr(v) if positional else f'{f.name}={v!r}' for f, v in given)})"
+        required = [repr(value) for f, value in given if f.default is MISSING]
+        others = [f"{f.name}={value!r}" for f, value in given if f.default is not MISSING and value != f.default]
+        return f"{type(self).__name__}({', '.join([*required, *others])})"
 
 
 class Ruled(Pattern):

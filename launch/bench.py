@@ -455,7 +455,7 @@ def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
         at = [names.index(row.candidate) + (i - (len(settings.lengths) - 1) / 2) * width for row in own]
         right.bar(at, [100 * row.share[step] for row in own], width * 0.9, label=f"{length:,} tokens")
     right.axhline(100, color="grey", linestyle="--", linewidth=1)
-    right.set_xticks(range(len(names)), [textwrap.fill(name, 24) for name in names])
+    right.set_xticks(range(len(names)), [textwrap.fill(name, 24) for name in names], rotation=15, ha="right")
     right.set(ylabel="% of the ideal, 1 / density", title=f"speed-up over dense (sdpa), {step}")
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:

@@ -140,6 +140,7 @@ def threads():
 
         torch._C._distributed_c10d._set_thread_isolation_mode(True)
         threaded._install_threaded_pg()
+        threaded.ProcessLocalGroup.reset()  # of a failure before
         try:
             workers = [threading.Thread(target=rank_thread, args=(rank,)) for rank in range(count)]
             for worker in workers:
