@@ -1,7 +1,7 @@
 """A pattern of arbitrary block lists: a user's own, or chosen from the content."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,13 +30,14 @@ class BlockLists(Pattern):
     def __post_init__(self):
         _power_of_two("BlockLists", self.block)
         lists = torch.as_tensor(self.lists)
-        if lists.ndim not in (3, 4) or lists.is_floating_point():
+        if lists.ndim not in (3, 4) or lists.is_floating_point() or lists.dtype == torch.bool:
             raise ValueError(
                 "BlockLists.lists must be integers [kv_heads, query_blocks, width] or [batch, kv_heads, query_blocks, width], "
                 f"got {lists.dtype} of shape {tuple(lists.shape)}"
             )
         none = torch.iinfo(torch.int32).max
-        lists = torch.where(lists < 0, none, lists).to(torch.int32).sort(-1).values
+        lists = lists.to(torch.int32)
+        lists = torch.where(lists < 0, none, lists).sort(-1).values
         again = torch.zeros_like(lists, dtype=torch.bool)
         again[..., 1:] = lists[..., 1:] == lists[..., :-1]
         lists = torch.where(again, none, lists).sort(-1).values
@@ -77,7 +78,13 @@ class BlockLists(Pattern):
         return self.block
 
     def from_head(self, first: int) -> "BlockLists":
-        return replace(self, first_head=self.first_head + first)
+        return self._with(first_head=self.first_head + first)
+
+    def _with(self, **changes) -> "BlockLists":
+        """A copy whose lists are in order already."""
+        copy = object.__new__(BlockLists)
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
 
     def in_document(self, row: slice, start: int, stop: int) -> "BlockLists":
         """The same for one document alone, the tokens ``start`` to ``stop`` of the batch's ``row``."""
@@ -85,7 +92,13 @@ class BlockLists(Pattern):
             return self
         if start % self.block:
             raise ValueError(f"documents must start at multiples of BlockLists.block {self.block}, got one at {start}")
-        return replace(self, lists=self.lists[row, :, start // self.block : -(-stop // self.block)])
+        row = slice(None) if len(self.lists) == 1 else row
+        return self._with(lists=self.lists[row, :, start // self.block : -(-stop // self.block)])
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse lists of another batch."""
+        if self.lists.ndim == 4 and len(self.lists) not in (1, batch):
+            raise ValueError(f"BlockLists has lists for a batch of {len(self.lists)}, but q has {batch} rows")
 
     def of_heads(self, num_kv_heads: int) -> Tensor:
         """The lists of that many heads: int32 ``[batch or 1, num_kv_heads, query_blocks, width]``."""
@@ -124,13 +137,9 @@ class BlockLists(Pattern):
         return sum(int(self.mask(rows, at, head + 1)[..., head, :, :].sum()) for rows in at.split(self.block))
 
     def covers(self, num_kv_heads: int) -> bool:
-        lists = self.of_heads(num_kv_heads)
-        seen = torch.zeros(lists.shape[2], lists.shape[2] + 1, dtype=torch.bool)
-        for batch in lists:
-            table = seen.new_zeros(*batch.shape[:2], lists.shape[2] + 1)
-            table.scatter_(-1, torch.where(batch < 0, lists.shape[2], batch).long(), True)
-            seen |= table.any(0)
-        return bool(seen[:, :-1].tril().eq(torch.ones_like(seen[:, :-1]).tril()).all())
+        blocks = torch.arange(self.lists.shape[-2]) * self.block
+        seen = self.mask(blocks, blocks, num_kv_heads).any(-3)  # in every row of the batch
+        return bool((seen | (blocks[:, None] < blocks)).all())
 
 
 # Query blocks whose scores are held at a time.
@@ -146,15 +155,17 @@ def chosen_lists(selector: Selector, queries: Tensor, keys: Tensor, at: Tensor, 
     """
     blocks = keys.shape[1]
     index = torch.arange(blocks, device=keys.device)
-    ids = torch.zeros(1, blocks, dtype=torch.int32, device=keys.device)
+    ids = first = torch.zeros(1, blocks, dtype=torch.int64, device=keys.device)
     if documents is not None:
         for _, start, _ in document_spans(documents):
             if start % selector.block:
                 raise ValueError(
                     f"documents must start at multiples of the pattern's block {selector.block}, got one at {start}"
                 )
-        ids = documents[:, :: selector.block]
-    first = (ids[:, :, None] == ids[:, None]).int().argmax(-1)  # where each block's document begins
+        ids = documents[:, :: selector.block].to(keys.device)
+        begins = torch.zeros_like(ids, dtype=torch.bool)
+        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        first = (index * begins).cummax(1).values  # where each block's document begins
     lists = torch.full((keys.shape[0], keys.shape[2], blocks, 1), -1, dtype=torch.int32, device=keys.device)
     chosen = []
     for part, own in zip(queries.split(_CHUNK, 1), at.split(_CHUNK), strict=True):

@@ -1,6 +1,7 @@
 """Several documents in one sequence, as every operation takes them: integer ids ``[batch, time]``.
 
-Where documents begin is needed on the host, by every layer: it is found once for each tensor of ids, as on a GPU asking waits.
+Where documents begin is needed on the host, by every layer. To ask a GPU is to wait for it: there it is found once for each
+tensor of ids, which must not be written to behind torch's back.
 """
 
 from torch import Tensor
@@ -25,6 +26,8 @@ def one_document(documents: Tensor | None) -> bool:
 
 def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
     """(batch row, start, stop) of each document, in order."""
+    if not documents.is_cuda or documents.is_inference():  # cheap, and others may write to the memory; or nobody counts writes
+        return list(_spans(documents.cpu()))
     version, spans = _found.get(documents, (None, []))
     if version != documents._version:
         spans = list(_spans(documents.cpu()))

@@ -201,6 +201,8 @@ class Ruled(Pattern):
     def covers(self, num_kv_heads: int) -> bool:
         rules = {rule for h in range(num_kv_heads) for rule in self.rules(h)}
         rules = [rule for rule in rules if rule.reach is None and rule.stop is None and not (rule.relative and rule.step > 1)]
+        if sum(1 / rule.step for rule in rules) < 1:
+            return False
         keys = np.arange(math.lcm(*(rule.block * rule.step for rule in rules)))
         return bool(rules) and bool(any_of(keys // rule.block % rule.step == rule.residue for rule in rules).all())
 

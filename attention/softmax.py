@@ -1,5 +1,6 @@
 """Softmax attention under a pattern: over documents, and in pieces of a sequence."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -129,8 +130,13 @@ class Work:
         """For queries that are the tokens of ``segments`` of a sequence, with ``documents`` ``[batch, time]`` of the whole."""
         stretches = list(_stretches(None if one_document(documents) else documents, segments))
         pattern.check(k.shape[2], max((stretch.keys.stop - stretch.keys.start for stretch in stretches), default=0))
+        if isinstance(pattern, BlockLists):
+            pattern.check_batch(q.shape[0])
         if backend == "auto":
-            backend = "torch" if load("triton").refusal(q, k, v, pattern, logits) else "triton"
+            refusal = load("triton").refusal(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
+            backend = "torch" if refusal else "triton"
+            if refusal and q.is_cuda:
+                warnings.warn(f"backend auto takes torch, which is slower here: triton {refusal}", stacklevel=3)
         elif refusal := load(backend).refusal(q, k, v, pattern, logits):
             raise ValueError(f"backend {backend} {refusal}")
         return cls(pattern, stretches, logits, backend)
@@ -162,7 +168,7 @@ class Work:
         if sinks is not None:
             # One more key with value 0: the other weights shrink.
             total = torch.logaddexp(lse, sinks.to(lse.dtype))
-            out, lse = out * (lse - total).exp()[..., None].to(out.dtype), total
+            out, lse = out * (lse - total).nan_to_num(0.0).exp()[..., None].to(out.dtype), total
         return out, lse
 
     def backward(
@@ -185,7 +191,7 @@ class Work:
 
 def sinks_gradient(sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
     """Gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
-    weight = (sinks.to(lse.dtype) - lse).exp()
+    weight = (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)  # a sink of minus infinity beside a row that sees nothing
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     return (weight * ((0.0 if grad_lse is None else grad_lse) - delta)).sum((0, 1)).to(sinks.dtype)
 

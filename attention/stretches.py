@@ -90,10 +90,9 @@ def groups(pattern: Ruled, kv_heads: int) -> list[Heads]:
 def granule(groups: list[Heads], run: Blocks) -> int:
     """How many keys of ``run`` the far rules never tell apart, at least."""
     far = [rule for group in groups for rules in group.far for rule in rules]
-    edges = [edge for rule in far for edge in (rule.block if rule.step > 1 or rule.reach else 0, rule.stop or 0)]
-    if run.step > 1:
-        edges.append(run.size)
-    return gcd(*edges) or 1
+    blocks = [rule.block for rule in far if rule.step > 1] + ([run.size] if run.step > 1 else [])
+    # The edge of the first tokens may fall inside a block: that one then takes a mask.
+    return gcd(*(blocks or [rule.stop for rule in far if rule.stop])) or 1
 
 
 def pieces(group: Heads, queries: Blocks, row: int, keys: Blocks, size: int, like: Tensor) -> Iterator[Piece]:
@@ -107,8 +106,11 @@ def pieces(group: Heads, queries: Blocks, row: int, keys: Blocks, size: int, lik
     if run.contiguous and group.bands and group.first_key(begin + len(queries) - 1) <= run.first:
         yield from _causal(group, begin, begin + len(queries), row, run)
         return
-    for a in [begin, *range(begin - begin % _STRETCH + _STRETCH, begin + len(queries), _STRETCH)]:
-        b = min(begin + len(queries), a - a % _STRETCH + _STRETCH)
+    # A relative rule shows other blocks to each block of queries.
+    relative = [rule.block for rules in group.rules for rule in rules if rule.relative]
+    stretch = min([_STRETCH, *relative])
+    for a in [begin, *range(begin - begin % stretch + stretch, begin + len(queries), stretch)]:
+        b = min(begin + len(queries), a - a % stretch + stretch)
         yield from _far(group, a, b, row + a - begin, run, like)
         if run.contiguous and group.bands:
             yield from _band(group, a, b, row + a - begin, run, like)

@@ -1,9 +1,9 @@
 """Tiles through our Triton kernels: a small table of rules in, one launch for the rows, a few for the keys."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from . import triton_kernels as kernels
 from .blocklists import BlockLists
 from .patterns import Blocks, Pattern, Rule
 from .tiles import Logits, Tile, merge_
-from .triton_shapes import MAX_DIM, Shape, shape
+from .triton_shapes import CHIPS, MAX_DIM, Shape, shape
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # wgmma takes tiles of 64; the interpreter anything, and is slow.
@@ -28,6 +28,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -
     """What it cannot do, and what can."""
     if not q.is_cuda and not INTERPRETED:
         return f"needs CUDA, but q is on {q.device}; use torch"
+    if q.is_cuda and _chip(q.device) not in CHIPS:
+        return f"has no launch shapes for compute capability {_chip(q.device) / 10}; use torch"
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"has no {q.dtype}; use torch"
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
@@ -40,41 +42,64 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -
     return None
 
 
+def _on_its_device(function: Callable) -> Callable:
+    """Triton launches on the current device: make it that of the first tensor."""
+
+    @wraps(function)
+    def launch(x: Tensor, *rest):
+        with torch.cuda.device_of(x):
+            return function(x, *rest)
+
+    return launch
+
+
+@_on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.tiles.tile_forward`."""
     triton.set_allocator(_workspace)  # of this thread: autograd has its own
     q, k, v = map(_unit_stride, (q, k, v))
-    outs, lses = (
-        [q.new_empty(q.shape[0], 0, q.shape[2], v.shape[3])],
-        [q.new_empty(*q.shape[:1], 0, q.shape[2], dtype=torch.float32)],
-    )
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf if tile.logits.sigmoid_bias is None else 0.0, dtype=torch.float32, device=q.device)
     for at, rows in _runs(tile.q_at, consecutive=True):
-        out = lse = None
-        for keys_at, keys in _runs(tile.k_at):
+        for n, (keys_at, keys) in enumerate(_runs(tile.k_at)):
             new, new_lse = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys]).forward()
-            if out is None:
-                out, lse = new, new_lse
+            if n:
+                merge_(out[:, rows], lse[:, rows], new, new_lse, tile.logits)
             else:
-                merge_(out, lse, new, new_lse, tile.logits)
-        outs.append(out)
-        lses.append(lse)
-    return _cat(outs), _cat(lses)
+                out[:, rows], lse[:, rows] = new, new_lse
+    return out, lse
 
 
+@_on_its_device
 def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
     """See :func:`~longspan.attention.tiles.tile_backward`."""
     triton.set_allocator(_workspace)
     grad_out, q, k, v, out = map(_unit_stride, (grad_out, q, k, v, out))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (q, k, v))
-    delta = _delta(out, grad_out, grad_lse)
-    lse = lse.transpose(1, 2)
+    delta, lse = _delta(out, grad_out, grad_lse), lse.transpose(1, 2)
+    dq, dk, dv = [], {}, {}
     for at, rows in _runs(tile.q_at, consecutive=True):
+        own = (grad_out[:, rows], lse[:, :, rows].contiguous(), delta[:, :, rows].contiguous())
+        of_rows = None
         for keys_at, keys in _runs(tile.k_at):
             launch = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys])
-            own = (grad_out[:, rows], lse[:, :, rows].contiguous(), delta[:, :, rows].contiguous())
-            dq[:, rows] += launch.queries_gradient(*own)
-            launch.add_keys_gradients(*own, dk[:, keys], dv[:, keys])
-    return dq, dk, dv
+            of_rows = _sum(of_rows, launch.queries_gradient(*own))
+            of_keys, of_values = launch.keys_gradients(*own)
+            dk[keys.start], dv[keys.start] = _sum(dk.get(keys.start), of_keys), _sum(dv.get(keys.start), of_values)
+        dq.append(of_rows)
+    return _cat(dq, q), _cat(list(dk.values()), k), _cat(list(dv.values()), v)
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _cat(parts: list[Tensor | None], like: Tensor) -> Tensor:
+    """Along time, in fp32; zeros where a tile has no queries, or no keys."""
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    return (
+        torch.zeros(like.shape, dtype=torch.float32, device=like.device) if None in parts or not parts else torch.cat(parts, 1)
+    )
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -96,10 +121,6 @@ def _runs(at: tuple[Blocks, ...], consecutive: bool = False) -> Iterator[tuple[B
         for part in parts:
             yield part, slice(row, row + len(part))
             row += len(part)
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return parts[1] if len(parts) == 2 else torch.cat(parts, 1)
 
 
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -130,18 +151,18 @@ class _Table:
     fixed: int
     fars: int
     """Fixed rules and relative ones."""
-    tiles: tuple[int, ...]
-    """Of each far rule, how many tiles of keys it has at most."""
+
+
+def _rules(pattern: Pattern, kv_heads: int) -> tuple[tuple[Rule, ...], ...]:
+    """Of each head; of block lists the block, as a rule that shows nothing."""
+    if isinstance(pattern, BlockLists):
+        return ((Rule(pattern.block, stop=0),),) * kv_heads
+    return tuple(pattern.rules(head) for head in range(kv_heads))
 
 
 @lru_cache(maxsize=256)
-def _table(pattern: Pattern, kv_heads: int, keys: Blocks, size: int) -> _Table:
-    """For key tiles of ``size``."""
-    if isinstance(pattern, BlockLists):
-        rows = np.zeros((kv_heads, 1, len(_NOTHING)), np.int32)
-        rows[..., 0] = pattern.block.bit_length() - 1
-        return _Table(rows, 0, 0, 0, ())
-    heads = [pattern.rules(head) for head in range(kv_heads)]
+def _table(heads: tuple[tuple[Rule, ...], ...], keys: Blocks, size: int) -> _Table:
+    """For key tiles of ``size``, whatever the number of ``keys``."""
     kinds = [
         [[rule for rule in rules if rule.is_band] for rules in heads],
         [sorted((rule for rule in rules if not rule.is_band and not rule.relative), key=_nearest_first) for rules in heads],
@@ -150,17 +171,21 @@ def _table(pattern: Pattern, kv_heads: int, keys: Blocks, size: int) -> _Table:
     counts = [max(map(len, kind)) for kind in kinds]
     rows = [
         [_row(rule, keys, size) for kind, count in zip(kinds, counts, strict=True) for rule in _padded(kind[head], count)]
-        for head in range(kv_heads)
+        for head in range(len(heads))
     ]
-    rows = np.array(rows, np.int32).reshape(kv_heads, sum(counts), len(_NOTHING))
-    far = range(counts[0], sum(counts))
-    tiles = tuple(max(_tiles(rows[head, n], keys, size, n >= sum(counts[:2])) for head in range(kv_heads)) for n in far)
-    return _Table(rows, counts[0], counts[1], len(far), tiles)
+    rows = np.array(rows, np.int32).reshape(len(heads), sum(counts), len(_NOTHING))
+    return _Table(rows, counts[0], counts[1], sum(counts[1:]))
 
 
 @lru_cache(maxsize=256)
 def _table_on(device: torch.device, *key) -> Tensor:
     return torch.from_numpy(_table(*key).rows).to(device)
+
+
+def _far_tiles(table: _Table, keys: Blocks, size: int) -> list[int]:
+    """How many tiles of ``keys`` each far rule has, at most over the heads."""
+    far = range(table.bands, table.bands + table.fars)
+    return [max(_tiles(row, keys, size, n >= table.bands + table.fixed) for row in table.rows[:, n]) for n in far]
 
 
 def _nearest_first(rule: Rule) -> tuple:
@@ -241,20 +266,21 @@ class _Launch:
         self._rows("dq", dq, lse, grad_out, delta)
         return dq
 
-    def add_keys_gradients(self, grad_out: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
-        """To ``dk`` and ``dv``: what the bands show in one launch, what each far rule shows beyond them in another."""
+    def keys_gradients(self, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """In fp32: what the bands show in one launch, and what each far rule shows beyond them added by another."""
         size = self._sizes("dkv")
         table = self._table(size.keys)
         batch, rows, kv_heads, _ = self.k.shape
+        fresh = torch.empty if table.bands or self._listed else torch.zeros
+        dk, dv = (fresh(x.shape, dtype=torch.float32, device=x.device) for x in (self.k, self.v))
         if table.bands or self._listed:
-            own_dk, own_dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv))
-            self._keys(grad_out, lse, delta, own_dk, own_dv, -1, triton.cdiv(rows, size.keys), 1)
-            dk += own_dk
-            dv += own_dv
-        for far, tiles in enumerate(table.tiles):
+            self._keys(grad_out, lse, delta, dk, dv, -1, triton.cdiv(rows, size.keys), 1)
+        for far, tiles in enumerate(_far_tiles(table, self.keys, size.keys)):
             if not tiles:
                 continue
-            splits = max(1, min(_SPLITS, self.q.shape[1] // (size.queries * _TILES_PER_SPLIT)))
+            # The parts take no more memory than fp32 keys do.
+            splits = min(_SPLITS, self.q.shape[1] // (size.queries * _TILES_PER_SPLIT), rows // (tiles * size.keys))
+            splits = max(1, splits)
             parts = [
                 torch.empty(splits * batch, kv_heads, tiles * size.keys, x.shape[3], dtype=torch.float32, device=x.device)
                 for x in (dk, dv)
@@ -267,6 +293,7 @@ class _Launch:
                     D=out.shape[3], BLOCK_D=_block_d(out), BN=size.keys, RULES=table.bands + table.fars,
                     RULE=table.bands + far, RELATIVE=far >= table.fixed,
                 )  # fmt: skip
+        return dk, dv
 
     @property
     def _listed(self) -> bool:
@@ -280,7 +307,7 @@ class _Launch:
 
     def _sizes(self, kernel: str) -> Shape:
         """The launch shape, with tiles no larger than the blocks that a tile must lie in."""
-        found = shape(kernel, *_chip(self.q.device), self.q.element_size(), max(_block_d(self.q), _block_d(self.v)))
+        found = shape(kernel, _chip(self.q.device), self.q.element_size(), max(_block_d(self.q), _block_d(self.v)))
         blocks = _blocks(self.pattern, self.k.shape[2]) + ([self.keys.size] if self.keys.step > 1 else [])
         one_block = self._listed or any(
             rule.relative for head in range(self.k.shape[2]) for rule in ([] if self._listed else self.pattern.rules(head))
@@ -289,19 +316,27 @@ class _Launch:
         return replace(found, queries=queries, keys=min([found.keys, *blocks]))
 
     def _table(self, size: int) -> _Table:
-        return _table(self.pattern, self.k.shape[2], self.keys, size)
+        table = _table(*self._key(size))
+        return replace(table, bands=0, fixed=0, fars=0) if self._listed else table
 
     def _on_device(self, size: int) -> Tensor:
-        return _table_on(self.q.device, self.pattern, self.k.shape[2], self.keys, size)
+        return _table_on(self.q.device, *self._key(size))
 
-    def _options(self, size: Shape) -> dict:
+    def _key(self, size: int) -> tuple:
+        return (
+            _rules(self.pattern, self.k.shape[2]),
+            replace(self.keys, count=1 if self.keys.step == 1 else self.keys.count),
+            size,
+        )
+
+    def _options(self, size: Shape, *gradients: Tensor) -> dict:
         table = self._table(size.keys)
+        bulk = _chip(self.q.device) >= 90 and self.q.dtype != torch.float32 and _aligned(self.q, self.k, self.v, *gradients)
         return {
             "D": self.q.shape[3], "DV": self.v.shape[3], "BLOCK_D": _block_d(self.q), "BLOCK_DV": _block_d(self.v),
             "BM": size.queries, "BN": size.keys, "BANDS": table.bands, "FIXED": table.fixed, "FARS": table.fars,
             "LISTED": self._listed, "SOFTCAP": self.logits.softcap is not None, "SIGMOID": self.logits.sigmoid_bias is not None,
-            "TMA": _chip(self.q.device)[0] >= 90 and self.q.dtype != torch.float32 and _aligned(self.q, self.k, self.v),
-            "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
+            "TMA": bulk, "PRECISION": "ieee" if self.q.dtype == torch.float32 else "tf32",
             "num_warps": size.warps, "num_stages": size.stages,
         }  # fmt: skip
 
@@ -321,7 +356,7 @@ class _Launch:
             self.q, self.k, self.v, out, lse, grad, lse if delta is None else delta, self._on_device(size.keys), lists,
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
             *grad.stride()[:3], *list_strides, heads, self.group, self.q_start, self.q.shape[1], *self._key_range,
-            GRAD=kernel == "dq", **self._options(size),
+            GRAD=kernel == "dq", **self._options(size, grad),
         )  # fmt: skip
 
     def _keys(self, grad_out, lse, delta, dk: Tensor, dv: Tensor, far: int, tiles: int, splits: int) -> None:
@@ -338,7 +373,7 @@ class _Launch:
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3], *list_strides,
             kv_heads, self.group, self.q_start, self.q.shape[1], *self._key_range, splits,
-            FAR=far, **self._options(size),
+            FAR=far, **self._options(size, grad_out),
         )  # fmt: skip
 
 
@@ -347,9 +382,10 @@ def _block_d(x: Tensor) -> int:
 
 
 @lru_cache
-def _chip(device: torch.device) -> tuple[int]:
+def _chip(device: torch.device) -> int:
+    """Compute capability, as 90 for 9.0."""
     major, minor = (0, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
-    return (major * 10 + minor,)
+    return major * 10 + minor
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -358,10 +394,10 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def _forward_lists(lists: Tensor) -> Tensor:
-    """For each query block how many blocks before its own it sees, whether it sees its own, and which: int32."""
+    """For each query block how many blocks it sees, and which: int32; the lists ascend, so that those ahead come last."""
     own = torch.arange(lists.shape[2], device=lists.device)[:, None]
-    before, beside = (lists >= 0) & (lists < own), lists == own
-    return torch.cat([before.sum(-1, keepdim=True), beside.any(-1, keepdim=True), lists], -1).to(torch.int32).contiguous()
+    count = ((lists >= 0) & (lists <= own)).sum(-1, keepdim=True)
+    return torch.cat([count, lists], -1).to(torch.int32).contiguous()
 
 
 def _transposed(lists: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:

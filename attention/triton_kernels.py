@@ -294,13 +294,12 @@ def rows_kernel(
         acc = tl.zeros([BM, BLOCK_DV], tl.float32)
 
     if LISTED:
-        # The block's list ascends: blocks before the queries' own are seen whole, the own one is masked.
+        # The block's list: how many blocks, then which.
         shift = _field(table, 0, SHIFT)
         own, per = low >> shift, (1 << shift) // BN
         entry = LISTS + b * list_b + kv * list_h + own * list_q
-        whole, diagonal = tl.load(entry), tl.load(entry + 1)
-        for n in range(0, (whole + diagonal) * per):
-            j0 = (tl.load(entry + 2 + n // per) << shift) + n % per * BN
+        for n in range(0, tl.load(entry) * per):
+            j0 = (tl.load(entry + 1 + n // per) << shift) + n % per * BN
             tile = j0 - k_start
             k = _load(K, k_rows, tile, k_len, k_t, BN, D, BLOCK_D, True, TMA)
             v = _load(V, v_rows, tile, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
@@ -579,6 +578,8 @@ def keys_kernel(
                 clear_to = tl.maximum(clear_to, tl.where(whole, _last_query(j0, table, far), 0))
                 if far < BANDS + FAR:  # the tile is that rule's, with all of its queries
                     owner = owner & (on == 0)
+                if far == BANDS + FAR:  # of another head, perhaps, there are more tiles
+                    owner = owner & on
             end = tl.where(owner, end, 0)
         begin, end = tl.maximum(begin, q_start), tl.minimum(end, q_end)
         tiles, tiles_end = (begin - base) // BM, tl.cdiv(tl.maximum(end - base, 0), BM)

@@ -14,6 +14,8 @@ class Shape:
 
 
 KERNELS = ("forward", "dq", "dkv")
+CHIPS = (80, 90, 100, 103)
+"""Compute capabilities that the table is for; others have less shared memory."""
 MAX_DIM = 128
 """Beyond it the gradients of keys and values do not fit into registers."""
 
@@ -23,7 +25,7 @@ def shape(kernel: str, capability: int, bytes_per_number: int, dim: int) -> Shap
     row = _SHAPES[kernel]
     dim = 64 if dim <= 64 else MAX_DIM
     if bytes_per_number == 4:
-        return Shape(64, 32, 4, 2)
+        return Shape(32, 32, 4, 1)
     return row["tma" if capability >= 90 else "pointers", dim]
 
 

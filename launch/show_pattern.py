@@ -82,10 +82,11 @@ def _of_recipe(name: str, heads: int | None, length: int | None) -> list[Shown]:
         raise UserError("--heads: goes with a pattern; a recipe says how many heads it has")
     heads, length = recipe.model.kv_heads, length or recipe.training.seq_length
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.layers.pattern}
-    blocks = {name: block for name, block in blocks.items() if isinstance(block, SoftmaxBlock)}
-    if not blocks:
-        raise UserError(f"{name}: has no block of softmax attention, and only those have a pattern")
-    return [Shown(name, block.attention_pattern(heads), heads, length) for name, block in blocks.items()]
+    patterns = {name: block.attention_pattern(heads) for name, block in blocks.items() if isinstance(block, SoftmaxBlock)}
+    shown = [Shown(name, pattern, heads, length) for name, pattern in patterns.items() if isinstance(pattern, Pattern)]
+    if not shown:
+        raise UserError(f"{name}: has no block of softmax attention whose pattern is known before it sees a text")
+    return shown
 
 
 def _telling_length(pattern: Pattern, heads: int) -> int:

@@ -147,6 +147,23 @@ def test_half_precision_stays_close(dtype, pattern):
     assert max(found.values()) < 2e-2
 
 
+def test_a_closed_sink_beside_rows_that_see_nothing():
+    sinks = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0], dtype=torch.float64, requires_grad=True)
+    q, k, v = make(1, 40, 4, 2, 8)
+    out = attend(q, k, v, Stripes(8, 4, 1), sinks=sinks)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v, sinks))))
+
+
+def test_documents_that_were_written_to_are_read_again():
+    ids = torch.zeros(1, 64, dtype=torch.int32)
+    q, k, v = make(1, 64, 2, 2, 8)
+    attend(q, k, v, Causal(), documents=ids)
+    ids.numpy()[:, 32:] = 1
+    assert torch.equal(attend(q, k, v, Causal(), documents=ids)[:, 32:], attend(q[:, 32:], k[:, 32:], v[:, 32:], Causal()))
+    with torch.inference_mode():
+        attend(q, k, v, Causal(), documents=torch.zeros(1, 64).int())
+
+
 def test_fp32_is_precise():
     assert max(compare(S2(8, 2, 3), length=200, dtype=torch.float32).values()) < 1e-5
 
@@ -174,6 +191,7 @@ def test_reruns_are_bitwise_equal():
         ({"pattern": PerHead([Causal()])}, "PerHead has patterns for 1 KV heads, but is asked for head 1"),
         ({"pattern": BlockLists(2, torch.zeros(1, 1, 1).int())}, "lists for 1 blocks of 2, but a document has 4 tokens"),
         ({"pattern": BlockLists(4, torch.zeros(3, 1, 1).int()).from_head(2)}, "lists for 3 KV heads, but is asked for head 3"),
+        ({"pattern": BlockLists(4, torch.zeros(3, 1, 1, 1).int())}, "lists for a batch of 3, but q has 1 rows"),
         ({"pattern": "S2"}, "pattern must be a Pattern, as S2.64, 16, 16., got 'S2'"),
         ({"sinks": torch.zeros(2)}, r"sinks must be one number for each head of q, shape \(4,\), got \(2,\)"),
         ({"softcap": 0.0}, "softcap must be positive, got 0"),

@@ -18,7 +18,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 INTERPRETED = [
     ["causal", "s2", "window", "streaming"],
     ["stripes alone", "dilated", "two ranges", "lists"],
-    ["documents", "shorter than the stride", "sink and softcap"],
+    ["documents", "other sinks in each head", "shorter than the stride", "sink and softcap"],
     ["sigmoid", "odd dims", "tiles"],
     ["mutants"],
 ]

@@ -17,6 +17,7 @@ from tests.attention.oracle import document_ids, errors, make, relative
 SINKS = torch.tensor([-1.0, 2.0, 9.0, 0.5])
 LISTS = BlockLists.where(16, lambda i, j, h: (i * 7 + j * 3 + h) % 5 < 2, 120, num_kv_heads=2)
 SELECTED = BlockLists(16, torch.stack([LISTS.lists, LISTS.lists.flip(-3)]))
+UNEVEN = PerHead([Sinks(3) | Stripes(16, 4, 1) | Window(8), Sinks(64) | Stripes(16, 4) | Window(8)])
 EACH = PerHead([Causal(), S2(16, 1, 3) | Sinks(3), Window(9), Dilated(16, 2, 9) | Sinks(20)])
 
 CASES = {
@@ -30,6 +31,7 @@ CASES = {
     "all at once": {"pattern": S2(32, 1, 3) | Sinks(40) | Window(10) | Dilated(16, 3, 4), "length": 150},
     "two dilations": {"pattern": Dilated(16, 3, 4) | Dilated(32, 2, 2) | Stripes(16, 4), "length": 150},
     "each head its own": {"pattern": EACH, "heads": 4, "kv_heads": 4, "length": 70},
+    "other sinks in each head": {"pattern": UNEVEN, "length": 96},
     "lists": {"pattern": LISTS, "length": 90},
     "lists of each row": {"pattern": SELECTED, "batch": 2, "length": 90},
     "documents": {"pattern": S2(16, 1, 3), "documents": [40, 16, 30]},

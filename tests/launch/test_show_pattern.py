@@ -137,3 +137,17 @@ def test_a_recipe_without_softmax_blocks_has_nothing_to_show(capsys, tmp_path, t
     status, _, err = run(capsys, tiny_recipe, "-o", tmp_path / "a.png")
     assert status == 2
     assert "has no block of softmax attention" in err
+
+
+def test_blocks_that_are_chosen_from_the_content_have_no_picture(capsys, tmp_path):
+    import yaml
+
+    blocks = {"a": {"mixer": "moba"}, "full": {"mixer": "full"}}
+    recipe = {"base": "quickstart", "model": {"layers": {"blocks": blocks, "pattern": ["a", "full"]}}}
+    recipe["model"]["layers"]["blocks"] |= {"linear": None, "sparse": None}
+    path = tmp_path / "moba.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    status, printed, error = run(capsys, path, "-o", tmp_path / "a.png", "--length", 64)
+    assert (status, error) == (0, "")
+    assert printed.startswith("full: Causal()")
+    assert len(printed.splitlines()) == 1
