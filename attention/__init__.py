@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .blocklists import BlockLists
     from .linear import linear_attention
-    from .patterns import S2, Blocks, Causal, Dilated, Pattern, PerHead, Sinks, Streaming, Stripes, Window
+    from .patterns import S2, Causal, Dilated, Pattern, PerHead, Sinks, Streaming, Stripes, Window
     from .rotary import apply_rotary, rotary_tables
+    from .rules import Blocks
     from .selection import MoBA, Selector
     from .softmax import attend
 
@@ -38,7 +39,7 @@ __all__ = [
 def __getattr__(name: str):
     """Looks where the name lives when it is asked for: a recipe's patterns are checked without waiting for torch."""
     if name in __all__:
-        for module in ("patterns", "blocklists", "selection", "softmax", "linear", "rotary"):
+        for module in ("patterns", "rules", "blocklists", "selection", "softmax", "linear", "rotary"):
             home = import_module(f".{module}", __name__)
             if hasattr(home, name):
                 return getattr(home, name)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .documents import document_spans
-from .patterns import Blocks, Pattern, _power_of_two
+from .patterns import Pattern, _power_of_two
+from .rules import Blocks
 from .selection import Selector
 
 

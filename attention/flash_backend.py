@@ -21,7 +21,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from .arguments import accumulation_dtype
-from .patterns import Blocks, Pattern, Rule, Ruled
+from .patterns import Pattern, Ruled
+from .rules import Blocks, Rule
 from .tiles import Logits, Tile
 
 _DEVICES = {"cuda"}

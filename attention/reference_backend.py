@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from .arguments import accumulation_dtype
-from .patterns import Blocks, Pattern
+from .patterns import Pattern
+from .rules import Blocks
 from .tiles import Logits, Tile
 
 

@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from .arguments import accumulation_dtype, check_backend, check_dims
 from .blocklists import BlockLists, chosen_lists
 from .documents import check_documents, document_spans, one_document
-from .patterns import Blocks, Pattern
+from .patterns import Pattern
+from .rules import Blocks
 from .selection import Selector
 from .tiles import BACKENDS, Logits, Tile, load, tile_backward, tile_forward
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .blocklists import BlockLists
-from .patterns import Blocks, Rule, Ruled, any_of
+from .patterns import Ruled
+from .rules import Blocks, Rule, any_of
 
 # Queries that share a call for far keys; a band takes fewer, as its corners are computed in vain.
 _STRETCH = 1024

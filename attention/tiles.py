@@ -11,7 +11,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from .patterns import Blocks, Pattern
+from .patterns import Pattern
+from .rules import Blocks
 
 BACKENDS = {"torch": "torch_backend", "triton": "triton_backend", "flash": "flash_backend", "reference": "reference_backend"}
 """Module of each backend; imported when it is asked for. Each has ``forward``, ``backward`` and ``refusal``."""

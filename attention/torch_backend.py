@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .arguments import accumulation_dtype
 from .blocklists import BlockLists
-from .patterns import Blocks, Pattern
+from .patterns import Pattern
+from .rules import Blocks
 from .stretches import Mask, Piece, granule, groups, list_pieces, pieces
 from .tiles import Logits, Tile, merge_
 

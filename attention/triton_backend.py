@@ -10,10 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_kernels as kernels
 from .blocklists import BlockLists
-from .patterns import Blocks, Pattern, Rule
+from .patterns import Pattern
+from .rules import Blocks, Rule
 from .tiles import Logits, Tile, merge_
+from .triton_keys import delta_kernel, home_kernel, keys_kernel
+from .triton_rows import rows_kernel
 from .triton_shapes import CHIPS, MAX_DIM, Shape, shape
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -127,7 +129,7 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     batch, queries, heads, dim = out.shape
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     dlse = delta if grad_lse is None else grad_lse.transpose(1, 2).to(torch.float32).contiguous()
-    kernels.delta_kernel[triton.cdiv(queries, 64), batch * heads](
+    delta_kernel[triton.cdiv(queries, 64), batch * heads](
         out, grad_out, dlse, delta, *out.stride()[:3], *grad_out.stride()[:3], heads, queries,
         DV=dim, BLOCK_DV=triton.next_power_of_2(dim), BM=64, WITH_LSE=grad_lse is not None,
     )  # fmt: skip
@@ -288,7 +290,7 @@ class _Launch:
             self._keys(grad_out, lse, delta, *(x.transpose(1, 2) for x in parts), far, tiles, splits)
             for part, out in zip(parts, (dk, dv), strict=True):
                 strides = (part.stride(0), part.stride(2), part.stride(1), *out.stride()[:3])
-                kernels.home_kernel[tiles, batch * kv_heads](
+                home_kernel[tiles, batch * kv_heads](
                     part, out, self._on_device(size.keys), *strides, kv_heads, batch, self._key_range[0], rows, splits,
                     D=out.shape[3], BLOCK_D=_block_d(out), BN=size.keys, RULES=table.bands + table.fars,
                     RULE=table.bands + far, RELATIVE=far >= table.fixed,
@@ -352,7 +354,7 @@ class _Launch:
             list_strides = (lists.stride(0) if lists.shape[0] > 1 else 0, *lists.stride()[1:3])
         grad = out if grad_out is None else grad_out
         tiles = triton.cdiv(self.q_start % size.queries + self.q.shape[1], size.queries)
-        kernels.rows_kernel[tiles, self.q.shape[0] * heads](
+        rows_kernel[tiles, self.q.shape[0] * heads](
             self.q, self.k, self.v, out, lse, grad, lse if delta is None else delta, self._on_device(size.keys), lists,
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
             *grad.stride()[:3], *list_strides, heads, self.group, self.q_start, self.q.shape[1], *self._key_range,
@@ -368,7 +370,7 @@ class _Launch:
             blocks = (self._key_range[0] + self._key_range[3] - 1) // self.pattern.block + 1
             pointers, lists = _transposed(own, blocks)
             list_strides = (kv_heads * blocks if own.shape[0] > 1 else 0, blocks)
-        kernels.keys_kernel[tiles * splits, self.k.shape[0] * kv_heads](
+        keys_kernel[tiles * splits, self.k.shape[0] * kv_heads](
             self.q, self.k, self.v, lse, grad_out, delta, dk, dv, self._on_device(size.keys), pointers, lists,
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3], *list_strides,

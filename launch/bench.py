@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ..attention.arguments import check_backend
 from ..attention.expression import parse_pattern
-from ..attention.patterns import Pattern, any_of
+from ..attention.patterns import Pattern
+from ..attention.rules import any_of
 from ..attention.softmax import attend
 from ..attention.tiles import BACKENDS
 from ..trainer.errors import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ..attention.expression import parse_pattern
-from ..attention.patterns import Pattern, Rule
+from ..attention.patterns import Pattern
+from ..attention.rules import Rule
 from ..trainer.errors import UserError
 from ..trainer.recipe import SoftmaxBlock
 from ..trainer.recipe_file import load_recipe

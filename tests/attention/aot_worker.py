@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 
 import triton
-from longspan.attention import triton_kernels as kernels
+from longspan.attention.triton_keys import keys_kernel
+from longspan.attention.triton_rows import rows_kernel
 from longspan.attention.triton_shapes import shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -45,7 +46,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Registers, spills and shared memory of one kernel."""
     size = shape(kernel, arch, 2, dim)
     bands, fixed, fars, far, lists = VARIANTS[variant]
-    function = kernels.keys_kernel if kernel == "dkv" else kernels.rows_kernel
+    function = keys_kernel if kernel == "dkv" else rows_kernel
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": size.queries, "BN": size.keys, "BANDS": bands,
         "FIXED": fixed, "FARS": fars, "LISTED": lists, "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, Window, attend, flash_backend
 from longspan.attention.flash_backend import Call, calls
-from longspan.attention.patterns import Blocks
+from longspan.attention.rules import Blocks
 from longspan.attention.tiles import Logits, Tile, tile_backward, tile_forward
 
 from .oracle import document_ids, errors, make, relative

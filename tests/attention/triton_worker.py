@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, Stripes, Window, attend, triton_backend
-from longspan.attention.patterns import Blocks
+from longspan.attention.rules import Blocks
 from longspan.attention.tiles import Logits, Tile, merge_, tile_backward, tile_forward
 
 from tests.attention.oracle import document_ids, errors, make, relative
