@@ -43,7 +43,7 @@ def test_parity_with_the_dense_formula(pattern, documents, backend):
         assert error < 1e-10, name
 
 
-@pytest.mark.parametrize("length", [5, 200, 333])
+@pytest.mark.parametrize("length", [200, *(pytest.param(length, marks=pytest.mark.wide) for length in (5, 333))])
 @pytest.mark.parametrize("pattern", [*PATTERNS, Window(40), LISTS], ids=repr)
 def test_every_pattern_in_stretches(small_stretches, pattern, length):
     for name, error in compare(pattern, length=length, heads=4, kv_heads=4 if isinstance(pattern, PerHead) else 2).items():

@@ -43,7 +43,7 @@ def test_parity_in_the_interpreter(cases):
     python("triton_worker.py", *cases)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("cases", [AHEAD, pytest.param(WIDE, marks=pytest.mark.wide)], ids=["most", "rest"])
 def test_compiled_ahead_of_time(arch, dim, cases):
