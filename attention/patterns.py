@@ -133,7 +133,7 @@ class Ruled(Pattern):
         if sum(1 / rule.step for rule in rules) < 1:
             return False
         keys = np.arange(math.lcm(*(rule.block * rule.step for rule in rules)))
-        return bool(rules) and bool(any_of(keys // rule.block % rule.step == rule.residue for rule in rules).all())
+        return bool(any_of(keys // rule.block % rule.step == rule.residue for rule in rules).all())
 
 
 def _at_least(name: str, **values: int) -> None:

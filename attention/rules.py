@@ -5,6 +5,8 @@ Rules work on torch tensors and numpy arrays alike; nothing here imports torch, 
 
 import math
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import numpy as np
 
@@ -88,10 +90,7 @@ def reach_tokens(rule: Rule, length: int) -> int:
 
 def any_of(masks):
     """The union of masks, of which there is at least one."""
-    first, *rest = masks
-    for mask in rest:
-        first = first | mask
-    return first
+    return reduce(or_, masks)
 
 
 def reached(rule: Rule, query_start: int, query_stop: int, below: int) -> list[Blocks]:

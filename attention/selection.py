@@ -80,8 +80,8 @@ class MoBA(Selector):
         return torch.where(best.values == -torch.inf, -1, best.indices)
 
     def _means(self, x: Tensor) -> Tensor:
-        whole = x.shape[1] // self.block * self.block
         import torch
 
+        whole = x.shape[1] // self.block * self.block
         means = x[:, :whole].unflatten(1, (-1, self.block)).mean(2)
         return torch.cat([means, x[:, whole:].mean(1, keepdim=True)], 1) if whole < x.shape[1] else means

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .arguments import accumulation_dtype, check_backend, check_dims
 from .blocklists import BlockLists, chosen_lists
-from .documents import check_documents, document_spans, one_document
+from .documents import check_documents, document_spans
 from .patterns import Pattern
 from .rules import Blocks
 from .selection import Selector
@@ -129,7 +129,7 @@ class Work:
         backend: str,
     ) -> "Work":
         """For queries that are the tokens of ``segments`` of a sequence, with ``documents`` ``[batch, time]`` of the whole."""
-        stretches = list(_stretches(None if one_document(documents) else documents, segments))
+        stretches = list(_stretches([] if documents is None else document_spans(documents), q.shape[0], segments))
         pattern.check(k.shape[2], max((stretch.keys.stop - stretch.keys.start for stretch in stretches), default=0))
         if isinstance(pattern, BlockLists):
             pattern.check_batch(q.shape[0])
@@ -208,9 +208,10 @@ class Stretch(NamedTuple):
     """In the whole sequence: from the document's first token to the last query."""
 
 
-def _stretches(documents: Tensor | None, segments: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
-    spans = [(None, 0, max((stop for _, stop in segments), default=0))]
-    for row, first, last in spans if documents is None else document_spans(documents):
+def _stretches(spans: list[tuple[int, int, int]], batch: int, segments: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
+    if len(spans) <= batch:  # a document to each row: all rows at once
+        spans = [(None, 0, max((stop for _, stop in segments), default=0))]
+    for row, first, last in spans:
         slot = 0
         for start, stop in segments:
             begin, end = max(first, start), min(last, stop)

@@ -174,7 +174,7 @@ def _far(group: Heads, a: int, b: int, row: int, run: _Run, like: Tensor) -> Ite
     if not any(far):
         return
     # Behind `lowest` the band shows something to some row, behind `highest` all to all.
-    lowest, highest = (min((rule.first_key(q) for rule in bands), default=q + 1) for q in (a, b - 1))
+    lowest, highest = (group.first_key(q) if run.contiguous else q + 1 for q in (a, b - 1))
     at = run.at[: np.searchsorted(run.at, highest)]
     inside = (at >= run.first) & (at + run.size <= min(lowest, run.last))
     whole, some = [], []

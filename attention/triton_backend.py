@@ -16,12 +16,13 @@ from .rules import Blocks, Rule
 from .tiles import Logits, Tile, merge_
 from .triton_keys import delta_kernel, home_kernel, keys_kernel
 from .triton_rows import rows_kernel
+from .triton_rules import NEVER
 from .triton_shapes import CHIPS, MAX_DIM, Shape, shape
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # wgmma takes tiles of 64; the interpreter anything, and is slow.
 _LEAST_BLOCK = 16 if INTERPRETED else 64
-_UNLIMITED = 1 << 30
+_UNLIMITED = NEVER.value
 # The queries of a far tile of keys are shared among so many programs at most, each with so many tiles at least.
 _SPLITS, _TILES_PER_SPLIT = 8, 16
 

@@ -13,7 +13,6 @@ class Shape:
     stages: int
 
 
-KERNELS = ("forward", "dq", "dkv")
 CHIPS = (80, 90, 100, 103)
 """Compute capabilities that the table is for; others have less shared memory."""
 MAX_DIM = 128
@@ -21,7 +20,7 @@ MAX_DIM = 128
 
 
 def shape(kernel: str, capability: int, bytes_per_number: int, dim: int) -> Shape:
-    """Of ``kernel``, one of :data:`KERNELS`, on a GPU of compute ``capability`` (90 for 9.0), for head dims up to ``dim``."""
+    """Of ``kernel`` (forward, dq or dkv) on a GPU of compute ``capability`` (90 for 9.0), for head dims up to ``dim``."""
     row = _SHAPES[kernel]
     dim = 64 if dim <= 64 else MAX_DIM
     if bytes_per_number == 4:

@@ -13,7 +13,7 @@ import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -29,8 +29,10 @@ from ..attention.expression import parse_pattern
 from ..attention.patterns import Pattern
 from ..attention.rules import any_of
 from ..attention.softmax import attend
+from ..attention.stretches import groups
 from ..attention.tiles import BACKENDS
 from ..trainer.errors import UserError
+from ..trainer.progress import track
 from .process import keep_freed_memory
 
 CHECKED_TOKENS = 2048
@@ -111,7 +113,7 @@ def flex_mask(pattern: Pattern, heads: int, kv_heads: int, device: str) -> Calla
     """
     group = heads // kv_heads
     rules = [pattern.rules(head) for head in range(kv_heads)]
-    if len({tuple(replace(rule, residue=0) for rule in of_head) for of_head in rules}) == 1:
+    if len(groups(pattern, kv_heads)) == 1:
         residues = torch.tensor([[rule.residue for rule in of_head] for of_head in rules], device=device)
 
         def mask(batch, head, query, key):
@@ -180,7 +182,7 @@ def bench_attention(options: Namespace) -> None:
         raise UserError(f"--out: {out} cannot be made: {error}") from None
     keep_freed_memory()
     rows = [row for length in settings.lengths for row in _rows(settings, length)]
-    with _bar(len(rows) * (settings.repeats + 2)) as advance:
+    with track("measuring", len(rows) * (settings.repeats + 2), of_bytes=False) as advance:
         for length in settings.lengths:
             _measure(settings, [row for row in rows if row.length == length], advance)
     _compare(rows)
@@ -228,7 +230,7 @@ def _rows(settings: Settings, length: int) -> Iterator[Row]:
             yield Row(name, kind, text, length, settings.pattern(text).density(length, settings.kv_heads))
 
 
-def _measure(settings: Settings, rows: list[Row], advance: Callable[[], None]) -> None:
+def _measure(settings: Settings, rows: list[Row], advance: Callable[[int], None]) -> None:
     """Fill in the rows of one length."""
     works = {}
     for row in rows:
@@ -240,18 +242,18 @@ def _measure(settings: Settings, rows: list[Row], advance: Callable[[], None]) -
                 works[row.candidate], row.seconds = work, {step: [] for step in STEPS}
         except Exception as error:
             row.status = f"cannot run: {_one_line(error)}"
-        advance()
+        advance(1)
     for _ in range(settings.repeats):
         for row in rows:
             if row.candidate in works:
                 for step, seconds in zip(STEPS, _timed(works[row.candidate]), strict=True):
                     row.seconds[step].append(seconds)
-            advance()
+            advance(1)
     for row in rows:
         if row.candidate in works:
             row.peak_bytes = cuda_peak(works[row.candidate]) if _device() == "cuda" else cpu_peak(settings, row)
             row.peak_multiple = row.peak_bytes and row.peak_bytes / _tensor_bytes(settings, row.length)
-        advance()
+        advance(1)
 
 
 def _one_line(error: Exception) -> str:
@@ -463,18 +465,3 @@ def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
             axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-@contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal; yields what takes it one further."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
