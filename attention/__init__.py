@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .blocklists import BlockLists
+    from .convolution import short_convolution
     from .linear import linear_attention
     from .patterns import S2, Causal, Dilated, Pattern, PerHead, Sinks, Streaming, Stripes, Window
     from .rotary import apply_rotary, rotary_tables
@@ -33,13 +34,14 @@ __all__ = [
     "attend",
     "linear_attention",
     "rotary_tables",
+    "short_convolution",
 ]
 
 
 def __getattr__(name: str):
     """Looks where the name lives when it is asked for: a recipe's patterns are checked without waiting for torch."""
     if name in __all__:
-        for module in ("patterns", "rules", "blocklists", "selection", "softmax", "linear", "rotary"):
+        for module in ("patterns", "rules", "blocklists", "selection", "softmax", "linear", "convolution", "rotary"):
             home = import_module(f".{module}", __name__)
             if hasattr(home, name):
                 return getattr(home, name)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import attention
 from ..attention.documents import check_documents
-from ..attention.linear import added_state, check_linear
+from ..attention.linear import check_linear, state_map
 from .exchange import AllGather
 from .layout import Layout, check_shard
 
@@ -19,6 +19,7 @@ def linear_attention(
     group: dist.ProcessGroup,
     *,
     decay: Tensor | None = None,
+    beta: Tensor | None = None,
     scale: float = 1.0,
     state: Tensor | None = None,
     documents: Tensor | None = None,
@@ -27,13 +28,14 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`longspan.attention.linear_attention` of a sequence that is spread over ``group``; every rank calls it.
 
-    A segment of the layout maps the state before it to the one after it, ``S -> A S + B``, where ``A`` is a power of the decay
-    (0 across a document's edge) and ``B`` is what its tokens add (LASP-2, arXiv 2502.07563). The ``B`` of all segments are
-    gathered, ``[ranks, segments, batch, heads, key_dim, value_dim]`` in fp32 (fp64 for fp64) whatever the length, and each
-    segment starts from their decayed sum; autograd gives the transpose of this for backward.
+    A segment of the layout maps the state before it to the one after it, ``S -> A S + B``, where ``A`` is a factor per head or
+    key, with the delta rule a matrix, and 0 across a document's edge (LASP-2, arXiv 2502.07563; A.3 of fla's kernels for the
+    delta rule). The maps of all segments are gathered, in fp32 (fp64 for fp64) and as large as a state or two whatever the length,
+    and each rank applies them in order up to its own; autograd gives the transpose of this for backward.
 
     Args:
-        q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, heads, dim]``, possibly none.
+        q, k, v, beta: this rank's tokens, as ``layout`` places them: ``[batch, local time, heads, dim]``, possibly none.
+        decay: ``[heads]``, or of this rank's tokens.
         layout: of the sequence over the ranks of ``group``.
         state: before the sequence's first token, the same on every rank; its gradient is this rank's share.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
@@ -45,50 +47,48 @@ def linear_attention(
     Raises:
         ValueError: naming the argument that does not fit.
     """
-    check_linear(q, k, v, decay, state, backend)
+    check_linear(q, k, v, decay, beta, state, backend)
     check_shard(layout, group, q.shape[1])
     check_documents(documents, (q.shape[0], layout.length))
-    options = {"decay": decay, "scale": scale, "backend": backend}
     if layout.ranks == 1:
-        return attention.linear_attention(q, k, v, state=state, documents=documents, return_state=return_state, **options)
-    segments = layout.segments[group.rank()]
-    slots = [slice(slot, slot + stop - start) for start, stop, rank, slot in layout.in_order if rank == group.rank()]
-    ids = [None if documents is None else documents[:, start:stop] for start, stop in segments]
+        return attention.linear_attention(
+            q, k, v, decay=decay, beta=beta, scale=scale, state=state, documents=documents, return_state=return_state,
+            backend=backend,
+        )  # fmt: skip
+    rank = group.rank()
 
-    added = [added_state(k[:, at], v[:, at], decay=decay, documents=own) for at, own in zip(slots, ids, strict=True)]
-    nothing, most = added_state(k[:, :0], v[:, :0]), max(map(len, layout.segments))
-    gathered = AllGather.apply(torch.stack([*added, *[nothing] * (most - len(added))]), group)
+    def piece(x: Tensor | None, at: slice) -> Tensor | None:
+        return x if x is None or x.ndim == 1 else x[:, at]
 
-    sources = gathered.flatten(0, 1)
-    # Where the state of each source stands; a rank's missing segments stand beyond the end, out of everyone's sight.
-    after = [stop for own in layout.segments for _, stop in (*own, *[(0, layout.length + 1)] * (most - len(own)))]
-    if state is not None:
-        sources, after = torch.cat([sources, state[None].to(sources)]), [*after, 0]
-    before = [start for start, _ in segments] + [layout.length] * return_state
-    states = torch.einsum("tsbh,sbhkv->tbhkv", _carry(after, before, documents, decay, sources), sources)
-    outs = [
-        attention.linear_attention(q[:, at], k[:, at], v[:, at], state=into, documents=own, **options)
-        for at, own, into in zip(slots, ids, states, strict=False)
-    ]
-    # No tokens, but it ties the exchange to this rank's result: backward is a collective, also for a rank that has none.
-    tie = torch.einsum("bthk,bhkv->bthv", q[:, :0].to(gathered.dtype), gathered[0, 0]).to(v.dtype)
-    out = torch.cat([tie, *outs], 1)
-    return (out, states[-1]) if return_state else out
+    own, maps = [], []
+    for start, stop, holder, slot in layout.in_order:
+        if holder == rank:
+            at, ids = slice(slot, slot + stop - start), None if documents is None else documents[:, start:stop]
+            own.append((q[:, at], k[:, at], v[:, at], piece(decay, at), piece(beta, at), ids))
+            maps.append(state_map(*own[-1][1:], backend=backend))
+    most = max(map(len, layout.segments))
+    nothing = piece(decay, slice(0, 0)), piece(beta, slice(0, 0)), None
+    maps += [state_map(k[:, :0], v[:, :0], *nothing, backend=backend)] * (most - len(maps))
+    # One message: what is kept beside what is added, column by column. Backward is a collective, so that a rank without tokens
+    # has its part in the exchange too: what it sends depends on its inputs, and its output on what it receives.
+    width, per_token = v.shape[-1], [x for x in (q, k, v, beta, decay) if x is not None and x.ndim > 1]
+    message = torch.stack([torch.cat([added, kept], -1) for kept, added in maps]) + sum(x[:, :0].sum() for x in per_token)
+    gathered = AllGather.apply(message, group)
 
-
-def _carry(after: list[int], before: list[int], documents: Tensor | None, decay: Tensor | None, like: Tensor) -> Tensor:
-    """How much of a state after token ``after[s] - 1`` is left before token ``before[t]``: ``[before, after, batch, heads]``.
-
-    A power of the decay from differences of positions; nothing where a document ends in between, or where it comes later.
-    """
-    batch, heads = like.shape[1:3]
-    last = torch.tensor(after, device=like.device)
-    first = torch.tensor(before, device=like.device, dtype=last.dtype)
-    lag = first[:, None] - last
-    decay = like.new_zeros(heads) if decay is None else decay.to(like.dtype)
-    carry = ((lag.clamp(min=0)[..., None] * decay).exp() * (lag >= 0)[..., None])[:, :, None].expand(-1, -1, batch, -1)
-    if documents is None:
-        return carry
-    end = documents.shape[1] - 1
-    same = documents[:, first.clamp(max=end), None] == documents[:, None, (last - 1).clamp(0, end)]
-    return carry * same.permute(1, 2, 0)[..., None]
+    current = torch.zeros_like(gathered[0, 0, ..., :width]) if state is None else state.to(gathered.dtype)
+    outs, taken = [], [0] * layout.ranks
+    for start, _, holder, _ in layout.in_order:
+        if documents is not None and start:
+            current = current * (documents[:, start] == documents[:, start - 1])[:, None, None, None]
+        if holder == rank:
+            q_s, k_s, v_s, decay_s, beta_s, ids = own[taken[rank]]
+            outs.append(
+                attention.linear_attention(
+                    q_s, k_s, v_s, decay=decay_s, beta=beta_s, scale=scale, state=current, documents=ids, backend=backend
+                )
+            )
+        added, kept = gathered[holder, taken[holder]].split([width, gathered.shape[-1] - width], -1)
+        current = added + (kept * current if beta is None else kept @ current)
+        taken[holder] += 1
+    out = torch.cat([v[:, :0] + gathered[:0].sum().to(v.dtype), *outs], 1)
+    return (out, current) if return_state else out

@@ -1,4 +1,4 @@
-"""One gloo rank: both operations over a layout where ranks hold unequally many tokens, and one none. OUT"""
+"""One gloo rank: the operations over a layout where ranks hold unequally many tokens, and one none. OUT"""
 
 import sys
 
@@ -27,6 +27,7 @@ def main(out: str) -> None:
     for operation in (
         lambda q, k, v: parallel.attend(q, k, v, PATTERN, LAYOUT, group, documents=IDS),
         lambda q, k, v: parallel.linear_attention(q, k, v, LAYOUT, group, decay=DECAY, documents=IDS),
+        lambda q, k, v: parallel.linear_attention(q, k * 0.3, v, LAYOUT, group, beta=v.sigmoid()[..., 0], documents=IDS),
     ):
         leaves = [x.clone().requires_grad_() for x in own]
         result = operation(*leaves)

@@ -1,4 +1,4 @@
-"""Both operations over ranks against one device: outputs and every gradient, in fp64."""
+"""The operations over ranks against one device: outputs and every gradient, in fp64."""
 
 import pytest
 import torch
@@ -66,14 +66,57 @@ def softmax_errors(threads, layout, pattern, documents, heads=4, kv_heads=2, val
     return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
 
 
-def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), **mutation):
-    inputs = draw(3, (LENGTH, 3, 8), (LENGTH, 3, 8), (LENGTH, 3, 5))
-    (upstream,), decay = draw(1, (LENGTH, 3, 5)), torch.tensor(decay, dtype=torch.float64)
-    options = {"decay": decay, "scale": 0.3, "documents": ids(documents)}
-    expected = on_one(lambda *x: attention.linear_attention(*x, backend="reference", **options), inputs, upstream)
+FAMILIES = {
+    "constant": ((3,), False),
+    "scalar": ((LENGTH, 3), False),
+    "vector": ((LENGTH, 3, 8), False),
+    "delta": (None, True),
+    "gated delta": ((LENGTH, 3), True),
+    "gated delta by key": ((LENGTH, 3, 8), True),
+}
 
-    def operation(q, k, v, layout, group):
-        return parallel.linear_attention(q, k, v, layout, group, **options)
+
+def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), family="constant", key_heads=3, **mutation):
+    shape, delta = FAMILIES[family]
+    inputs = draw(3, (LENGTH, key_heads, 8), (LENGTH, key_heads, 8), (LENGTH, 3, 5), (LENGTH, 3, 8), (LENGTH, 3))
+    inputs[1] = torch.nn.functional.normalize(inputs[1], dim=-1)
+    inputs[3], inputs[4] = -0.05 * inputs[3].square(), inputs[4].sigmoid()
+    (upstream,), fixed = draw(1, (LENGTH, 3, 5)), torch.tensor(decay, dtype=torch.float64)
+    options = {"scale": 0.3, "documents": ids(documents)}
+
+    def arguments(decay, beta):
+        if shape and len(shape) > 1:
+            decay = decay if len(shape) == 3 else decay[..., 0]
+        else:
+            decay = fixed if shape else None
+        return {"decay": decay, "beta": beta if delta else None, **options}
+
+    used = inputs[: 5 if delta else 4] if shape and len(shape) > 1 else [*inputs[:3], *([inputs[4]] if delta else [])]
+
+    def split(x):
+        *qkv, rest = x[:3], list(x[3:])
+        beta = rest.pop() if delta else None
+        return qkv[0], arguments(rest[0] if rest else None, beta)
+
+    def alone(*x):
+        qkv, own = split(x)
+        return attention.linear_attention(*qkv, backend="reference", **own)
+
+    def operation(*x):
+        qkv, own = split(x[:-2])
+        return parallel.linear_attention(*qkv, *x[-2:], **own)
+
+    return worst(over_ranks(threads, layout, operation, used, upstream, **mutation), on_one(alone, used, upstream))
+
+
+def convolution_errors(threads, layout, documents, width=4, **mutation):
+    inputs, (upstream,) = draw(3, (LENGTH, 6)), draw(1, (LENGTH, 6))
+    weight, bias = (x[0] for x in draw(5, (6, width), (6,)))
+    documents = ids(documents)
+    expected = on_one(lambda x: attention.short_convolution(x, weight, bias, documents=documents), inputs, upstream)
+
+    def operation(x, layout, group):
+        return parallel.short_convolution(x, weight, bias, layout, group, documents=documents)
 
     return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
 
@@ -142,6 +185,28 @@ def test_linear_attention_with_strong_decay(threads):
     assert linear_errors(threads, LAYOUTS["zigzag-3"], None, decay=(-2.0, -120.0, -1e-5)) < 1e-10
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("zigzag-3", "zigzag-4-one-without", "uneven")])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "constant"])
+def test_every_family_of_linear_attention(threads, layout, documents, family):
+    assert linear_errors(threads, layout, documents, family=family, key_heads=1 if family == "gated delta" else 3) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("width", [1, 4])
+def test_short_convolutions_are_those_of_one_device(threads, layout, documents, width):
+    assert convolution_errors(threads, layout, documents, width) < 1e-10
+
+
+def test_a_halo_one_short_is_caught(threads, monkeypatch):
+    from longspan.parallel import convolution
+
+    real = convolution._padded
+    monkeypatch.setattr(convolution, "_padded", lambda x, rows: real(x[:, 1:], rows))
+    assert convolution_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
+
+
 @pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("contiguous-1", "zigzag-3", "uneven")])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_states_go_in_and_come_out(threads, layout, documents):
@@ -193,12 +258,18 @@ def test_two_segments_swapped_are_caught(threads, documents):
     assert linear_errors(threads, LAYOUTS["zigzag-2"], documents, mutated=SWAPPED) > 1e-3
 
 
-def test_a_state_decayed_once_too_often_is_caught(threads, monkeypatch):
+@pytest.mark.parametrize("family", ["constant", "gated delta"])
+def test_a_state_decayed_once_too_often_is_caught(threads, monkeypatch, family):
     from longspan.parallel import linear
 
-    real = linear._carry
-    monkeypatch.setattr(linear, "_carry", lambda after, before, *rest: real(after, [at + 1 for at in before], *rest))
-    assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
+    real = linear.state_map
+
+    def mutant(*arguments, **options):
+        kept, added = real(*arguments, **options)
+        return kept * 0.98, added
+
+    monkeypatch.setattr(linear, "state_map", mutant)
+    assert linear_errors(threads, LAYOUTS["zigzag-2"], None, family=family) > 1e-3
 
 
 def test_gradients_that_stay_abroad_are_caught(threads, monkeypatch):
@@ -266,6 +337,7 @@ def test_real_processes_give_the_same(ranks, tmp_path):
     expected = [
         on_one(lambda *x: attention.attend(*x, worker.PATTERN, **options), whole, upstream),
         on_one(lambda *x: attention.linear_attention(*x, decay=worker.DECAY, **options), whole, upstream),
+        on_one(lambda q, k, v: attention.linear_attention(q, k * 0.3, v, beta=v.sigmoid()[..., 0], **options), whole, upstream),
     ]
     for ours, oracle in zip(zip(*parts, strict=True), expected, strict=True):
         assert worst([worker.LAYOUT.unshard(list(part)) for part in zip(*ours, strict=True)], oracle) < 1e-10

@@ -1,0 +1,35 @@
+"""Log-decays of linear attention: the fixed ones of published models, and their sums.
+
+A fixed decay is fp32 ``[heads]``, at most 0. Two that are both called lightning attention's differ: see :func:`lightning_paper`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def minimax(heads: int, layer: int, layers: int) -> Tensor:
+    """MiniMax-01's and TransNormerLLM's (`minimax` in transformers): ALiBi's geometric slopes ``2^(-8 (h + 1) / heads)``.
+
+    Weaker from layer to layer (from 0), all but gone in the last.
+    """
+    slopes = 2 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    return -(slopes * (1 - layer / (layers - 1 + 1e-5) + 1e-5)).float()
+
+
+def lightning_paper(heads: int, layer: int, layers: int) -> Tensor:
+    """``-8 h / heads (1 - layer / layers)`` for ``h = 0 ... heads - 1`` (arXiv 2307.14995 eq. 10; fla's lightning attention).
+
+    No published model was trained with it: their code has :func:`minimax`.
+    """
+    return -(8 * torch.arange(heads, dtype=torch.float64) / heads * (1 - layer / layers)).float()
+
+
+def retention(heads: int, layer: int, layers: int) -> Tensor:
+    """``log(1 - 2^(-5 - h))``, in every layer (RetNet, arXiv 2307.08621 eq. 8)."""
+    return torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float()
+
+
+def after(log: Tensor, dim: int) -> Tensor:
+    """Sum of the log-decays after each token: added up, as a difference of two sums would lose the small ones."""
+    first, rest = log.flip(dim).cumsum(dim).flip(dim).tensor_split([1], dim)
+    return torch.cat([rest, torch.zeros_like(first)], dim)
