@@ -1,4 +1,4 @@
-"""Short causal convolutions along time, one filter per channel: what linear mixers take their queries, keys and values through."""
+"""Short causal convolutions along time, one filter per channel, through which linear mixers take queries, keys and values."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Log-decays of linear attention: the fixed ones of published models, and their sums.
 
-A fixed decay is fp32 ``[heads]``, at most 0. Two that are both called lightning attention's differ: see :func:`lightning_paper`.
+A fixed decay is fp32 ``[heads]``, at most 0. Two that are both called lightning's differ: see :func:`lightning_paper`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Feature maps: what linear attention puts in the place of the softmax's exponential, so that weights are products of features."""
+"""Feature maps: what linear attention has in the place of the softmax's exponential, so that weights are products."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """``elu(x) + 1``, positive (arXiv 2006.16236 eq. 7)."""
+    """Of each number, positive: ``elu(x) + 1`` (arXiv 2006.16236 eq. 7)."""
     return F.elu(x) + 1
 
 
 def taylor(x: Tensor) -> Tensor:
-    """``taylor(q) . taylor(k) = 1 + s + s^2 / 2`` with ``s = q . k / sqrt(dim)``: the exponential's Taylor polynomial (Based,
+    """Features whose products are the exponential's Taylor polynomial ``1 + s + s^2 / 2`` of ``s = q . k / sqrt(dim)`` (Based,
     arXiv 2402.18668 sec. 4.1): ``[..., dim]`` to ``[..., 1 + dim + dim (dim + 1) / 2]``.
 
     The paper counts all ``dim^2`` products; pairs that are equal are here one, larger by ``sqrt(2)``, as in fla.

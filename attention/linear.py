@@ -48,7 +48,7 @@ def linear_attention(
         S_t = a_t S_{t-1} + beta_t k_t (v_t - k_t^T (a_t S_{t-1}))^T       with beta: the delta rule
 
     The state is the one after its last token, as in the papers (arXiv 2405.17381 eq. 9, 2312.06635 eq. 4, 2412.06464 eq. 10);
-    OpenNLPLab's code for lightning attention keeps it multiplied by one more decay. There is no ``K^-0.5``: give it as ``scale``.
+    OpenNLPLab's code for lightning attention keeps it multiplied by one more decay. ``K^-0.5`` is not implied: see ``scale``.
 
     Args:
         q, k: ``[batch, time, key heads, key_dim]``.
@@ -92,8 +92,8 @@ def state_map(
     """``(A, B)`` such that these tokens take the state before them from ``S`` to ``A S + B``, in fp32 (fp64 for fp64).
 
     Returns:
-        ``A``: ``[batch, heads, key_dim, 1]``, a factor of each row, or with ``beta`` the matrix ``[batch, heads, key_dim, key_dim]``.
-        ``B``: ``[batch, heads, key_dim, value_dim]``. Both differentiable in all tensors. Arguments as of :func:`linear_attention`.
+        ``A``: ``[batch, heads, key_dim, 1]``, a factor of each row, or with ``beta`` ``[batch, heads, key_dim, key_dim]``.
+        ``B``: ``[batch, heads, key_dim, value_dim]``. Both differentiable in all tensors.
     """
     batch, length, heads, width = v.shape
     dtype, key_dim = accumulation_dtype(k), k.shape[3]

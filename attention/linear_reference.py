@@ -1,4 +1,4 @@
-"""Linear attention by its recurrence, token by token: what the other backends are measured against, and a single token's step."""
+"""Linear attention by its recurrence, token by token: what other backends are measured against, and a single token's step."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,12 @@
-"""Linear attention in plain torch, any family on any device: chunks of tokens by matrix products, the state from one to the next.
+"""Linear attention in plain torch, any family on any device: matrix products within chunks of tokens, a state between them.
 
-With ``G`` the sum of the log-decays within a chunk of ``C`` tokens (arXiv 2312.06635 sec. 4, 2406.06484 sec. 3.2, 2412.06464 sec. 3.3)::
+With ``G`` the sum of the log-decays within a chunk of ``C`` tokens (arXiv 2312.06635 sec. 4, 2406.06484 sec. 3, 2412.06464)::
 
     D_ij = exp(G_i - G_j) for i >= j, else 0       scores = (Q K^T) D       reading = Q exp(G)       writing = K exp(G_C - G)
     O = scores V' + reading S                      S' = exp(G_C) S + writing^T V'
 
-where ``V' = V``, and with the delta rule ``V' = T diag(beta) (V - (K exp(G)) S)``, ``T = (I + tril(diag(beta) (K K^T) D, -1))^-1``.
+where ``V' = V``, and with the delta rule ``V' = T diag(beta) (V - (K exp(G)) S)`` with the inverse
+``T = (I + tril(diag(beta) (K K^T) D, -1))^-1``.
 Every exponent is a sum of log-decays between two tokens, so at most 0: no decay is too strong. A document's edge is a factor of
 0, never a decay of minus infinity, which would turn differences of decays into NaN.
 """

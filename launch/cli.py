@@ -69,6 +69,23 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
+    evaluate = commands.add_parser("eval", help="measure what a trained run can do").add_subparsers(
+        dest="eval_command", required=True, metavar="COMMAND"
+    )
+    mqar = evaluate.add_parser(
+        "mqar",
+        help="recall (MQAR) at trained and longer lengths",
+        description="Accuracy of a run with data.mqar in the recall task, at trained and longer lengths.",
+    )
+    mqar.add_argument("run_dir", metavar="RUN")
+    mqar.add_argument(
+        "--lengths", metavar="T,T", help="tokens (default: the trained ones, and twice and four times the hardest)"
+    )
+    mqar.add_argument("--pairs", metavar="N,N", help="with every length where they fit (default: as for --lengths)")
+    mqar.add_argument("--examples", type=int, default=500, help="of each (default 500)")
+    mqar.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
+    mqar.set_defaults(run=_eval_mqar)
+
     status = commands.add_parser("status", help="show how far a run is, and which of its checkpoints are whole")
     status.add_argument("run_dir", metavar="RUN")
     status.set_defaults(run=_status)
@@ -88,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--length", type=int, metavar="T", help="tokens (default: enough to show the structure, or the recipe's)")
     show.set_defaults(run=_show_pattern)
 
-    bench = commands.add_parser("bench", help="measure speed and memory").add_subparsers(
+    bench = commands.add_parser("bench", help="measure speed, memory and recall").add_subparsers(
         dest="bench_command", required=True, metavar="COMMAND"
     )
     attention = bench.add_parser(
@@ -113,6 +130,24 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--repeats", type=int, default=5, help="(default 5)")
     attention.add_argument("--out", default="bench", metavar="FOLDER", help="gets attention.json and .png (default bench)")
     attention.set_defaults(run=_bench_attention)
+
+    recall = bench.add_parser(
+        "mqar",
+        help="recall (MQAR) of the mixers",
+        description="Train recipes of the recall task with several learning rates and seeds, and tabulate what they reach. "
+        "Killed at any time, the same command goes on.",
+    )
+    recall.add_argument("recipes", nargs="*", metavar="RECIPE", help="files or shipped names (default: all of mqar/)")
+    recall.add_argument("--lrs", default="1e-2,3e-3", metavar="LR,LR", help="learning rates (default %(default)s)")
+    recall.add_argument("--seeds", default="0,1,2", metavar="N,N", help="(default %(default)s)")
+    recall.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each (default 2)")
+    recall.add_argument("--steps", type=int, help="instead of those of the recipes")
+    recall.add_argument("--examples", type=int, default=500, help="of each length and number of pairs (default 500)")
+    recall.add_argument("--work", default="runs/mqar", metavar="FOLDER", help="of the runs (default %(default)s)")
+    recall.add_argument(
+        "--out", default="docs/mqar", metavar="PREFIX", help="writes PREFIX.json, .md, .png (default %(default)s)"
+    )
+    recall.set_defaults(run=_bench_mqar)
     return parser
 
 
@@ -144,16 +179,23 @@ def _data_build(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from ..trainer.data.tokenizer import recipe_tokenizer
     from ..trainer.run_folder import RunFolder
     from .process import process_group
 
     folder = RunFolder(options.run_dir)
-    _ = folder.recipe  # a wrong folder is told before torch is imported
+    recipe_tokenizer(folder.recipe)  # a wrong folder, or one without text, is told before torch is imported
     from ..trainer.generate import generate, load_for_inference
 
     with process_group(os.cpu_count() or 1):
         engine = load_for_inference(folder)
         print(generate(folder, engine, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _eval_mqar(options: argparse.Namespace) -> None:
+    from .eval_mqar import eval_mqar
+
+    eval_mqar(options)
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -180,3 +222,9 @@ def _bench_attention(options: argparse.Namespace) -> None:
     from .bench import bench_attention
 
     bench_attention(options)
+
+
+def _bench_mqar(options: argparse.Namespace) -> int:
+    from .bench_mqar import bench_mqar
+
+    return bench_mqar(options)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from ..trainer.data.prepare import DataPaths, prepare_data
+from ..trainer.data.prepare import PreparedData, prepare_data
 from ..trainer.errors import STOPPED, UserError
 from ..trainer.metrics import require_wandb
 from ..trainer.recipe import Recipe
@@ -30,14 +30,14 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
 
 
-def _prepare(recipe: Recipe, folder: RunFolder) -> DataPaths:
+def _prepare(recipe: Recipe, folder: RunFolder) -> PreparedData:
     """Refuse what can be seen to be wrong before any model is built."""
     folder.require_usable(recipe)
-    paths = prepare_data(recipe)
-    folder.require_same_data(paths.fingerprints)
+    data = prepare_data(recipe)
+    folder.require_same_data(data.fingerprints)
     if LIFELINE not in os.environ:  # the first process of this run: a STOP from before was meant for another
         folder.stop_file.unlink(missing_ok=True)
-    return paths
+    return data
 
 
 def _work(recipe: Recipe) -> int:
@@ -50,14 +50,14 @@ def _work(recipe: Recipe) -> int:
 
         first, control, folder = dist.get_rank() == 0, Control(), RunFolder(recipe.run_dir)
         with control.together():
-            paths = _prepare(recipe, folder) if first else prepare_data(recipe)
+            data = _prepare(recipe, folder) if first else prepare_data(recipe)
             if first:
                 stack.enter_context(folder.lock())
-        finished = train_loop(recipe, paths, control)
+        finished = train_loop(recipe, data, control)
     if not finished:
         return STOPPED
     if first:
-        _report(recipe, paths, folder)
+        _report(recipe, data, folder)
     return 0
 
 
@@ -86,20 +86,20 @@ def _print_dry_run(recipe: Recipe) -> None:
     print(f"processes        {processes} = dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}")
 
 
-def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:
+def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
     """What the run reached, beside a baseline and with a sample where the recipe asks for them."""
     records = [record for record in folder.read_metrics() if "eval/loss" in record]
     if records:
         loss, bits = records[-1]["eval/loss"], records[-1].get("eval/bits_per_byte")
         print(f"held-out: {f'{bits:.3f} bits per byte' if bits else f'loss {loss:.4f}'}")
-    if recipe.evaluation.ngram_baseline and paths.validation:
+    if recipe.evaluation.ngram_baseline:  # the data are corpora then, with one that is held out
         from ..trainer.data.corpus import Corpus
         from ..trainer.data.tokenizer import ByteTokenizer
         from ..trainer.ngram import order2_bits_per_token
 
         vocab_size = ByteTokenizer.vocab_size
-        held_out = Corpus(paths.validation, vocab_size)
-        bits = order2_bits_per_token([Corpus(prefix, vocab_size) for prefix in paths.sources], held_out)
+        held_out = Corpus(data.validation, vocab_size)
+        bits = order2_bits_per_token([Corpus(prefix, vocab_size) for prefix in data.sources], held_out)
         print(f"an order-2 byte model on the same: {bits / (held_out.bytes_per_token or 1):.3f} bits per byte")
     if recipe.evaluation.sample_prompt:
         from ..trainer.generate import generate, load_for_inference
@@ -107,4 +107,5 @@ def _report(recipe: Recipe, paths: DataPaths, folder: RunFolder) -> None:
         with process_group(os.cpu_count() or 1, alone=True):
             engine = load_for_inference(folder)
             print(f"a sample:\n{generate(folder, engine, recipe.evaluation.sample_prompt, 300, 0.8, 0)}")
-    print(f"{folder.loss_plot} shows the curve; go on with: longspan generate {folder.path}")
+    command = "eval mqar" if recipe.data.mqar else "generate"
+    print(f"{folder.loss_plot} shows the curve; go on with: longspan {command} {folder.path}")

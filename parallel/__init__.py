@@ -1,6 +1,7 @@
 """The same operations over ranks: which token sits where, what moves between them, and what a batch's documents mean to each.
 
-``attend``, ``linear_attention`` and ``short_convolution`` take what :mod:`longspan.attention`'s do, and the layout and group of the sequence.
+``attend``, ``linear_attention`` and ``short_convolution`` take what :mod:`longspan.attention`'s do, and the layout and group of
+the sequence.
 """
 
 from .convolution import short_convolution

@@ -29,9 +29,9 @@ def linear_attention(
     """:func:`longspan.attention.linear_attention` of a sequence that is spread over ``group``; every rank calls it.
 
     A segment of the layout maps the state before it to the one after it, ``S -> A S + B``, where ``A`` is a factor per head or
-    key, with the delta rule a matrix, and 0 across a document's edge (LASP-2, arXiv 2502.07563; A.3 of fla's kernels for the
-    delta rule). The maps of all segments are gathered, in fp32 (fp64 for fp64) and as large as a state or two whatever the length,
-    and each rank applies them in order up to its own; autograd gives the transpose of this for backward.
+    key, with the delta rule a matrix, and 0 across a document's edge (LASP-2, arXiv 2502.07563). The maps of all segments are
+    gathered in fp32 (fp64 for fp64), each as large as a state or two whatever the length, and each rank applies them in order;
+    autograd gives the transpose of this for backward.
 
     Args:
         q, k, v, beta: this rank's tokens, as ``layout`` places them: ``[batch, local time, heads, dim]``, possibly none.

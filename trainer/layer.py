@@ -1,5 +1,6 @@
 """One layer of a hybrid stack, and the Megatron-core spec of the stack."""
 
+import copy
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -12,9 +13,10 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from ..parallel import Sequence
-from .mixers import LightningAttention, SoftmaxAttention
+from .blocks import Block
+from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
+from .mixers import GatedConvolution, LinearAttention, SoftmaxAttention
 from .norm import RMSNorm
-from .recipe import Block, LightningBlock
 
 
 def hybrid_stack_spec(
@@ -37,10 +39,11 @@ def hybrid_stack_spec(
 
 
 def _layer_spec(block: Block, rope_theta: float) -> ModuleSpec:
-    if isinstance(block, LightningBlock):
-        mixer = ModuleSpec(LightningAttention, params={"block": block})
+    if isinstance(block, ConvolutionBlock):
+        mixer = ModuleSpec(GatedConvolution, params={"block": block})
     else:
-        mixer = ModuleSpec(SoftmaxAttention, params={"block": block, "rope_theta": rope_theta})
+        kind = LinearAttention if isinstance(block, LinearAttentionBlock) else SoftmaxAttention
+        mixer = ModuleSpec(kind, params={"block": block, "rope_theta": rope_theta})
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(HybridLayer, params={"block": block}, submodules=HybridLayerSubmodules(mixer, mlp))
 
@@ -70,6 +73,9 @@ class HybridLayer(MegatronModule):
         self.block, self.tp_group = block, pg_collection.tp
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.mixer = submodules.mixer(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
+        if block.mlp_activation == "identity":
+            config = copy.copy(config)
+            config.activation_func, config.bias_activation_fusion = _identity, False
         self.mlp = submodules.mlp(config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
         norms = {"input_layernorm", "pre_mlp_layernorm"} if block.norm != "reordered" else set()
         if block.norm in ("sandwich", "reordered"):
@@ -114,6 +120,10 @@ class HybridLayer(MegatronModule):
         if self.config.sequence_parallel:
             length *= self.tp_group.size()
         return Sequence.single(batch, length, hidden_states.device)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .checkpointer import Checkpointer, Saved
 from .control import Control
 from .data.batches import Batches, Microbatch
-from .data.prepare import DataPaths
+from .data.prepare import PreparedData
 from .data.tokenizer import recipe_vocab_size
 from .display import Display
 from .engine import Engine
@@ -32,7 +32,7 @@ def build_engine(recipe: Recipe) -> Engine:
     return MegatronEngine(recipe, recipe_vocab_size(recipe))
 
 
-def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
+def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
     """Train from the newest checkpoint, or from step 0, to the last step; every rank calls it.
 
     Returns:
@@ -47,14 +47,14 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
         stop = stack.enter_context(StopRequest(folder.stop_file))
         engine = build_engine(recipe)
         stack.callback(engine.close)
-        batches = Batches(recipe, paths, recipe_vocab_size(recipe), engine.share, engine.device)
+        batches = Batches(recipe, data, recipe_vocab_size(recipe), engine.share, engine.device)
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
         if rank == 0:
-            folder.begin(recipe, done, paths.fingerprints)
+            folder.begin(recipe, done, data.fingerprints)
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
@@ -124,7 +124,7 @@ def train(recipe: Recipe, paths: DataPaths, control: Control) -> bool:
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
                 held_out = _agreed(control, batches.evaluation(sequences))
-                evaluated = evaluate(engine, held_out, batches.held_out.corpus.bytes_per_token)
+                evaluated = evaluate(engine, held_out, batches.held_out.bytes_per_token)
                 if log:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())

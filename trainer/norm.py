@@ -28,24 +28,56 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class ShardedRMSNorm(nn.Module):
-    """The same where each tensor-parallel rank holds its heads' part of the last dim: the mean square is over all parts."""
+class HeadsRMSNorm(nn.Module):
+    """RMSNorm of what a mixer's heads give, where each tensor-parallel rank holds some of the heads.
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, tp_group: torch.distributed.ProcessGroup):
+    Args:
+        over: the mean square is over each ``head`` (and the weight the same for all of them), over the heads of each
+            ``key_head``, or over ``all`` heads, of every rank.
+        weight: whether it has one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        over: str,
+        heads: int,
+        head_dim: int,
+        group: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
+        weight: bool = True,
+    ):
         super().__init__()
-        self.eps, self.tp_group, self.hidden_size = eps, tp_group, hidden_size
-        local = hidden_size // tp_group.size()
-        self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=_device(config)))
-        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+        self.over, self.eps, self.tp_group, self.width = over, eps, tp_group, heads * head_dim
+        self.group = group if over == "key_head" else 1
+        self.weight = None
+        if weight:
+            size = head_dim if over == "head" else self.width // tp_group.size()
+            self.weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=_device(config)))
+            if over != "head":
+                set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[batch, time, local heads, head_dim]`` in, ``[batch, time, local heads * head_dim]`` out."""
+        if self.over == "all":
+            normed = self._over_all(x.flatten(2))
+        else:
+            rows = x.unflatten(2, (-1, self.group)).flatten(3)
+            weight = self.weight if self.over == "head" else None
+            if weight is not None:  # the same for all heads: the sum of its gradients is over those of every rank
+                weight = copy_to_tensor_model_parallel_region(weight, self.tp_group)
+            normed = F.rms_norm(rows, rows.shape[-1:], weight, self.eps).flatten(2)
+        return normed if self.weight is None or self.over == "head" else normed * self.weight
+
+    def _over_all(self, x: Tensor) -> Tensor:
         if self.tp_group.size() == 1:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, x.shape[-1:], None, self.eps)
         squares = x.float().square().sum(-1, keepdim=True)
         # Every rank's output depends on every rank's part: summed on the way forward and on the way back.
         squares = reduce_from_tensor_model_parallel_region(squares, self.tp_group)
         squares = copy_to_tensor_model_parallel_region(squares, self.tp_group)
-        return (x.float() * torch.rsqrt(squares / self.hidden_size + self.eps)).to(x.dtype) * self.weight
+        return (x.float() * torch.rsqrt(squares / self.width + self.eps)).to(x.dtype)
 
 
 def _device(config: TransformerConfig) -> torch.device | str:

@@ -1,162 +1,62 @@
 """What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ..attention.expression import parse_pattern
-from ..attention.patterns import S2, Causal, Pattern, PerHead, Streaming, Union, Window
-from ..attention.selection import MoBA, Selector
-
-Positive = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Block(Section):
-    """What every kind of layer has: where its norms stand, and how its two halves join the residual stream."""
-
-    norm: Literal["pre", "post", "sandwich", "reordered"] = "pre"
-    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich: x + norm(f(norm(x)))
-    (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
-    mixer_residual: Scales = (1.0, 1.0)
-    """Scales of the residual stream and of the mixer's output where they are added."""
-    mlp_residual: Scales = (1.0, 1.0)
-    """Scales of the residual stream and of the MLP's output where they are added."""
-
-
-class SoftmaxBlock(Block):
-    """Attention with grouped queries, under some pattern."""
-
-    qk_norm: bool = False
-    """RMSNorm of each query and key head before rotation (Qwen3)."""
-    output_gate: bool = False
-    """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
-    rotary_fraction: Fraction = 1.0
-    """Share of the head dimension that is rotated; 0 for no position embedding."""
-    attention_sink: bool = False
-    """A learned logit per query head that takes its share of the softmax and adds nothing (gpt-oss)."""
-    softcap: Annotated[float, Field(gt=0)] | None = None
-    """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
-
-    @abstractmethod
-    def attention_pattern(self, num_kv_heads: int) -> Pattern | Selector:
-        """What the heads of the whole model see; ValueError where the block's keys make no pattern."""
-
-    def leaves_gaps(self, num_kv_heads: int) -> bool:
-        """Whether it has stripes at every distance, and yet there are positions that only nearby queries see.
-
-        A window on its own leaves none: it is meant to end.
-        """
-        pattern = self.attention_pattern(num_kv_heads)
-        if isinstance(pattern, Selector):
-            return False
-        striped = any(rule.reach is None and rule.step > 1 for head in range(num_kv_heads) for rule in pattern.rules(head))
-        return striped and not pattern.covers(num_kv_heads)
-
-
-class FullBlock(SoftmaxBlock):
-    """Causal attention over the whole document."""
-
-    mixer: Literal["full"]
-
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
-        return Causal()
-
-
-class S2Block(SoftmaxBlock):
-    """S2-Attention: a local band and stripes that differ per KV head (arXiv 2407.17678)."""
-
-    mixer: Literal["s2"]
-    block: Positive = 64
-    """Tokens in a block of the pattern: a power of two."""
-    local_blocks: Positive = 16
-    """Blocks in the local band, the query's own among them."""
-    stride: Positive = 16
-    """Every stride-th block is seen at any distance."""
-    dense_heads: Natural = 0
-    """The first so many KV heads see everything."""
-    offset: Natural = 0
-    """Blocks by which the stripes are moved."""
-    near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
-    """[blocks, stride]: a finer stride within so many blocks."""
-
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
-        pattern = S2(self.block, self.local_blocks, self.stride, self.dense_heads, self.offset, near=self.near)
-        return pattern.spread(num_kv_heads)
-
-
-class WindowBlock(SoftmaxBlock):
-    """The last tokens alone."""
-
-    mixer: Literal["window"]
-    window: Positive
-    """How many tokens, the query's own among them."""
-
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
-        return Window(self.window)
-
-
-class StreamingBlock(SoftmaxBlock):
-    """The first and the last tokens of what came before (StreamingLLM, arXiv 2309.17453)."""
-
-    mixer: Literal["streaming"]
-    sinks: Positive = 4
-    """The first so many tokens of the document."""
-    window: Positive
-    """The last so many, the query's own among them."""
-
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
-        return Streaming(self.sinks, self.window)
-
-
-class PatternBlock(SoftmaxBlock):
-    """Any pattern, as an expression."""
-
-    mixer: Literal["pattern"]
-    pattern: str
-    """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
-    spread evenly over the heads."""
-
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
-        return parse_pattern(self.pattern).spread(num_kv_heads)
-
-
-class LightningBlock(Block):
-    """Linear attention with a fixed decay per head, as in MiniMax-01 (arXiv 2501.08313)."""
-
-    mixer: Literal["lightning"]
-    num_heads: Positive | None = None
-    """Defaults to num_attention_heads. The width stays num_attention_heads * head_dim: more heads have fewer dims each,
-    and more decays between the shortest and the longest memory."""
-    output_gate: bool = True
-    """Multiply the normalised output by a sigmoid of a projection of the layer's input."""
-
-
-class MoBABlock(SoftmaxBlock):
-    """Blocks of keys chosen from the content (MoBA, arXiv 2502.13189)."""
-
-    mixer: Literal["moba"]
-    block: Positive = 64
-    """Tokens in a block: a power of two."""
-    top_k: Positive = 8
-    """Blocks that a block of queries sees, its own among them."""
-
-    def attention_pattern(self, num_kv_heads: int) -> MoBA:
-        return MoBA(self.block, self.top_k)
-
+from ..attention.patterns import Pattern, PerHead, Union
+from .blocks import (
+    Block,
+    Fraction,
+    FullBlock,
+    MoBABlock,
+    Momentum,
+    PatternBlock,
+    Positive,
+    S2Block,
+    Section,
+    SoftmaxBlock,
+    StreamingBlock,
+    WindowBlock,
+)
+from .linear_blocks import (
+    BasedBlock,
+    ConvolutionBlock,
+    DeltaNetBlock,
+    GatedDeltaNetBlock,
+    GLABlock,
+    HedgehogBlock,
+    KDABlock,
+    LightningBlock,
+    LinearAttentionBlock,
+    LinearBlock,
+    Mamba2Block,
+    RetentionBlock,
+    SimpleGLABlock,
+)
 
 AnyBlock = Annotated[
-    FullBlock | S2Block | WindowBlock | StreamingBlock | PatternBlock | MoBABlock | LightningBlock, Field(discriminator="mixer")
+    FullBlock
+    | S2Block
+    | WindowBlock
+    | StreamingBlock
+    | PatternBlock
+    | MoBABlock
+    | LinearBlock
+    | LightningBlock
+    | RetentionBlock
+    | SimpleGLABlock
+    | GLABlock
+    | BasedBlock
+    | HedgehogBlock
+    | Mamba2Block
+    | DeltaNetBlock
+    | GatedDeltaNetBlock
+    | KDABlock
+    | ConvolutionBlock,
+    Field(discriminator="mixer"),
 ]
 
 
@@ -207,9 +107,37 @@ class Model(Section):
         return max((block.attention_pattern(self.kv_heads).alignment for block in softmax), default=1)
 
 
+class MQAR(Section):
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of a key and a value, then each key is asked for."""
+
+    pairs: Annotated[list[Positive], Field(min_length=1)]
+    """How many pairs an example may have, drawn evenly."""
+    vocab_size: Positive
+    """Keys are from 1 up to half of it, values from there on."""
+    power_a: Annotated[float, Field(gt=0)] = 0.01
+    """The i-th place after the pairs is asked at with a chance that goes with i ** (power_a - 1): mostly the first ones."""
+    random_fillers: bool = False
+    """What lies between the questions: any tokens (Based, arXiv 2402.18668) instead of 0."""
+    held_out: Positive = 512
+    """Examples of the held-out data, which come from a stream of their own."""
+
+    @property
+    def keys(self) -> int:
+        """How many there are; an example has none twice."""
+        return max(0, self.vocab_size // 2 - 1)
+
+    @property
+    def values(self) -> int:
+        return self.vocab_size - self.vocab_size // 2
+
+
 class Data(Section):
-    sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Text, as ``sources``, or a task that is made as it is asked for: exactly one of them."""
+
+    sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Prefix of a .bin/.idx pair, or the embedded corpus python-stdlib, with its weight in the mixture."""
+    mqar: MQAR | None = None
+    """The recall task."""
     validation: str | None = None
     """Prefix of held-out data; python-stdlib brings its own."""
     tokenizer: str = "bytes"
@@ -334,7 +262,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        problems = [*_model_problems(self.model), *_training_problems(self)]
+        problems = [*_model_problems(self.model), *_data_problems(self), *_training_problems(self)]
         if problems:
             raise CombinationError(problems)
         return self
@@ -360,8 +288,12 @@ def _model_problems(model: Model):
             yield key, "is not in model.layers.pattern; name it there or remove it"
         if isinstance(block, SoftmaxBlock):
             yield from ((f"{key}.{field}", reason) for field, reason in _pattern_problems(block, kv_heads))
-        if isinstance(block, LightningBlock) and (heads * model.kv_channels) % (block.num_heads or heads):
-            yield f"{key}.num_heads", f"{block.num_heads} does not divide the width, {heads * model.kv_channels}"
+        if isinstance(block, LinearAttentionBlock):
+            try:
+                block.design(model)
+            except ValueError as error:
+                field, reason = str(error).split(" ", 1)
+                yield f"{key}.{field}", reason
         if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
             dims = model.kv_channels * block.rotary_fraction
             yield f"{key}.rotary_fraction", f"rotates {dims:g} of {model.kv_channels} dims; it must be an even number"
@@ -397,6 +329,45 @@ def _per_heads(pattern: Pattern) -> Iterator[PerHead]:
         yield from _per_heads(part)
 
 
+def _data_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data, task, length = recipe.data, recipe.data.mqar, recipe.training.seq_length
+    if task is None:
+        if data.sources is None:
+            yield "data.sources", "is required, or data.mqar in its place"
+        return
+    if data.sources is not None:
+        yield "data.mqar", "is given beside data.sources; set one of the two to null"
+    most = max(task.pairs)
+    if most > task.keys:
+        yield "data.mqar.vocab_size", f"{task.vocab_size} has {task.keys} keys for {most} pairs; use at least {2 * most + 2}"
+    if 4 * most > length:
+        reason = f"{most} pairs and their questions take {4 * most} tokens, training.seq_length is {length}"
+        yield "data.mqar.pairs", f"{reason}; use at most {length // 4} pairs, or longer sequences"
+    if length % 2:
+        yield "training.seq_length", f"{length} is odd, but data.mqar fills places of two tokens; use {length + 1}"
+    if recipe.model.vocab_size not in (None, task.vocab_size):
+        yield "model.vocab_size", f"{recipe.model.vocab_size} is not that of data.mqar, {task.vocab_size}; remove it"
+    if data.tokenizer != "bytes":
+        yield "data.tokenizer", "means nothing to data.mqar, whose tokens are no text; remove it"
+    if data.validation is not None:
+        yield "data.validation", "means nothing to data.mqar, which makes its own held-out data; remove it"
+    if recipe.evaluation.sample_prompt is not None:
+        yield "evaluation.sample_prompt", "needs text to go on from, and data.mqar has none; remove it"
+
+
+def _linear_splits(block: Block, model: Model) -> Iterator[tuple[str, int]]:
+    """What tensor parallelism splits of a linear mixer."""
+    if not isinstance(block, LinearAttentionBlock):
+        return
+    try:
+        design = block.design(model)
+    except ValueError:  # a problem of the model
+        return
+    yield "num_key_heads" if design.key_heads != design.heads else "num_heads", design.key_heads
+    if design.decay_rank:
+        yield "decay_rank" if isinstance(block, GLABlock) else "value_head_dim", design.decay_rank
+
+
 def _training_problems(recipe: Recipe):
     model, training, parallel = recipe.model, recipe.training, recipe.parallel
     splits = {
@@ -405,8 +376,7 @@ def _training_problems(recipe: Recipe):
         "intermediate_size": model.intermediate_size,
     }
     for name, block in model.layers.blocks.items():
-        if isinstance(block, LightningBlock) and block.num_heads:
-            splits[f"layers.blocks.{name}.num_heads"] = block.num_heads
+        splits |= {f"layers.blocks.{name}.{key}": count for key, count in _linear_splits(block, model)}
     for key, count in splits.items():
         if count % parallel.tp:
             yield "parallel.tp", f"{parallel.tp} does not divide model.{key} {count}"
@@ -420,8 +390,9 @@ def _training_problems(recipe: Recipe):
         align = 1
     if training.seq_length % align:
         yield "training.seq_length", f"{training.seq_length} is not a multiple of the patterns' largest block, {align}"
-    if recipe.evaluation.ngram_baseline and (recipe.data.tokenizer != "bytes" or model.vocab_size):
-        yield "evaluation.ngram_baseline", "counts bytes: needs data.tokenizer bytes and no model.vocab_size; set it to false"
+    if recipe.evaluation.ngram_baseline and (recipe.data.mqar or recipe.data.tokenizer != "bytes" or model.vocab_size):
+        needs = "data.sources of data.tokenizer bytes, and no model.vocab_size"
+        yield "evaluation.ngram_baseline", f"counts bytes: needs {needs}; set it to false"
     # Zigzag has two parts per rank; Megatron splits each rank's tokens over tp, and its pipeline needs equal shapes.
     parts = parallel.cp * parallel.tp * (2 if parallel.layout == "zigzag" and parallel.cp > 1 else 1)
     if training.seq_length % parts:

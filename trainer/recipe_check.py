@@ -88,6 +88,7 @@ def _fields(loc: tuple) -> list[str]:
     schema = Recipe.model_json_schema()
 
     def followed(node: dict) -> dict:
+        node = next((kind for kind in node.get("anyOf", ()) if "$ref" in kind), node)  # a section that may be left out
         return schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
     node = schema

@@ -39,7 +39,8 @@ _MAY_CHANGE = (
 
 
 class RunFolder:
-    """``recipe.yaml`` (resolved), ``versions.txt``, ``metrics.jsonl``, ``checkpoints/``, ``weights.safetensors``, ``plots/``.
+    """``recipe.yaml`` (resolved), ``versions.txt``, ``metrics.jsonl``, ``checkpoints/``, ``weights.safetensors``, ``plots/``,
+    and ``eval/`` where the run was measured.
 
     ``lock`` is held while a run trains; ``STOP``, where someone makes it, asks that run to stop.
     """
@@ -52,6 +53,7 @@ class RunFolder:
         self.weights = self.path / "weights.safetensors"
         self.loss_plot = self.path / "plots" / "loss.png"
         self.nonfinite = self.path / "nonfinite"
+        self.mqar = self.path / "eval" / "mqar.json"
         self.stop_file = self.path / "STOP"
         self._data_file = self.path / "data.json"
         self._lock_file = self.path / "lock"
@@ -85,16 +87,16 @@ class RunFolder:
             raise UserError("\n".join(problems))
 
     def require_same_data(self, data: dict[str, str]) -> None:
-        """Refuse corpora that are not those with which the run in this folder began; ``data`` has their fingerprints."""
+        """Refuse data that is not that with which the run in this folder began; ``data`` has its fingerprints by name."""
         if not self._data_file.exists():
             return
         try:
             before = dict(json.loads(self._data_file.read_text()))
         except (ValueError, TypeError):
-            raise UserError(f"{self._data_file}: is damaged; remove it if the corpora are the same") from None
+            raise UserError(f"{self._data_file}: is damaged; remove it if the data is the same") from None
         for name in data:
             if before.get(name, data[name]) != data[name]:
-                changed = f"data.sources: {name}: is not the corpus that the run in {self.path} began with"
+                changed = f"data: {name}: is not what the run in {self.path} began with"
                 raise UserError(f"{changed}; bring that back, or choose another run_dir")
 
     @contextlib.contextmanager
@@ -132,18 +134,18 @@ class RunFolder:
     def begin(self, recipe: Recipe, step: int, data: dict[str, str]) -> None:
         """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again.
 
-        ``data`` has a fingerprint of each corpus, for :meth:`require_same_data`.
+        ``data`` has its fingerprints, for :meth:`require_same_data`.
         """
         self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        _replace(self.recipe_file, to_yaml(recipe))
-        _replace(self._data_file, json.dumps(data, indent=1))
+        replace_file(self.recipe_file, to_yaml(recipe))
+        replace_file(self._data_file, json.dumps(data, indent=1))
         packages = ("longspan", "torch", "megatron-core", "numpy")
         lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
-        _replace(self.path / "versions.txt", "\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
+        replace_file(self.path / "versions.txt", "\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
         if self.metrics.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
-            _replace(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
         """Of the run after ``step``, whole or not at all."""
@@ -198,7 +200,7 @@ def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str,
         yield key, old, new
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file whole: a run that is killed here leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)

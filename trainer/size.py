@@ -1,6 +1,9 @@
-"""How large a recipe's model is, counted without building it."""
+"""How large a recipe's model is, what a sequence leaves behind in it and what a token costs, counted without building it."""
 
-from .recipe import Block, LightningBlock, Model, SoftmaxBlock
+from ..attention.patterns import Pattern
+from .blocks import Block, MoBABlock, SoftmaxBlock
+from .linear_blocks import ConvolutionBlock, LinearAttentionBlock, LinearDesign
+from .recipe import Model
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -11,17 +14,80 @@ def padded_vocab_size(vocab_size: int) -> int:
 def parameter_count(model: Model, vocab_size: int) -> int:
     """Parameters of the whole model, with its padded vocabulary."""
     embeddings = padded_vocab_size(vocab_size) * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    return embeddings + sum(_layer(model, block) for block in model.stack) + model.hidden_size
+    layers = sum(_norms(model, block) + 3 * model.hidden_size * model.intermediate_size for block in model.stack)
+    return embeddings + layers + model.hidden_size + sum(mixer_parameters(model, layer) for layer in range(len(model.stack)))
 
 
-def _layer(model: Model, block: Block) -> int:
-    hidden, width = model.hidden_size, model.num_attention_heads * model.kv_channels
-    norms = {"pre": 2, "post": 2, "sandwich": 4, "reordered": 2}[block.norm] * hidden
-    mixer = width * hidden  # the output projection
-    if isinstance(block, LightningBlock):
-        mixer += (4 if block.output_gate else 3) * width * hidden + width
-    elif isinstance(block, SoftmaxBlock):
-        mixer += ((2 if block.output_gate else 1) * width + 2 * model.kv_heads * model.kv_channels) * hidden
-        mixer += 2 * model.kv_channels if block.qk_norm else 0
-        mixer += model.num_attention_heads if block.attention_sink else 0
-    return norms + mixer + 3 * hidden * model.intermediate_size
+def _norms(model: Model, block: Block) -> int:
+    return {"pre": 2, "post": 2, "sandwich": 4, "reordered": 2}[block.norm] * model.hidden_size
+
+
+def mixer_parameters(model: Model, layer: int) -> int:
+    """Of the mixer of one layer (from 0)."""
+    block, hidden, width = model.stack[layer], model.hidden_size, model.num_attention_heads * model.kv_channels
+    if isinstance(block, ConvolutionBlock):
+        return 4 * width * hidden + width * block.conv_kernel
+    if isinstance(block, LinearAttentionBlock):
+        return _linear_parameters(hidden, block.design(model, layer))
+    assert isinstance(block, SoftmaxBlock)
+    projections = (2 if block.output_gate else 1) * width + 2 * model.kv_heads * model.kv_channels + width
+    norms = 2 * model.kv_channels if block.qk_norm else 0
+    return projections * hidden + norms + (model.num_attention_heads if block.attention_sink else 0)
+
+
+def _linear_parameters(hidden: int, design: LinearDesign) -> int:
+    heads, keys = design.heads, design.heads * design.key_dim
+    total = (design.key_heads * sum(design.parts) + design.width) * hidden
+    total += design.conv_channels * (design.conv_kernel + design.conv_bias) if design.conv_kernel else 0
+    total += {"hedgehog": 2 * keys * design.key_dim, "lrpe": keys}.get(design.feature_map, 0)
+    total += design.decay_rank * (hidden + keys) + design.gate_rank * (hidden + design.width)
+    if design.decay in ("sigmoid", "softplus"):
+        total += (keys if design.decay_rank else heads) + (heads if design.decay == "softplus" else 0)
+    if design.norm != "none" and design.norm_weight:
+        total += design.value_dim if design.norm == "head" else design.width
+    return total + (heads if design.skip else 0)
+
+
+def state_bytes(model: Model, length: int, layer: int | None = None, element: int = 4) -> int:
+    """What ``length`` tokens of one sequence leave behind for the next one to read, of one layer or of all.
+
+    Softmax attention keeps the keys and values that its last token sees, all of them where they are chosen from the content;
+    linear attention a state; a convolution its last inputs. Each number takes ``element`` bytes.
+    """
+    if layer is None:
+        return sum(state_bytes(model, length, each, element) for each in range(len(model.stack)))
+    block = model.stack[layer]
+    if isinstance(block, ConvolutionBlock):
+        return element * min(length, block.conv_kernel - 1) * model.num_attention_heads * model.kv_channels
+    if isinstance(block, LinearAttentionBlock):
+        design = block.design(model, layer)
+        state = design.heads * design.feature_dim * (design.value_dim + design.normalised)
+        return element * (state + max(0, design.conv_kernel - 1) * design.conv_channels)
+    assert isinstance(block, SoftmaxBlock)
+    chosen = isinstance(block, MoBABlock)
+    seen = model.kv_heads * length if chosen else _pairs(model, block, length) - _pairs(model, block, length - 1)
+    return element * seen * 2 * model.kv_channels
+
+
+def flops_per_token(model: Model, length: int, layer: int) -> float:
+    """Of the forward pass of a layer's mixer, a mean over a sequence; a multiplication and an addition are two."""
+    block, width = model.stack[layer], model.num_attention_heads * model.kv_channels
+    projections = 2.0 * mixer_parameters(model, layer)
+    if isinstance(block, ConvolutionBlock):
+        return projections
+    if isinstance(block, LinearAttentionBlock):
+        design = block.design(model, layer)
+        state = design.heads * design.feature_dim * (design.value_dim + design.normalised)
+        # Written and read; with the delta rule first recalled. Decays are a factor of the state.
+        return projections + state * (2 * (3 if design.beta else 2) + (design.decay != "none"))
+    assert isinstance(block, SoftmaxBlock)
+    return projections + 4 * width * _pairs(model, block, length) / (model.kv_heads * length)
+
+
+def _pairs(model: Model, block: SoftmaxBlock, length: int) -> int:
+    """Of query and key that all KV heads show; blocks that are chosen from the content count as full."""
+    pattern = block.attention_pattern(model.kv_heads)
+    if isinstance(pattern, Pattern):
+        return sum(pattern.seen(length, head) for head in range(model.kv_heads))
+    most = min(length, pattern.top_k * pattern.block)
+    return model.kv_heads * (most * (most + 1) // 2 + (length - most) * most)

@@ -37,8 +37,8 @@ def is_second_copy(model: GPTModel, parameter: nn.Parameter) -> bool:
 def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """Set every parameter to a pure function of (seed, its global name): the same model on any number of ranks.
 
-    Sinks are zeros, other vectors (norms) ones, matrices normal with ``std``, output projections with
-    ``std / sqrt(2 num_layers)`` (GPT-2).
+    Those that say what they begin with (``initial``) do so; other vectors (norms) are ones, matrices normal with ``std``,
+    output projections with ``std / sqrt(2 num_layers)`` (GPT-2).
     """
     for name, parameter in global_parameters(model):
         shape = list(parameter.shape)
@@ -46,8 +46,10 @@ def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
             shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        if len(shape) == 1:
-            whole = torch.zeros(shape) if name.endswith(".sinks") else torch.ones(shape)
+        if hasattr(parameter, "initial"):
+            whole = parameter.initial(shape, generator)
+        elif len(shape) == 1:
+            whole = torch.ones(shape)
         else:
             scale = std / (2 * num_layers) ** 0.5 if name.endswith(_OUTPUT_PROJECTIONS) else std
             whole = torch.randn(shape, generator=generator) * scale

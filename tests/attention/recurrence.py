@@ -1,4 +1,4 @@
-"""Linear attention of every family by its recurrence in fp64, and how far results are from it: outputs, last state, gradients."""
+"""Linear attention of every family by its recurrence in fp64, and how far results and gradients are from it."""
 
 import torch
 from torch import Tensor

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ def make(length=30, channels=6, width=4):
 
 
 def by_document(x, weight, bias, documents):
-    """torch's convolution of each document by itself."""
+    """What torch's convolution makes of each document by itself."""
     outs = torch.zeros_like(x)
     for row, ids in enumerate(documents):
         for document in ids.unique():
@@ -42,7 +44,7 @@ def test_parts_with_their_state_are_the_whole(cuts, documents):
     x, weight, bias = make()
     documents, outs, state = document_ids(documents), [], None
     edges = [0, *cuts, 30]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         ids = documents[:, start:stop]
         if start:
             state = state * (documents[:, start] == documents[:, start - 1])[:, None, None]

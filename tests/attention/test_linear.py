@@ -1,5 +1,7 @@
 """Every family on every backend that runs here, against the recurrence; what a state and a document's edge mean."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from longspan.attention import linear_attention
@@ -70,7 +72,7 @@ def test_heads_and_dims(family, shape):
 def pieces(given, cuts):
     """The arguments of each part of the time."""
     edges = [0, *cuts, given["q"].shape[1]]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         yield (start, stop), {n: x if n == "state" or x.ndim == 1 else x[:, start:stop] for n, x in given.items()}
 
 

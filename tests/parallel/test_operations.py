@@ -85,11 +85,8 @@ def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), family="
     options = {"scale": 0.3, "documents": ids(documents)}
 
     def arguments(decay, beta):
-        if shape and len(shape) > 1:
-            decay = decay if len(shape) == 3 else decay[..., 0]
-        else:
-            decay = fixed if shape else None
-        return {"decay": decay, "beta": beta if delta else None, **options}
+        by_rank = {1: fixed, 2: None if decay is None else decay[..., 0], 3: decay}
+        return {"decay": by_rank[len(shape)] if shape else None, "beta": beta if delta else None, **options}
 
     used = inputs[: 5 if delta else 4] if shape and len(shape) > 1 else [*inputs[:3], *([inputs[4]] if delta else [])]
 

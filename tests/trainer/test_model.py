@@ -189,10 +189,10 @@ def test_the_loss_is_over_the_real_vocabulary(engine):
 
 
 def test_decays_stay_fp32_when_the_model_is_cast(engine):
-    from longspan.trainer.mixers import minimax_decay
+    from longspan.attention.decays import minimax as minimax_decay
 
     made = engine("training.dtype=bfloat16")
-    decays = {name: buffer for name, buffer in made.model.named_buffers() if name.endswith("decay")}
+    decays = {name: buffer for name, buffer in made.model.named_buffers() if name.endswith("decay.log")}
     assert len(decays) == 2
     for name, decay in decays.items():
         assert decay.dtype == torch.float32, name
@@ -202,7 +202,7 @@ def test_decays_stay_fp32_when_the_model_is_cast(engine):
 
 def test_decays_are_those_of_transformers():
     """Against the formula in transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
-    from longspan.trainer.mixers import minimax_decay
+    from longspan.attention.decays import minimax as minimax_decay
 
     assert minimax_decay(64, 0, 80)[[0, 63]].tolist() == pytest.approx([-0.9170132, -0.00390629], rel=1e-4)
     assert minimax_decay(64, 79, 80)[0].item() == pytest.approx(-0.917 * 1.0126e-5, rel=1e-2)

@@ -267,7 +267,7 @@ def test_another_corpus_under_the_same_name_is_refused(go, stopped, corpus):
     assert list(began_with) == [corpus]
     (stopped / "data.json").write_text(json.dumps({corpus: "another-" + began_with[corpus]}))
     first, _ = go(2, *PAIR, status=2)
-    assert f"data.sources: {corpus}: is not the corpus that the run in {stopped} began with" in first[1]
+    assert f"data: {corpus}: is not what the run in {stopped} began with" in first[1]
 
 
 def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stopped):

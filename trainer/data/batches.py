@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ...parallel import Layout, Sequence
 from ..recipe import Recipe
-from .corpus import Corpus
-from .packing import Mixture, PackedCorpus, Sample
-from .prepare import DataPaths
+from .packing import Sample
+from .prepare import PreparedData
 
 
 class Share(NamedTuple):
@@ -41,18 +40,12 @@ class Microbatch:
 class Batches:
     """Training and held-out batches of a recipe, as one rank sees them."""
 
-    def __init__(self, recipe: Recipe, paths: DataPaths, vocab_size: int, share: Share, device: torch.device):
+    def __init__(self, recipe: Recipe, data: PreparedData, vocab_size: int, share: Share, device: torch.device):
         self.recipe, self.share, self.device = recipe, share, device
         make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
         self.layout = make(recipe.training.seq_length, recipe.parallel.cp)
         self.micro = recipe.training.micro_batch_size
-        length, alignment, seed = recipe.training.seq_length, recipe.model.document_alignment, recipe.training.seed
-        corpora = [Corpus(prefix, vocab_size) for prefix in paths.sources]
-        packed = [PackedCorpus(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
-        self.training = Mixture(packed, list(paths.sources.values()))
-        self.held_out = None
-        if paths.validation:
-            self.held_out = PackedCorpus(Corpus(paths.validation, vocab_size), length, alignment, None)
+        self.training, self.held_out = data.samples(recipe, vocab_size)
 
     def step(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of training step ``step`` (from 0)."""

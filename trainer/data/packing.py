@@ -1,7 +1,7 @@
 """Documents packed to sequences of one length: which tokens make sample ``n`` is a pure function of the seed and ``n``."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,13 +14,29 @@ class Sample(NamedTuple):
     tokens: np.ndarray
     """int64 ids."""
     labels: np.ndarray
-    """int64: the next token of the same document."""
+    """int64: what is to be predicted, in text the next token of the same document."""
     weights: np.ndarray
-    """float32: 1 where the label counts; 0 on a document's last token and on padding."""
+    """float32: 1 where the label counts; in text 0 on a document's last token and on padding."""
     documents: np.ndarray
     """int32, non-decreasing: attention stays within equal ids. Padding belongs to the document before it."""
     padding: int
     """Tokens that only fill up to a document's aligned start or to the sequence's end."""
+
+
+class Samples(Protocol):
+    """Where batches come from: text, or a task that is made as it is asked for."""
+
+    bytes_per_token: float | None
+    """None where it is not known, or there is no text."""
+
+    def sample(self, number: int) -> Sample:
+        """Sample ``number``, from 0 and without end: a pure function of the recipe."""
+        ...
+
+
+class HeldOutSamples(Samples, Protocol):
+    samples_per_epoch: int
+    """How many there are; what has a higher number is in no evaluation."""
 
 
 class PackedCorpus:
@@ -37,6 +53,7 @@ class PackedCorpus:
         assert seq_length % alignment == 0
         self.corpus, self.seq_length, self.order = corpus, seq_length, order
         self._epoch = lru_cache(maxsize=2)(self._lay_out)  # of this corpus alone: a mixture walks through several
+        self.bytes_per_token = corpus.bytes_per_token
         self._room = -(-corpus.lengths // alignment) * alignment
         self.samples_per_epoch = int(-(-self._room.sum() // seq_length))
 
@@ -82,7 +99,7 @@ class Mixture:
     def __init__(self, corpora: list[PackedCorpus], weights: list[float]):
         self.corpora = corpora
         self._shares = np.array(weights) / sum(weights)
-        ratios = [packed.corpus.bytes_per_token for packed in corpora]
+        ratios = [packed.bytes_per_token for packed in corpora]
         self.bytes_per_token = None if None in ratios else float(np.dot(self._shares, ratios))
         self._taken: list[tuple[int, int]] = []  # (corpus, its own sample number) of every sample so far
         self._counts = np.zeros(len(corpora), np.int64)

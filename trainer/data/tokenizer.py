@@ -71,10 +71,18 @@ def load_tokenizer(name: str, key: str) -> Tokenizer:
 
 
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer that ``data.tokenizer`` names."""
+    """The tokenizer that ``data.tokenizer`` names.
+
+    Raises:
+        UserError: where there is none, since the recipe's tokens are no text.
+    """
+    if recipe.data.mqar:
+        raise UserError("data.mqar: its tokens are no text; use `longspan eval mqar RUN` to see what the model has learned")
     return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
 
 
 def recipe_vocab_size(recipe: Recipe) -> int:
     """Ids that the recipe's model knows, before padding."""
+    if recipe.data.mqar:
+        return recipe.data.mqar.vocab_size
     return recipe.model.vocab_size or recipe_tokenizer(recipe).vocab_size

@@ -1,0 +1,412 @@
+"""Linear attention with one decay per head, or per token and head, on Triton: one kernel in six roles.
+
+With chunks of ``C`` tokens and ``G`` the running sum of the log decays in a chunk, the recurrence of
+:func:`~longspan.attention.linear_attention` is, for ``X, Y, Z = q, k, v``,::
+
+    D_ij = exp(G_i - G_j) where j <= i, else 0
+    out  = ((X Y^T) * D) Z + exp(G) (X S)
+    S'   = exp(G_C) S + Y^T (exp(G_C - G) Z)
+
+Its gradients are the same formula. With ``dS`` the gradient of the state after a token, ``(dO, v, k)`` on the transposed
+states give ``dq``; walked from the last token to the first, on ``dS``, ``(k, q, dO)`` give ``dv`` and ``(v, dO, q)`` give
+``dk``. Such a walk sums the decays from the chunk's other end: ``G_C - G`` takes the place of ``G``.
+
+Sequences are cut into segments, so that there are programs enough. A first launch finds what each segment adds to the
+state, a second carries the state over the segments' edges, and a third has all outputs, with the states of the chunks in
+registers. Only the states at the edges of segments are kept for the backward pass.
+
+A decay's gradient is ``<dS_t, exp(g_t) S_{t-1}> = sum over s >= t of q_s . dq_s - k_s . dk_s``, of the tokens ``s`` of the same
+document and segment, and ``<S, dS>`` at the segment's end for the document that goes on there.
+
+Everything is deterministic: no atomics. No exponent is above 0. A document's edge is a factor 0, not a decay.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .triton_backend import INTERPRETED, _aligned, _chip, _unit_stride, _workspace
+from .triton_rules import LOG2E, _descriptor
+from .triton_shapes import CHIPS, MAX_DIM
+
+# exp() is 0 in fp32 from here on: stronger decays would only take digits from the others in their sums.
+STRONGEST = tl.constexpr(-104.0)
+# A chunk's sums of decays have two parts: multiples of 1/256, exact in fp32, and what is left. Differences of sums are then as
+# exact as if only the decays between had been added up.
+COARSE = tl.constexpr(256.0)
+
+
+@triton.jit
+def _tile(
+    tiles, t, length, stride, first, SIZE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
+):
+    """``BLOCK`` of the ``D`` dims of tokens ``t`` to ``t + SIZE``, zeros beyond the last token and the last dim."""
+    if TMA:
+        x = tiles.load([t, first])
+    else:
+        rows, dims = tl.arange(0, SIZE), first + tl.arange(0, BLOCK)
+        inside = (t + rows < length)[:, None]
+        if D % BLOCK:
+            inside = inside & (dims < D)[None, :]
+        x = tl.load(tiles + t.to(tl.int64) * stride + rows[:, None] * stride + dims[None, :], mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _document(DOCUMENTS, t, length):
+    """Of token ``t``; before the first token the first's, behind the last token the last's."""
+    return tl.load(DOCUMENTS + tl.minimum(tl.maximum(t, 0), length - 1))
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def walk_kernel(
+    X,
+    Y,
+    Z,
+    ROWS,
+    DECAY,
+    DOCUMENTS,
+    STATES,
+    CARRY,
+    OUT,
+    SUMS,
+    scale,
+    x_b,
+    x_t,
+    x_h,
+    y_b,
+    y_t,
+    y_h,
+    z_b,
+    z_t,
+    z_h,
+    r_b,
+    r_t,
+    r_h,
+    s_x,
+    s_z,
+    heads,
+    x_group,
+    z_group,
+    length,
+    chunks,
+    DX: tl.constexpr,
+    DZ: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A segment of ``chunks`` chunks of one head, for ``BLOCK_Z`` of the dims of ``Z``.
+
+    Without ``OUT`` from a state of 0, and the state at its end goes to ``STATES``, its decay to ``CARRY``. ``STATES`` are those
+    at the segments' edges, ``[segments + 1, batch, heads, ...]``.
+
+    With ``ROWS``, of the shape of ``OUT``, also the products of its rows with those of ``OUT``, for the block's dims: ``SUMS``,
+    fp32 ``[blocks of Z, batch, time, heads]``.
+    """
+    blocks: tl.constexpr = (DZ + BLOCK_Z - 1) // BLOCK_Z
+    segment, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row = tl.program_id(1).to(tl.int64)
+    b, h = row // heads, row % heads
+    x_head, z_head = h // x_group, h // z_group
+    xs = _descriptor(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
+    ys = _descriptor(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
+    zs = _descriptor(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
+    if ROWS is not None:
+        rs = _descriptor(ROWS + b * r_b + z_head * r_h, length, r_t, CHUNK, DZ, BLOCK_Z, TMA)
+    token = b * length * heads + h  # of [batch, time, heads]
+    if DOCUMENTS is not None:
+        DOCUMENTS += b * length
+
+    i, dims_x, dims_z = tl.arange(0, CHUNK), tl.arange(0, BLOCK_X), block * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    edge = tl.num_programs(1) * DX * DZ * (segment + (0 if (OUT is None) == REVERSE else 1)).to(tl.int64)
+    state = edge + row * DX * DZ + dims_x[:, None] * s_x + dims_z[None, :] * s_z
+    held = (dims_x < DX)[:, None] & (dims_z < DZ)[None, :]
+    if OUT is None:
+        s = tl.zeros([BLOCK_X, BLOCK_Z], tl.float32)
+    else:
+        s = tl.load(STATES + state, mask=held, other=0.0)
+    carried = 1.0
+    rate = LOG2E if PER_TOKEN else tl.load(DECAY + h) * LOG2E
+    # A long sum passes what fp16 holds.
+    wide: tl.constexpr = tl.float32 if Y.dtype.element_ty == tl.float16 else Y.dtype.element_ty
+
+    for n in range(chunks):
+        t = (segment * chunks + (chunks - 1 - n if REVERSE else n)) * CHUNK
+        inside = t + i < length
+        # The sum of decays up to each token, as the walk goes, is (at + fine) * rate.
+        if PER_TOKEN:
+            decay = tl.load(DECAY + token + (t + i).to(tl.int64) * heads, mask=inside, other=0.0)
+            decay = tl.maximum(decay, STRONGEST)
+            coarse = tl.floor(decay * COARSE) / COARSE
+            at, fine = tl.cumsum(coarse, 0), tl.cumsum(decay - coarse, 0)
+            whole, whole_fine = tl.min(at, 0), tl.max(fine, 0)
+        else:
+            whole, whole_fine = tl.maximum(tl.minimum(length - t, CHUNK), 0).to(tl.float32), 0.0
+            at, fine = tl.minimum(i + 1.0, whole), 0.0
+        if REVERSE:
+            at, fine = whole - at, whole_fine - fine
+        reading, carry = tl.exp2((at + fine) * rate), tl.exp2((whole + whole_fine) * rate)
+        writing = tl.exp2((whole - at + (whole_fine - fine)) * rate)
+        seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
+        if DOCUMENTS is not None:
+            ids = tl.load(DOCUMENTS + t + i, mask=inside, other=-1)
+            before = _document(DOCUMENTS, t + CHUNK if REVERSE else t - 1, length)
+            last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
+            reading = tl.where(ids == before, reading, 0.0)
+            writing = tl.where(ids == last, writing, 0.0)
+            carry = tl.where(before == last, carry, 0.0)
+            seen = seen & (ids[:, None] == ids[None, :])
+        # What passes through q, the reader in the one walk and the writer in the other, is scaled.
+        if REVERSE:
+            writing *= scale
+        else:
+            reading *= scale
+
+        y = _tile(ys, t, length, y_t, 0, CHUNK, DX, BLOCK_X, TMA)
+        z = _tile(zs, t, length, z_t, block * BLOCK_Z, CHUNK, DZ, BLOCK_Z, TMA)
+        if OUT is not None:
+            x = _tile(xs, t, length, x_t, 0, CHUNK, DX, BLOCK_X, TMA)
+            out = tl.dot(x.to(wide), s.to(wide), input_precision=PRECISION) * reading[:, None]
+        s = tl.dot(tl.trans(y), (z * writing[:, None]).to(z.dtype), s * carry, input_precision=PRECISION)
+        carried *= carry
+        if OUT is not None:
+            pairs = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+            lag = at[:, None] - at[None, :]
+            if PER_TOKEN:
+                lag += fine[:, None] - fine[None, :]
+            pairs *= tl.exp2(tl.where(seen, lag * rate, -float("inf"))) * scale
+            out = tl.dot(pairs.to(z.dtype), z, out, input_precision=PRECISION)
+            to = token + (t + i).to(tl.int64) * heads
+            kept = inside[:, None] & (dims_z < DZ)[None, :]
+            tl.store(OUT + to[:, None] * DZ + dims_z[None, :], out.to(OUT.dtype.element_ty), mask=kept)
+            if ROWS is not None:
+                rows = _tile(rs, t, length, r_t, block * BLOCK_Z, CHUNK, DZ, BLOCK_Z, TMA)
+                of_block = SUMS + tl.num_programs(1).to(tl.int64) * length * block
+                tl.store(of_block + to, tl.sum(out * rows, 1), mask=inside)
+
+    if OUT is None:
+        tl.store(STATES + state, s, mask=held)
+        tl.store(CARRY + segment * tl.num_programs(1) + row, carried)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def carry_kernel(STATES, CARRY, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """From what each segment adds the states at the edges of segments, in place, by the one that the walk begins with."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, rows = tl.program_id(1).to(tl.int64), tl.num_programs(1).to(tl.int64)
+    STATES += row * SIZE + at
+    state = tl.load(STATES + (segments if REVERSE else 0) * rows * SIZE, mask=at < SIZE)
+    for n in range(segments):
+        segment = segments - 1 - n if REVERSE else n
+        edge = STATES + (segment if REVERSE else segment + 1) * rows * SIZE
+        state = state * tl.load(CARRY + segment * rows + row) + tl.load(edge, mask=at < SIZE)
+        tl.store(edge, state, mask=at < SIZE)
+
+
+@triton.jit(do_not_specialize=["length", "chunks"])
+def decay_kernel(SUMS, EDGES, DOCUMENTS, OUT, heads, length, chunks, CHUNK: tl.constexpr):
+    """The decays' gradient in a segment of one head, from the last token to the first.
+
+    ``SUMS``: ``q . dq - k . dk`` of each token, ``[batch, time, heads]``; ``EDGES``: ``<S, dS>`` behind each segment.
+    """
+    segment, i = tl.program_id(0), tl.arange(0, CHUNK)
+    row = tl.program_id(1).to(tl.int64)
+    token = row // heads * length * heads + row % heads
+    since = tl.load(EDGES + segment * tl.num_programs(1) + row).to(tl.float64)  # at the token behind the chunk
+    if DOCUMENTS is not None:
+        DOCUMENTS += row // heads * length
+    for n in range(chunks):
+        t = (segment * chunks + chunks - 1 - n) * CHUNK
+        inside = t + i < length
+        at = token + (t + i).to(tl.int64) * heads
+        sums = tl.load(SUMS + at, mask=inside, other=0.0)
+        if DOCUMENTS is None:
+            gradient = tl.sum(tl.where(i[:, None] <= i[None, :], sums[None, :], 0.0), 1) + since
+            since += tl.sum(sums)
+        else:
+            ids = tl.load(DOCUMENTS + t + i, mask=inside, other=-1)
+            previous = tl.load(DOCUMENTS + tl.maximum(t + i - 1, 0), mask=inside, other=-1)
+            behind, first = _document(DOCUMENTS, t + CHUNK, length), _document(DOCUMENTS, t, length)
+            seen = (i[:, None] <= i[None, :]) & (ids[:, None] == ids[None, :])
+            gradient = tl.sum(tl.where(seen, sums[None, :], 0.0), 1) + tl.where(ids == behind, since, 0.0)
+            gradient = tl.where(ids == previous, gradient, 0.0)  # the state before a document's first token is 0
+            since = tl.where(first == behind, since, 0.0) + tl.sum(tl.where(ids == first, sums, 0.0))
+        tl.store(OUT + at, gradient.to(tl.float32), mask=inside)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> str | None:
+    """What it cannot do, and what can."""
+    if not q.is_cuda and not INTERPRETED:
+        return f"needs CUDA, but q is on {q.device}; use torch"
+    if q.is_cuda and _chip(q.device) not in CHIPS:
+        return f"has no launch shapes for compute capability {_chip(q.device) / 10}; use torch"
+    if beta is not None:
+        return "has no delta rule (beta); use fla or torch"
+    if decay is not None and decay.ndim == 4:
+        return "takes one decay per head, not one per key dim; use fla or torch"
+    if {q.dtype, k.dtype, v.dtype} not in ({torch.float32}, {torch.float16}, {torch.bfloat16}):
+        return f"takes q, k and v all in bf16, fp16 or fp32, not in {q.dtype}, {k.dtype} and {v.dtype}; use torch"
+    if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
+        return f"takes head dims up to {MAX_DIM}, not {max(q.shape[-1], v.shape[-1])}; use fla or torch"
+    return None
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``out [batch, time, heads, value_dim]`` in the dtype of ``v``, and the state after the last token, fp32.
+
+    Args:
+        q, k: ``[batch, time, key_heads, key_dim]``; head ``h`` of ``v`` reads key head ``h // (heads // key_heads)``.
+        v: ``[batch, time, heads, value_dim]``.
+        decay: natural log, fp32, at most 0: ``[heads]`` or ``[batch, time, heads]``; None is no decay.
+        beta: none; see :func:`refusal`.
+        scale: of the output.
+        state: fp32 ``[batch, heads, key_dim, value_dim]``, before the first token, of the first token's document.
+        documents: int ``[batch, time]``, non-decreasing: the state starts again at each new id.
+
+    Differentiable in all tensors but ``documents``.
+    """
+    if decay is None:
+        decay = torch.zeros(v.shape[2], device=v.device)
+    return _Linear.apply(q, k, v, decay, state, scale, documents)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, decay, state, scale, documents):
+        q, k, v = map(_unit_stride, (q, k, v))
+        documents = None if documents is None else documents.contiguous()
+        segment = _segment(v.shape[1], v.shape[0] * v.shape[2] * triton.cdiv(v.shape[3], _block(v)), v.device)
+        walks = _Walks(decay.contiguous(), documents, scale, segment)
+        with torch.cuda.device_of(v):
+            states = walks.states(k, v, state)
+            out = walks.out(q, k, v, states, v.dtype)
+        ctx.scale, ctx.segment = scale, segment
+        ctx.save_for_backward(q, k, v, walks.decay, documents, states)
+        return out, states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_state):
+        q, k, v, decay, documents, states = ctx.saved_tensors
+        grad_out = _unit_stride(grad_out)
+        walks = _Walks(decay, documents, ctx.scale, ctx.segment)
+        sums = of_decay = None
+        if ctx.needs_input_grad[3]:
+            sums = v.new_empty(triton.cdiv(k.shape[3], _block(k)), *v.shape[:3], dtype=torch.float32)
+            of_decay = torch.empty_like(sums)
+        grouped = q.shape[2] < v.shape[2]
+        of_head = torch.float32 if grouped else q.dtype
+        with torch.cuda.device_of(v):
+            grads = walks.states(q, grad_out, grad_state, reverse=True)
+            dv = walks.out(k, q, grad_out, grads, v.dtype, reverse=True)
+            dq = walks.out(grad_out, v, k, states, of_head, transposed=True, rows=q, sums=sums)
+            dk = walks.out(
+                v, grad_out, q, grads, of_head, transposed=True, reverse=True,
+                rows=k, sums=sums, gradient=of_decay, others=None if of_decay is None else states,
+            )  # fmt: skip
+        if grouped:
+            dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3).to(q.dtype) for x in (dq, dk))
+        if of_decay is not None:
+            of_decay = of_decay.sum(0 if decay.ndim == 3 else (0, 1, 2))
+        return dq, dk, dv, of_decay, grads[0], None, None
+
+
+@dataclass(frozen=True)
+class _Walks:
+    """The kernels' launches over the same tokens, forward and (``reverse``) back."""
+
+    decay: Tensor
+    documents: Tensor | None
+    scale: float
+    segment: int
+    """Tokens in each."""
+
+    def states(self, y: Tensor, z: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
+        """At the edges of segments: fp32 ``[segments + 1, batch, heads, key_dim, value_dim]``, ``first`` among them."""
+        segments, size = triton.cdiv(z.shape[1], self.segment), first[0, 0].numel()
+        states = first.new_empty(segments + 1, *first.shape)
+        states[-1 if reverse else 0] = first
+        carry = first.new_empty(segments, *first.shape[:2])
+        self._launch(y, y, z, states, reverse, carry=carry)
+        grid = triton.cdiv(size, _CARRIED), first.shape[0] * first.shape[1]
+        carry_kernel[grid](states, carry, segments, SIZE=size, BLOCK=_CARRIED, REVERSE=reverse)
+        return states
+
+    def out(self, x, y, z, states, dtype, transposed=False, reverse=False, **options: Tensor | None) -> Tensor:
+        """``[batch, time, heads, z's dim]``, from the states at the edges; ``transposed`` where ``x`` are values."""
+        out = z.new_empty(*z.shape[:2], states.shape[2], z.shape[3], dtype=dtype)
+        self._launch(x, y, z, states, reverse, transposed, out=out, **options)
+        return out
+
+    def _launch(self, x, y, z, states, reverse, transposed=False, rows=None, others=None, carry=None, out=None, sums=None,
+                gradient=None) -> None:  # fmt: skip
+        heads, block = states.shape[2], _block(z)
+        size = shape(0 if INTERPRETED else _chip(z.device), z.element_size(), x.shape[3])
+        rows_strides = (0, 0, 0) if rows is None else rows.stride()[:3]
+        grid = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], block), z.shape[0] * heads
+        walk_kernel[grid](
+            x, y, z, rows, self.decay, self.documents, states, others, carry, out, sums, gradient, self.scale,
+            *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *rows_strides,
+            *(states.stride()[:2:-1] if transposed else states.stride()[3:]),
+            heads, heads // y.shape[2], heads // z.shape[2], z.shape[1], self.segment // size.chunk,
+            DX=x.shape[3], DZ=z.shape[3], BLOCK_X=_padded(x), BLOCK_Z=block, CHUNK=size.chunk, PER_TOKEN=self.decay.ndim == 3,
+            REVERSE=reverse, PRECISION="ieee" if z.dtype == torch.float32 else "tf32",
+            num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
+
+
+def _segment(length: int, programs: int, device: torch.device) -> int:
+    """Tokens of a segment, so that with ``programs`` for each the GPU has enough of them."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tokens = triton.cdiv(length * programs, _PROGRAMS * processors)
+    return triton.cdiv(min(max(tokens, _SHORTEST), _LONGEST), _CHUNK) * _CHUNK
+
+
+def _padded(x: Tensor) -> int:
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def _block(z: Tensor) -> int:
+    """Dims of ``z`` that a program takes: its state fits into registers."""
+    return min(64, _padded(z))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a chunk, warps of a program, and loads in flight."""
+
+    chunk: int
+    warps: int
+    stages: int
+
+
+def shape(capability: int, bytes_per_number: int, dim: int) -> Shape:
+    """On a GPU of compute ``capability`` (90 for 9.0), where ``x`` and ``y`` have ``dim`` dims."""
+    if bytes_per_number == 4:
+        return Shape(32, 4, 1)
+    return Shape(_CHUNK, 4, 3 if dim <= 64 else 2)
+
+
+_CHUNK = 64
+# A segment's states are small beside its tokens, and few enough to be carried over quickly.
+_SHORTEST, _LONGEST = 512, 4096
+_PROGRAMS = 4  # for each processor of the GPU
+_CARRIED = 1024  # numbers of a state in one program

@@ -1,0 +1,60 @@
+"""Compile the kernels of linear attention ahead of time and print what each needs as JSON lines. ARCH ROLE:DIM:VARIANT ..."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import triton
+from longspan.attention.linear_triton import shape, walk_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tests.attention.aot_worker import _resources
+
+# Reverse, the state transposed, and the arguments that the role has.
+ROLES = {
+    "state": (False, False, {"CARRY"}),
+    "out": (False, False, {"OUT"}),
+    "state-back": (True, False, {"CARRY"}),
+    "dv": (True, False, {"OUT"}),
+    "dq": (False, True, {"OUT"}),
+    "dk": (True, True, {"OUT"}),
+    "dq-decay": (False, True, {"OUT", "ROWS", "SUMS"}),
+    "dk-decay": (True, True, {"OUT", "ROWS", "SUMS"}),
+}
+# Decay per token, documents.
+VARIANTS = {"constant": (False, False), "gated": (True, False), "documents": (True, True)}
+TYPES = dict.fromkeys(("X", "Y", "Z", "ROWS", "OUT"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
+TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "SUMS"), "*fp32")
+OPTIONAL = {"ROWS", "DOCUMENTS", "CARRY", "OUT", "SUMS"}
+# What the launcher cannot promise to be a multiple of 16.
+ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks"}
+
+
+def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
+    """Registers, spills and shared memory of the walk in one role."""
+    size = shape(arch, 4 if dtype == "fp32" else 2, dim)
+    reverse, transposed, given = ROLES[role]
+    per_token, documented = VARIANTS[variant]
+    given = given | ({"DOCUMENTS"} if documented else set())
+    constants = dict.fromkeys(OPTIONAL - given) | {
+        "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(64, dim), "CHUNK": size.chunk, "PER_TOKEN": per_token,
+        "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32", "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
+    }  # fmt: skip
+    names = walk_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32").format(dtype) for name in names}
+    hints = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name not in constants and name not in ODD}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=walk_kernel, signature=signature, constexprs=values, attrs=hints)
+    options = {"num_warps": size.warps, "num_stages": size.stages}
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
+    return case | {"shape": vars(size)} | _resources(found.asm["ptx"], found)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[2:]:
+        role, dim, *rest = case.split(":")
+        print(json.dumps(compiled(int(sys.argv[1]), role, int(dim), *rest)), flush=True)

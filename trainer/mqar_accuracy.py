@@ -1,0 +1,57 @@
+"""How much of the recall task a trained model can do: ``RUN/eval/mqar.json``."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from .data.mqar import EVALUATION, examples, stream
+from .engine import Engine
+from .mqar_settings import Setting, trained_settings
+from .progress import track
+from .recipe import MQAR
+from .run_folder import RunFolder, replace_file
+
+_LOGITS = 2**22  # in one forward pass, to bound its memory
+
+
+def accuracy(
+    engine: Engine, task: MQAR, setting: Setting, count: int, seed: int, advance: Callable[[int], None] = lambda done: None
+) -> float:
+    """Mean over ``count`` examples of the share of their questions that the likeliest token answers.
+
+    The examples are a pure function of the ``seed`` and the setting, and no model was trained on them. All answers of the
+    whole vocabulary are possible ones.
+    """
+    random = stream(EVALUATION, seed, setting.length, setting.pairs)
+    made = examples(task, count, setting.length, setting.pairs, random)
+    right, size = [], max(1, _LOGITS // (setting.length * task.vocab_size))
+    for first in range(0, count, size):
+        tokens, asked, answers = (torch.from_numpy(part[first : first + size]).to(engine.device) for part in made)
+        said = engine.logits(tokens).argmax(-1).gather(1, asked)
+        right.append((said == answers).double().mean(1).cpu().numpy())
+        advance(len(tokens))
+    return float(np.concatenate(right).mean())
+
+
+def evaluate_mqar(folder: RunFolder, engine: Engine, settings: list[Setting], count: int, seed: int) -> dict:
+    """The accuracy in each setting, with what it depends on; also written to ``RUN/eval/mqar.json``."""
+    recipe, task = folder.recipe, folder.recipe.data.mqar
+    trained, rows = trained_settings(recipe), []
+    with track("asking", len(settings) * count, of_bytes=False) as advance:
+        for setting in settings:
+            reached = accuracy(engine, task, setting, count, seed, advance)
+            rows.append({**asdict(setting), "trained": setting in trained, "accuracy": reached})
+    report = {
+        "step": folder.weights_step(),
+        "examples": count,
+        "seed": seed,
+        "vocab_size": task.vocab_size,
+        "chance": 1 / task.values,
+        "settings": rows,
+    }
+    folder.mqar.parent.mkdir(exist_ok=True)
+    replace_file(folder.mqar, json.dumps(report, indent=1) + "\n")
+    return report
