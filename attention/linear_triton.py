@@ -18,10 +18,11 @@ registers. Only the states at the edges of segments are kept for the backward pa
 A decay's gradient is ``<dS_t, exp(g_t) S_{t-1}> = sum over s >= t of q_s . dq_s - k_s . dk_s``, of the tokens ``s`` of the same
 document and segment, and ``<S, dS>`` at the segment's end for the document that goes on there.
 
-Everything is deterministic: no atomics. No exponent is above 0. A document's edge is a factor 0, not a decay.
+Everything is deterministic: no atomics. Exponents are differences of decays' sums, never above 0. A document's edge is a factor
+of 0, not a decay.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -33,6 +34,26 @@ from .triton_backend import INTERPRETED, _aligned, _chip, _unit_stride, _workspa
 from .triton_rules import LOG2E, _descriptor
 from .triton_shapes import CHIPS, MAX_DIM
 
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a chunk, dims of ``z`` that a program takes, its warps, and loads in flight."""
+
+    chunk: int
+    block: int
+    warps: int
+    stages: int
+
+
+def shape(capability: int, bytes_per_number: int, dim: int) -> Shape:
+    """On a GPU of compute ``capability`` (90 for 9.0), where ``x`` and ``y`` have ``dim`` dims: registers all but suffice."""
+    if bytes_per_number == 4:  # no tensor cores
+        return Shape(16, 16, 8, 1)
+    if capability < 90:
+        return Shape(32, 64, 8, 3)
+    return Shape(64, 64, 8 if capability >= 100 else 4, 3 if dim <= 64 else 2)
+
+
 # exp() is 0 in fp32 from here on: stronger decays would only take digits from the others in their sums.
 STRONGEST = tl.constexpr(-104.0)
 # A chunk's sums of decays have two parts: multiples of 1/256, exact in fp32, and what is left. Differences of sums are then as
@@ -41,9 +62,7 @@ COARSE = tl.constexpr(256.0)
 
 
 @triton.jit
-def _tile(
-    tiles, t, length, stride, first, SIZE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr
-):
+def _tile(tiles, t, length, stride, first, SIZE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
     """``BLOCK`` of the ``D`` dims of tokens ``t`` to ``t + SIZE``, zeros beyond the last token and the last dim."""
     if TMA:
         x = tiles.load([t, first])
@@ -137,7 +156,7 @@ def walk_kernel(
     carried = 1.0
     rate = LOG2E if PER_TOKEN else tl.load(DECAY + h) * LOG2E
     # A long sum passes what fp16 holds.
-    wide: tl.constexpr = tl.float32 if Y.dtype.element_ty == tl.float16 else Y.dtype.element_ty
+    wide: tl.constexpr = tl.bfloat16 if Y.dtype.element_ty == tl.float16 else Y.dtype.element_ty
 
     for n in range(chunks):
         t = (segment * chunks + (chunks - 1 - n if REVERSE else n)) * CHUNK
@@ -148,7 +167,7 @@ def walk_kernel(
             decay = tl.maximum(decay, STRONGEST)
             coarse = tl.floor(decay * COARSE) / COARSE
             at, fine = tl.cumsum(coarse, 0), tl.cumsum(decay - coarse, 0)
-            whole, whole_fine = tl.min(at, 0), tl.max(fine, 0)
+            whole, whole_fine = tl.sum(coarse, 0), tl.sum(decay - coarse, 0)
         else:
             whole, whole_fine = tl.maximum(tl.minimum(length - t, CHUNK), 0).to(tl.float32), 0.0
             at, fine = tl.minimum(i + 1.0, whole), 0.0
@@ -284,7 +303,7 @@ def run(
     Differentiable in all tensors but ``documents``.
     """
     if decay is None:
-        decay = torch.zeros(v.shape[2], device=v.device)
+        decay = torch.zeros(v.shape[2], dtype=torch.float32, device=v.device)
     return _Linear.apply(q, k, v, decay, state, scale, documents)
 
 
@@ -293,8 +312,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, q, k, v, decay, state, scale, documents):
         q, k, v = map(_unit_stride, (q, k, v))
         documents = None if documents is None else documents.contiguous()
-        segment = _segment(v.shape[1], v.shape[0] * v.shape[2] * triton.cdiv(v.shape[3], _block(v)), v.device)
-        walks = _Walks(decay.contiguous(), documents, scale, segment)
+        segment = _segment(v.shape[1], v.shape[0] * v.shape[2] * triton.cdiv(v.shape[3], _size(q, v).block), v.device)
+        walks = _Walks(decay.float().contiguous(), documents, scale, segment)
         with torch.cuda.device_of(v):
             states = walks.states(k, v, state)
             out = walks.out(q, k, v, states, v.dtype)
@@ -306,26 +325,23 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_state):
         q, k, v, decay, documents, states = ctx.saved_tensors
-        grad_out = _unit_stride(grad_out)
+        grad_out = grad_out.contiguous()  # it may be one row for all tokens, which bulk copies cannot take
         walks = _Walks(decay, documents, ctx.scale, ctx.segment)
-        sums = of_decay = None
+        grouped, of_rows, of_decay = q.shape[2] < v.shape[2], {"q": {}, "k": {}}, None
         if ctx.needs_input_grad[3]:
-            sums = v.new_empty(triton.cdiv(k.shape[3], _block(k)), *v.shape[:3], dtype=torch.float32)
-            of_decay = torch.empty_like(sums)
-        grouped = q.shape[2] < v.shape[2]
-        of_head = torch.float32 if grouped else q.dtype
+            blocks = triton.cdiv(k.shape[3], _size(v, k).block)
+            sums = [torch.empty(blocks, *v.shape[:3], dtype=torch.float32, device=v.device) for _ in "qk"]
+            of_rows = {"q": {"rows": q, "sums": sums[0]}, "k": {"rows": k, "sums": sums[1]}}
+        dtype = torch.float32 if grouped else q.dtype
         with torch.cuda.device_of(v):
             grads = walks.states(q, grad_out, grad_state, reverse=True)
+            dq = walks.out(grad_out, v, k, states, dtype, transposed=True, **of_rows["q"])
+            dk = walks.out(v, grad_out, q, grads, dtype, transposed=True, reverse=True, **of_rows["k"])
             dv = walks.out(k, q, grad_out, grads, v.dtype, reverse=True)
-            dq = walks.out(grad_out, v, k, states, of_head, transposed=True, rows=q, sums=sums)
-            dk = walks.out(
-                v, grad_out, q, grads, of_head, transposed=True, reverse=True,
-                rows=k, sums=sums, gradient=of_decay, others=None if of_decay is None else states,
-            )  # fmt: skip
+            if ctx.needs_input_grad[3]:
+                of_decay = walks.decay_gradient((sums[0] - sums[1]).sum(0), (states * grads)[1:].sum((3, 4)))
         if grouped:
             dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3).to(q.dtype) for x in (dq, dk))
-        if of_decay is not None:
-            of_decay = of_decay.sum(0 if decay.ndim == 3 else (0, 1, 2))
         return dq, dk, dv, of_decay, grads[0], None, None
 
 
@@ -341,34 +357,43 @@ class _Walks:
 
     def states(self, y: Tensor, z: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
         """At the edges of segments: fp32 ``[segments + 1, batch, heads, key_dim, value_dim]``, ``first`` among them."""
-        segments, size = triton.cdiv(z.shape[1], self.segment), first[0, 0].numel()
-        states = first.new_empty(segments + 1, *first.shape)
+        segments, dims = triton.cdiv(z.shape[1], self.segment), first[0, 0].numel()
+        states = torch.empty(segments + 1, *first.shape, dtype=torch.float32, device=first.device)
         states[-1 if reverse else 0] = first
-        carry = first.new_empty(segments, *first.shape[:2])
+        carry = states.new_empty(segments, *first.shape[:2])
         self._launch(y, y, z, states, reverse, carry=carry)
-        grid = triton.cdiv(size, _CARRIED), first.shape[0] * first.shape[1]
-        carry_kernel[grid](states, carry, segments, SIZE=size, BLOCK=_CARRIED, REVERSE=reverse)
+        grid = triton.cdiv(dims, _CARRIED), first.shape[0] * first.shape[1]
+        carry_kernel[grid](states, carry, segments, SIZE=dims, BLOCK=_CARRIED, REVERSE=reverse)
         return states
 
-    def out(self, x, y, z, states, dtype, transposed=False, reverse=False, **options: Tensor | None) -> Tensor:
-        """``[batch, time, heads, z's dim]``, from the states at the edges; ``transposed`` where ``x`` are values."""
+    def out(self, x, y, z, states, dtype, transposed=False, reverse=False, **of_rows: Tensor) -> Tensor:
+        """``[batch, time, heads, dim of z]``, from the states at the edges; ``transposed`` where ``x`` are values."""
         out = z.new_empty(*z.shape[:2], states.shape[2], z.shape[3], dtype=dtype)
-        self._launch(x, y, z, states, reverse, transposed, out=out, **options)
+        self._launch(x, y, z, states, reverse, transposed, out=out, **of_rows)
         return out
 
-    def _launch(self, x, y, z, states, reverse, transposed=False, rows=None, others=None, carry=None, out=None, sums=None,
-                gradient=None) -> None:  # fmt: skip
-        heads, block = states.shape[2], _block(z)
-        size = shape(0 if INTERPRETED else _chip(z.device), z.element_size(), x.shape[3])
-        rows_strides = (0, 0, 0) if rows is None else rows.stride()[:3]
-        grid = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], block), z.shape[0] * heads
-        walk_kernel[grid](
-            x, y, z, rows, self.decay, self.documents, states, others, carry, out, sums, gradient, self.scale,
-            *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *rows_strides,
+    def decay_gradient(self, sums: Tensor, edges: Tensor) -> Tensor:
+        """Of the shape of the decays. Arguments as of the kernel."""
+        gradient, (batch, length, heads) = torch.empty_like(sums), sums.shape
+        decay_kernel[len(edges), batch * heads](
+            sums, edges, self.documents, gradient, heads, length, self.segment // _CHUNK, CHUNK=_CHUNK
+        )
+        return gradient if self.decay.ndim == 3 else gradient.sum((0, 1))
+
+    def _launch(self, x, y, z, states, reverse, transposed=False, rows=None, sums=None, out=None, carry=None) -> None:
+        size, heads = _size(x, z), states.shape[2]
+        tensors = [x, y, z] if rows is None else [x, y, z, rows]
+        bulk = _chip(z.device) >= 90 and z.dtype != torch.float32 and _aligned(*tensors)
+        if bulk:
+            triton.set_allocator(_workspace)  # of this thread: autograd has its own
+        blocks = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], size.block)
+        walk_kernel[blocks, z.shape[0] * heads](
+            x, y, z, rows, self.decay, self.documents, states, carry, out, sums, self.scale,
+            *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *tensors[-1].stride()[:3],
             *(states.stride()[:2:-1] if transposed else states.stride()[3:]),
             heads, heads // y.shape[2], heads // z.shape[2], z.shape[1], self.segment // size.chunk,
-            DX=x.shape[3], DZ=z.shape[3], BLOCK_X=_padded(x), BLOCK_Z=block, CHUNK=size.chunk, PER_TOKEN=self.decay.ndim == 3,
-            REVERSE=reverse, PRECISION="ieee" if z.dtype == torch.float32 else "tf32",
+            DX=x.shape[3], DZ=z.shape[3], BLOCK_X=_padded(x), BLOCK_Z=size.block, CHUNK=size.chunk,
+            PER_TOKEN=self.decay.ndim == 3, REVERSE=reverse, TMA=bulk, PRECISION="ieee" if z.dtype == torch.float32 else "tf32",
             num_warps=size.warps, num_stages=size.stages,
         )  # fmt: skip
 
@@ -384,25 +409,10 @@ def _padded(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[3]))
 
 
-def _block(z: Tensor) -> int:
-    """Dims of ``z`` that a program takes: its state fits into registers."""
-    return min(64, _padded(z))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tokens of a chunk, warps of a program, and loads in flight."""
-
-    chunk: int
-    warps: int
-    stages: int
-
-
-def shape(capability: int, bytes_per_number: int, dim: int) -> Shape:
-    """On a GPU of compute ``capability`` (90 for 9.0), where ``x`` and ``y`` have ``dim`` dims."""
-    if bytes_per_number == 4:
-        return Shape(32, 4, 1)
-    return Shape(_CHUNK, 4, 3 if dim <= 64 else 2)
+def _size(x: Tensor, z: Tensor) -> Shape:
+    """The launch shape; the interpreter, which has no bf16, takes that of bf16 for fp32."""
+    found = shape(_chip(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
+    return replace(found, block=min(found.block, _padded(z)))
 
 
 _CHUNK = 64

@@ -131,6 +131,28 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--out", default="bench", metavar="FOLDER", help="gets attention.json and .png (default bench)")
     attention.set_defaults(run=_bench_attention)
 
+    linear = bench.add_parser(
+        "linear",
+        help="linear attention against its length",
+        description="Check, then measure every linear mixer's operation against the length, and dense attention, in turns.",
+    )
+    linear.add_argument("--mixer", action="append", metavar="NAME", help="may be repeated (default: all that are linear)")
+    linear.add_argument("--lengths", default="4096,16384,65536", metavar="T,T", help="tokens (default %(default)s)")
+    linear.add_argument(
+        "--dense-up-to", type=int, default=32768, metavar="T", help="skip dense attention of more tokens (default %(default)s)"
+    )
+    linear.add_argument(
+        "--backend", default="auto", help="torch, triton, fla, reference or auto: on CUDA the first three, else torch (default)"
+    )
+    linear.add_argument("--heads", type=int, default=4, help="(default 4)")
+    linear.add_argument("--head-dim", type=int, default=64, help="(default 64)")
+    linear.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA, float32 on CPU"
+    )
+    linear.add_argument("--repeats", type=int, default=5, help="(default 5)")
+    linear.add_argument("--out", default="bench", metavar="FOLDER", help="gets linear.json and .png (default bench)")
+    linear.set_defaults(run=_bench_linear)
+
     recall = bench.add_parser(
         "mqar",
         help="recall (MQAR) of the mixers",
@@ -222,6 +244,12 @@ def _bench_attention(options: argparse.Namespace) -> None:
     from .bench import bench_attention
 
     bench_attention(options)
+
+
+def _bench_linear(options: argparse.Namespace) -> None:
+    from .bench_linear import bench_linear
+
+    bench_linear(options)
 
 
 def _bench_mqar(options: argparse.Namespace) -> int:

@@ -3,19 +3,20 @@
 from ..trainer.errors import UserError
 
 
-def numbers(option: str, text: str, kind: type = int, least: float = 1) -> list:
+def numbers(option: str, text: str, kind: type = int, least: float = 1, example: str = "") -> list:
     """Numbers between commas, in order and without repetition.
 
     Args:
         option: its name, for errors.
         kind: int or float.
         least: the smallest that is allowed.
+        example: for errors.
     """
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError:
-        what = "whole numbers, as 64,128" if kind is int else "numbers, as 1e-2,3e-3"
-        raise UserError(f"{option}: must be {what}, got {text!r}") from None
+        what, usual = ("whole numbers", "64,128") if kind is int else ("numbers", "1e-2,3e-3")
+        raise UserError(f"{option}: must be {what}, as {example or usual}, got {text!r}") from None
     for value in values:
         if not value >= least:
             raise UserError(f"{option}: must be at least {least:g}, got {value}")

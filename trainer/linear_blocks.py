@@ -108,7 +108,7 @@ class LinearAttentionBlock(Block):
         found = []
         for name, share in zip(("key_head_dim", "value_head_dim"), self._shares, strict=True):
             given, exact = getattr(self, name), width * share[0] / (heads * share[1])
-            if given is None and exact != int(exact):
+            if given is None and (exact < 1 or exact != int(exact)):
                 part = "" if share == (1, 1) else f", of which a head takes {share[0]}/{share[1]}"
                 raise ValueError(f"num_heads {heads} does not divide the width, {width}{part}; set {name}")
             found.append(given or int(exact))

@@ -288,7 +288,7 @@ def _model_problems(model: Model):
             yield key, "is not in model.layers.pattern; name it there or remove it"
         if isinstance(block, SoftmaxBlock):
             yield from ((f"{key}.{field}", reason) for field, reason in _pattern_problems(block, kv_heads))
-        if isinstance(block, LinearAttentionBlock):
+        if isinstance(block, LinearAttentionBlock) and model.kv_channels:  # a head without dims is told of below
             try:
                 block.design(model)
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""Compile the kernels of linear attention ahead of time and print what each needs as JSON lines. ARCH ROLE:DIM:VARIANT ..."""
+"""Compile linear attention's kernels ahead of time, print what each needs as JSON lines. ARCH ROLE:DIM:VARIANT[:DTYPE] ..."""
 
 import json
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import triton
-from longspan.attention.linear_triton import shape, walk_kernel
+from longspan.attention.linear_triton import carry_kernel, decay_kernel, shape, walk_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.attention.aot_worker import _resources
 
-# Reverse, the state transposed, and the arguments that the role has.
+# Of the walk: whether it goes back, whether the state is transposed, and what it is given.
 ROLES = {
     "state": (False, False, {"CARRY"}),
     "out": (False, False, {"OUT"}),
@@ -24,31 +24,38 @@ ROLES = {
     "dq-decay": (False, True, {"OUT", "ROWS", "SUMS"}),
     "dk-decay": (True, True, {"OUT", "ROWS", "SUMS"}),
 }
-# Decay per token, documents.
+# Decays per token, documents.
 VARIANTS = {"constant": (False, False), "gated": (True, False), "documents": (True, True)}
-TYPES = dict.fromkeys(("X", "Y", "Z", "ROWS", "OUT"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
-TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "SUMS"), "*fp32")
-OPTIONAL = {"ROWS", "DOCUMENTS", "CARRY", "OUT", "SUMS"}
+TYPES = dict.fromkeys(("X", "Y", "Z", "ROWS"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
+TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "SUMS", "EDGES"), "*fp32")
 # What the launcher cannot promise to be a multiple of 16.
-ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks"}
+ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
 
 
 def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
-    """Registers, spills and shared memory of the walk in one role."""
-    size = shape(arch, 4 if dtype == "fp32" else 2, dim)
-    reverse, transposed, given = ROLES[role]
+    """Registers, spills and shared memory of the walk in a role, or of one of the two small kernels."""
     per_token, documented = VARIANTS[variant]
-    given = given | ({"DOCUMENTS"} if documented else set())
-    constants = dict.fromkeys(OPTIONAL - given) | {
-        "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(64, dim), "CHUNK": size.chunk, "PER_TOKEN": per_token,
-        "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32", "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
-    }  # fmt: skip
-    names = walk_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32").format(dtype) for name in names}
+    size = shape(arch, 4 if dtype == "fp32" else 2, dim)
+    options = {"num_warps": size.warps, "num_stages": size.stages}
+    constants = {} if documented else {"DOCUMENTS": None}
+    if role in ROLES:
+        kernel, (reverse, transposed, given) = walk_kernel, ROLES[role]
+        constants |= dict.fromkeys({"ROWS", "CARRY", "OUT", "SUMS"} - given) | {
+            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, size.block), "CHUNK": size.chunk,
+            "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
+            "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
+        }  # fmt: skip
+    elif role == "carry":
+        kernel, constants, options = carry_kernel, {"SIZE": dim * dim, "BLOCK": 1024, "REVERSE": True}, {}
+    else:
+        kernel, options = decay_kernel, {}
+        constants["CHUNK"] = 64
+    types = TYPES | {"OUT": "*fp32" if role == "decay" else f"*{dtype}"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32").format(dtype) for name in names}
     hints = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name not in constants and name not in ODD}
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=walk_kernel, signature=signature, constexprs=values, attrs=hints)
-    options = {"num_warps": size.warps, "num_stages": size.stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
     return case | {"shape": vars(size)} | _resources(found.asm["ptx"], found)

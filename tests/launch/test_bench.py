@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from longspan.attention.expression import parse_pattern
-from longspan.launch import bench
+from longspan.launch import bench, measure
 from longspan.launch.cli import main
 
 SMALL = ("--lengths", "256", "--heads", "2", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1")
@@ -17,7 +17,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(bench, "_device", lambda: "cpu")
+    monkeypatch.setattr(measure, "device", lambda: "cpu")
 
 
 @pytest.fixture
@@ -178,4 +178,4 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
 
 
 def test_nothing_is_told_of_a_package_that_is_not_there():
-    assert bench._version("no-such-package") is None
+    assert measure.version("no-such-package") is None

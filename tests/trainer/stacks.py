@@ -29,3 +29,42 @@ PATTERNS = "model.layers=" + json.dumps(
         "pattern": ["window", "streaming", "sparse", "heads"],
     }
 )
+
+
+def _stack(blocks: dict[str, dict]) -> str:
+    return "model.layers=" + json.dumps({"blocks": blocks, "pattern": list(blocks)})
+
+
+LINEAR = [
+    "model.num_hidden_layers=8",
+    _stack(
+        {
+            "delta": {"mixer": "gated_deltanet", "num_key_heads": 2, "allow_negative_eigenvalues": True},
+            "kimi": {"mixer": "kda"},
+            "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2},
+            "mamba": {"mixer": "mamba2", "num_key_heads": 2, "key_head_dim": 12},
+            "gated": {"mixer": "gla", "decay_rank": 6},
+            "conv": {"mixer": "conv"},
+            "lightning": {"mixer": "lightning", "norm": "post"},
+            "full": {"mixer": "full", "qk_norm": True},
+        }
+    ),
+]
+"""Linear mixers between a sparse and a full layer."""
+
+LINEAR_MORE = [
+    "model.num_hidden_layers=8",
+    _stack(
+        {
+            "transnormer": {"mixer": "lightning", "style": "transnormer", "mlp_activation": "identity"},
+            "linear": {"mixer": "linear"},
+            "retention": {"mixer": "retention"},
+            "based": {"mixer": "based", "key_head_dim": 8},
+            "hedgehog": {"mixer": "hedgehog"},
+            "delta": {"mixer": "deltanet"},
+            "gated": {"mixer": "simple_gla"},
+            "paper": {"mixer": "lightning", "decay": "paper", "output_gate": False},
+        }
+    ),
+]
+"""The others, without an attention layer."""

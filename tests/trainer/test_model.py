@@ -10,7 +10,7 @@ from longspan.parallel import Layout, Sequence
 from longspan.trainer.recipe import LightningBlock
 from longspan.trainer.recipe_file import load_recipe
 
-from .stacks import PATTERNS
+from .stacks import LINEAR, LINEAR_MORE, PATTERNS
 
 
 @pytest.fixture
@@ -200,6 +200,26 @@ def test_decays_stay_fp32_when_the_model_is_cast(engine):
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("stack", "fixed", "learned"), [(LINEAR, 1, 4), (LINEAR_MORE, 3, 1)], ids=["linear", "more linear"])
+def test_every_mixer_decays_in_fp32_when_the_model_is_cast(engine, monkeypatch, stack, fixed, learned):
+    from longspan.trainer.mixers import linear
+
+    made, seen = engine("training.dtype=bfloat16", *stack), []
+
+    def watched(q, k, v, *where, decay=None, **rest):
+        seen.extend([] if decay is None else [decay.dtype])
+        assert {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
+        return attend(q, k, v, *where, decay=decay, **rest)
+
+    attend = linear.linear_attention
+    monkeypatch.setattr(linear, "linear_attention", watched)
+    assert made.logits(torch.randint(0, 257, (1, 96))).isfinite().all()
+    assert seen == [torch.float32] * (fixed + learned)
+    buffers = [buffer.dtype for buffer in made.model.buffers() if buffer.is_floating_point()]
+    assert buffers == [torch.float32] * fixed
+    assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+
+
 def test_decays_are_those_of_transformers():
     """Against the formula in transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
     from longspan.attention.decays import minimax as minimax_decay
@@ -208,10 +228,20 @@ def test_decays_are_those_of_transformers():
     assert minimax_decay(64, 79, 80)[0].item() == pytest.approx(-0.917 * 1.0126e-5, rel=1e-2)
 
 
-@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
-def test_parameters_are_counted_without_building(engine, overrides):
+EVERY_MIXER = {**OVERRIDES, "linear": LINEAR, "more linear": LINEAR_MORE}
+
+
+@pytest.mark.parametrize("overrides", EVERY_MIXER.values(), ids=EVERY_MIXER)
+def test_parameters_are_counted_without_building_and_saved_whole(engine, overrides):
     made = engine(*overrides)
-    assert made.num_parameters == sum(weight.numel() for weight in made.weights().values())
+    weights, state = made.weights(), made.state()
+    assert made.num_parameters == sum(weight.numel() for weight in weights.values())
+    assert {name.removeprefix("model.") for name in state if name.startswith("model.")} == weights.keys()
+    for name, weight in weights.items():
+        saved = torch.full_like(weight, torch.nan)
+        for offsets, data in state[f"model.{name}"].boxes:
+            saved[tuple(slice(at, at + size) for at, size in zip(offsets, data.shape, strict=True))] = data
+        assert torch.equal(saved, weight), name
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(engine):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .stacks import PATTERNS
+from .stacks import LINEAR, LINEAR_MORE, PATTERNS
 
 WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
@@ -17,6 +17,8 @@ CONTEXT = {
     "cp-pp": (4, ["parallel.cp=2", "parallel.pp=2"]),
 }
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
+STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
+MORE_STATES = {"dp": PAIRS["dp"], "pp": PAIRS["pp"], **CONTEXT}
 
 
 @pytest.fixture
@@ -32,17 +34,20 @@ def train(ranks, tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("model", "arrangements"),
     [
-        ("model.tie_word_embeddings=true", PAIRS),
-        pytest.param("model.tie_word_embeddings=false", PAIRS, marks=pytest.mark.wide),
-        ("model.tie_word_embeddings=true", CONTEXT),
-        (PATTERNS, HEADS),
+        (["model.tie_word_embeddings=true"], PAIRS),
+        pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
+        (["model.tie_word_embeddings=true"], CONTEXT),
+        ([PATTERNS], HEADS),
+        (LINEAR, STATES),
+        pytest.param(LINEAR, MORE_STATES, marks=pytest.mark.wide),
+        pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=pytest.mark.wide),
     ],
-    ids=["tied", "untied", "context", "patterns"],
+    ids=["tied", "untied", "context", "patterns", "linear", "linear, more ranks", "more linear"],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
-    alone = train("alone", 1, model)
+    alone = train("alone", 1, *model)
     for name, (count, overrides) in arrangements.items():
-        several = train(name, count, model, *overrides)
+        several = train(name, count, *model, *overrides)
         assert several["weights"].keys() == alone["weights"].keys()
         for key, weight in alone["weights"].items():
             assert torch.equal(several["weights"][key], weight), (name, key)

@@ -104,8 +104,31 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
         ("model.layers.blocks.linear.num_heads=3", "blocks.linear.num_heads: 3 does not divide the width, 64"),
+        ("model.layers.blocks.full={mixer: mamba2, num_key_heads: 3}", "full.num_key_heads: 3 does not divide the 4 heads"),
+        (
+            "model.layers.blocks.full={mixer: retention, key_head_dim: 9}",
+            "full.key_head_dim: 9 is odd, but is rotated in pairs",
+        ),
+        (
+            "model.layers.blocks.full={mixer: gated_deltanet, num_heads: 32}",
+            "full.num_heads: 32 does not divide the width, 64, of which a head takes 3/4; set key_head_dim",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: gated_deltanet, num_key_heads: 1}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.num_key_heads 1",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: gla, decay_rank: 5}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.decay_rank 5",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: kda, value_head_dim: 5}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.value_head_dim 5",
+        ),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
+        ("model.num_attention_heads=6 model.layers.blocks.full={mixer: kda}", "6 does not divide hidden_size 64; set head_dim"),
+        ("model.num_attention_heads=x model.layers.blocks.full={mixer: kda}", "num_attention_heads: should be a valid integer"),
         ("training.seq_length=100", "training.seq_length: 100 is not a multiple of the patterns' largest block, 8"),
         ("training.global_batch_size=3 launch.processes=2", "training.global_batch_size: 3 is not a multiple"),
         ("parallel.tp=2", "launch.processes: 1 is not a multiple of parallel.tp * cp * pp = 2; use 2"),

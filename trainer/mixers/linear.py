@@ -43,7 +43,7 @@ class LinearAttention(Mixer):
             self.conv_weight = self.per_head(uniform(-bound, bound), channels, design.conv_kernel)
             self.conv_bias = self.per_head(uniform(-bound, bound), channels) if design.conv_bias else None
         if design.feature_map == "hedgehog":
-            self.map_q, self.map_k = (self.per_head(_identities, heads, design.key_dim, design.key_dim) for _ in "qk")
+            self.map_q, self.map_k = (self.per_head(_identities, heads * design.key_dim, design.key_dim) for _ in "qk")
         if design.feature_map == "lrpe":
             self.angles = self.per_head(_angles, self.local_heads, design.key_dim)
         decays = heads * (design.key_dim if design.decay_rank else 1)
@@ -102,7 +102,8 @@ class LinearAttention(Mixer):
             tables = sequence.rotary(design.key_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         if design.feature_map == "hedgehog":
-            return hedgehog(q, self.map_q), hedgehog(k, self.map_k)
+            sizes = q.shape[2], design.key_dim, design.key_dim
+            return hedgehog(q, self.map_q.view(sizes)), hedgehog(k, self.map_k.view(sizes))
         if design.feature_map == "lrpe":  # the angle between two tokens is that of their distance
             angles = sequence.positions[..., None, None] * self.angles.float()
             turns = torch.cat([angles.cos(), angles.sin()], -1).to(q.dtype)
@@ -149,7 +150,8 @@ class LowRank(nn.Module):
 
 
 def _identities(shape: list[int], generator: Generator) -> Tensor:
-    return torch.eye(shape[-1]).expand(shape).clone()
+    """One below the other."""
+    return torch.eye(shape[1]).repeat(shape[0] // shape[1], 1)
 
 
 def _angles(shape: list[int], generator: Generator) -> Tensor:
