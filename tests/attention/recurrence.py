@@ -6,7 +6,7 @@ from torch import Tensor
 FAMILIES = ("none", "constant", "scalar", "vector", "delta", "gated delta", "gated delta by key")
 
 
-def make(family, length=200, heads=4, key_heads=2, dim=8, value_dim=5, strength=0.2, batch=2, dtype=torch.float64):
+def make(family, length=130, heads=4, key_heads=2, dim=8, value_dim=5, strength=0.2, batch=2, dtype=torch.float64):
     """Arguments by name, all of which require gradients.
 
     Log-decays go down to ``-strength``; a third of them are exactly 0. Keys are of unit length, as the delta rule needs them.

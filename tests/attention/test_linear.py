@@ -10,7 +10,8 @@ from longspan.attention.linear import state_map
 from .recurrence import FAMILIES, document_ids, errors, make, recurrence
 
 # Edges inside chunks of 64, on them, and several in one; another for each row.
-DOCUMENTS = {"one": None, "edges": [[17, 1, 46, 64, 1, 71], [3, 125, 2, 70]], "chunks": [[64, 64, 72], [128, 72]]}
+DOCUMENTS = {"one": None, "edges": [[17, 1, 46, 50, 1, 15], [3, 123, 4]], "chunks": [[64, 64, 2], [128, 2]]}
+WIDE = pytest.mark.wide
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
@@ -22,11 +23,19 @@ def on(backend):
     return lambda **arguments: run(**arguments, backend=backend)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize(
+    ("documents", "dtype"),
+    [
+        ("one", torch.float64),
+        ("edges", torch.float64),
+        ("edges", torch.float32),
+        *(pytest.param(name, dtype, marks=WIDE) for name, dtype in (("chunks", torch.float64), ("one", torch.float32))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_are_the_recurrence(family, documents, dtype):
-    found = errors(on("torch"), make(family, dtype=dtype), scale=0.7, documents=document_ids(documents))
+    found = errors(on("torch"), make(family, dtype=dtype), scale=0.7, documents=document_ids(DOCUMENTS[documents]))
     assert max(found.values()) < TOLERANCE[dtype], found
 
 
@@ -36,7 +45,7 @@ def test_the_reference_is_the_recurrence(family):
     assert max(found.values()) < 1e-12, found
 
 
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("length", [1, 65, *(pytest.param(n, marks=WIDE) for n in (2, 63, 64))])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_odd_lengths(family, length):
     found = errors(on("torch"), make(family, length, heads=2, key_heads=1))
@@ -44,7 +53,7 @@ def test_odd_lengths(family, length):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("strength", [5.0, 150.0])
+@pytest.mark.parametrize("strength", [pytest.param(5.0, marks=WIDE), 150.0])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("none", "delta")])
 def test_strong_decays(family, strength, dtype):
     """The sums over a chunk reach -300 and -9000, which as an exponential of its own would be infinite."""
@@ -52,7 +61,9 @@ def test_strong_decays(family, strength, dtype):
     assert max(found.values()) < TOLERANCE[dtype], found
 
 
-@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize(
+    "documents", [DOCUMENTS["edges"], *(pytest.param(DOCUMENTS[n], marks=WIDE) for n in ("one", "chunks"))]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segments_hand_their_state_on(family, documents, monkeypatch):
     monkeypatch.setattr("longspan.attention.linear_torch._SEGMENT", 64)
@@ -76,10 +87,12 @@ def pieces(given, cuts):
         yield (start, stop), {n: x if n == "state" or x.ndim == 1 else x[:, start:stop] for n, x in given.items()}
 
 
-@pytest.mark.parametrize("cuts", [[1], [64], [100, 101], [7, 63, 150, 199]], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [[64], [7, 63, 90, 129], *(pytest.param(cuts, marks=WIDE) for cuts in ([1], [100, 101]))], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_state_handed_on_changes_nothing(family, cuts):
-    documents = document_ids([[100, 60, 40], [30, 170]])
+    documents = document_ids([[70, 50, 10], [30, 100]])
 
     def in_parts(**given):
         state, outs = given["state"], []

@@ -39,16 +39,15 @@ def check(given, **options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity(family, dim, dtype):
     check(arguments(family, dim, dtype), scale=0.7)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents(family, dtype):
-    check(arguments(family, 64, dtype), documents=document_ids(DOCUMENTS))
+def test_documents(family):
+    check(arguments(family, 64, torch.bfloat16), documents=document_ids(DOCUMENTS))
 
 
 @pytest.mark.parametrize("strength", [5.0, 1000.0])
@@ -57,7 +56,7 @@ def test_strong_decays(family, strength):
     check(arguments(family, 64, torch.bfloat16, strength=strength))
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(16, 128), (128, 16), (40, 24), (36, 100)])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 128), (128, 16), (96, 96), (36, 100)])
 def test_odd_dims(dim, value_dim):
     check(arguments("scalar", dim, torch.bfloat16, value_dim))
 

@@ -4,12 +4,14 @@ Both sides compute in fp64 wherever they would in fp32: an epsilon, a scale or a
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
 from longspan.launch.process import process_group
 from longspan.parallel import Layout, Sequence
 from longspan.trainer.recipe_check import check_recipe
+from longspan.trainer.size import mixer_parameters
 from torch.overrides import TorchFunctionMode
 
 from . import mixer_oracles
@@ -56,6 +58,7 @@ def build():
         recipe = check_recipe(content, "test")
         built = build_model(recipe, 128, torch.float64).decoder.layers[layer]
         scatter(built)
+        assert mixer_parameters(recipe.model, layer) == sum(parameter.numel() for parameter in built.mixer.parameters())
         return built, recipe.model
 
     with AllInFp64(), process_group(2), megatron_on_cpu():
@@ -91,7 +94,7 @@ def packed():
 
 def one_by_one(x, mix):
     """``mix`` of each document [1, tokens, hidden] on its own."""
-    rows = [[mix(x[i : i + 1, a:b]) for a, b in zip(row, row[1:], strict=False)] for i, row in enumerate(STARTS)]
+    rows = [[mix(x[i : i + 1, a:b]) for a, b in itertools.pairwise(row)] for i, row in enumerate(STARTS)]
     return torch.cat([torch.cat(row, 1) for row in rows])
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .stacks import LINEAR, LINEAR_MORE
+
 WORKER = Path(__file__).parent / "run_worker.py"
 OPTIONS = ["checkpoint.interval=4", "checkpoint.keep_latest_k=2", "training.steps=14"]
 PAIR = ["parallel.cp=2", *OPTIONS]
@@ -156,6 +158,25 @@ def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
     go(2, "stop-file=3", *options, status=75)
     go(2, *options)
     assert seen(run) == alone
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("stack", [LINEAR, LINEAR_MORE], ids=["linear", "more linear"])
+def test_linear_mixers_go_on_bit_by_bit_and_on_other_ranks(go, run, stack):
+    options = [*stack, "training.steps=6"]
+    go(2, "parallel.tp=2", *options)
+    alone = seen(run)
+    shutil.rmtree(run)
+    go(2, "parallel.tp=2", "stop-file=3", *options, status=75)
+    stopped = shutil.copytree(run, run.with_name("stopped"))
+    go(2, "parallel.tp=2", *options)
+    assert seen(run) == alone
+    shutil.rmtree(run)
+    stopped.rename(run)
+    go(2, "parallel.cp=2", *options)
+    for step, (loss, tokens) in alone.items():
+        assert seen(run)[step][1] == tokens
+        assert float.fromhex(seen(run)[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
 
 
 @pytest.mark.parametrize("request_to_stop", ["term=6", wide("usr1=6")])
