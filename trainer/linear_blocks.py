@@ -109,8 +109,10 @@ class LinearAttentionBlock(Block):
         for name, share in zip(("key_head_dim", "value_head_dim"), self._shares, strict=True):
             given, exact = getattr(self, name), width * share[0] / (heads * share[1])
             if given is None and (exact < 1 or exact != int(exact)):
-                part = "" if share == (1, 1) else f", of which a head takes {share[0]}/{share[1]}"
-                raise ValueError(f"num_heads {heads} does not divide the width, {width}{part}; set {name}")
+                if share == (1, 1):
+                    raise ValueError(f"num_heads {heads} does not divide the width, {width}; set {name}")
+                part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
+                raise ValueError(f"{name} is by default {part}, {exact:g} with {heads} heads; set it")
             found.append(given or int(exact))
         return found[0], found[1]
 

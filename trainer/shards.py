@@ -71,7 +71,12 @@ def flat_range_boxes(
 
     Returns:
         The whole tensor's shape, and views of ``flat``.
+
+    Raises:
+        ValueError: for a tensor of more dims.
     """
+    if len(shape) > 2:
+        raise ValueError(f"a parameter must be a vector or a matrix, got shape {tuple(shape)}")
     whole = [size * ranks if dim == split_dim else size for dim, size in enumerate(shape)]
     slab = shape[0] // (stride if split_dim == 0 else 1)
     boxes, at = [], 0

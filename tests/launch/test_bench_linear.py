@@ -199,7 +199,7 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
-        (["--mixer", "gla", "--head-dim", "5"], "--heads, --head-dim: no gla: num_heads 4 does not divide the width, 20"),
+        (["--mixer", "gla", "--head-dim", "5"], "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part"),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],
 )

@@ -111,7 +111,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "model.layers.blocks.full={mixer: gated_deltanet, num_heads: 32}",
-            "full.num_heads: 32 does not divide the width, 64, of which a head takes 3/4; set key_head_dim",
+            "full.key_head_dim: is by default 3/4 of a head's part of the width 64, 1.5 with 32 heads; set it",
         ),
         (
             "parallel.tp=2 model.layers.blocks.full={mixer: gated_deltanet, num_key_heads: 1}",

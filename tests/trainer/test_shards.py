@@ -44,3 +44,8 @@ def test_boxes_are_views_so_that_loading_fills_the_original():
     for _, data in boxes:
         data += 1
     assert flat.sum() == 7
+
+
+def test_more_dims_are_refused():
+    with pytest.raises(ValueError, match=r"must be a vector or a matrix, got shape \(2, 2, 2\)"):
+        flat_range_boxes(torch.zeros(8), 0, torch.Size((2, 2, 2)), 0, 1, 0, 1)
