@@ -197,11 +197,11 @@ def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
     peaks: dict[str, dict[int, float]] = {name: {} for name in rates}
     for row in rows:
         if row.seconds:
-            rates[row.candidate][row.length] = row.tokens_per_second[STEP]
+            rates[row.candidate][row.length] = row.tokens_per_second[STEP] / 1e3
         if row.peak_bytes:
             peaks[row.candidate][row.length] = row.peak_bytes / 2**20
     title = f"{STEP} on {measure.machine()['device']}"
-    measure.plot_against_length(left, rates, settings.lengths, ylabel="tokens/s", title=title)
+    measure.plot_against_length(left, rates, settings.lengths, ylabel="thousand tokens/s", title=title)
     title = "growth beside the inputs and the upstream gradient"
     measure.plot_against_length(right, peaks, settings.lengths, ylabel="peak MiB", title=title)
     if rates:
