@@ -75,7 +75,8 @@ def linear_attention(
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=accumulation_dtype(q))
     documents = None if one_document(documents) else documents
-    out, last = _choose(backend, q, k, v, decay, beta).run(q, k, v, decay, beta, scale, state, documents)
+    with torch.autocast(q.device.type, enabled=False):  # a state in bf16 forgets
+        out, last = _choose(backend, q, k, v, decay, beta).run(q, k, v, decay, beta, scale, state, documents)
     return (out.to(v.dtype), last) if return_state else out.to(v.dtype)
 
 

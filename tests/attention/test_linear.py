@@ -161,6 +161,13 @@ def test_bf16_accumulates_in_fp32(family):
     assert (state - exact[1]).norm() / exact[1].norm() < 1e-5
 
 
+def test_autocast_does_not_reach_it():
+    given = {name: x.detach() for name, x in make("gated delta", dtype=torch.float32).items()}
+    plain = run(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(**given), plain, strict=True))
+
+
 def test_memory_is_that_of_a_segment(monkeypatch):
     """Between forward and backward only inputs and states are kept, whatever a chunk's own results are."""
     given = make("gated delta by key", 1024, heads=2, key_heads=2, batch=1)
