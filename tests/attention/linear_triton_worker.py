@@ -44,7 +44,7 @@ def run(q, k, v, state, decay=None, scale=1.0, documents=None):
 
 def compare(segment=64, strided=False, resets=False, scale=1.0, documents=None, **shape) -> dict[str, float]:
     linear_triton._segment = lambda *_: segment
-    given = make(**{"heads": 2, "key_heads": 1} | shape, dtype=torch.float32)
+    given = make(**{"heads": 2, "key_heads": 1, "length": 200} | shape, dtype=torch.float32)
     if resets:  # now and then one that leaves nothing, among weak ones whose sum it must not blur
         kinds = torch.arange(given["decay"].numel()).view_as(given["decay"]) % 37
         given["decay"] = (
