@@ -216,7 +216,7 @@ class TestOnCuda:
     def errors(family, dtype, documents, **shape):
         """Against the reference on the CPU, which has the same rounded inputs."""
         pytest.importorskip("fla.ops", reason="needs flash-linear-attention")
-        given = make(family, dtype=torch.float32, **shape)
+        given = make(family, 200, dtype=torch.float32, **shape)
         given = {name: x.detach().to(dtype if name in "qkv" else x.dtype).requires_grad_() for name, x in given.items()}
 
         def on_cuda(scale, documents, **arguments):
