@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .arguments import accumulation_dtype
-from .documents import check_documents, one_document
+from .documents import check_documents
 
 
 def short_convolution(
@@ -40,9 +40,9 @@ def short_convolution(
     reach = weight.shape[1] - 1
     if state is not None and state.shape != (batch, reach, channels):
         raise ValueError(f"state must be {(batch, reach, channels)}, got {tuple(state.shape)}")
-    check_documents(documents, (batch, length))
+    documents = check_documents(documents, (batch, length))
     # What came before the first token is of its document, or 0.
-    ids = None if one_document(documents) else torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
+    ids = None if documents is None else torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
     before = x.new_zeros(batch, reach, channels) if state is None else state.to(x.dtype)
     seen, dtype = torch.cat([before, x], 1), accumulation_dtype(x)
     total = 0.0 if bias is None else bias.to(dtype)

@@ -10,18 +10,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> None:
-    """Refuse ids that are not integers of ``shape`` ``(batch, time)``, or that come back after another."""
+def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    """Refuse ids that are not integers of ``shape`` ``(batch, time)``, or that come back after another.
+
+    Returns:
+        The ids, or None where each row is a single document, so that nothing needs masking.
+    """
     if documents is None:
-        return
+        return None
     if documents.shape != shape or documents.is_floating_point():
         raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {tuple(documents.shape)}")
-    document_spans(documents)
-
-
-def one_document(documents: Tensor | None) -> bool:
-    """Whether each row is a single document, so that nothing needs masking."""
-    return documents is None or len(document_spans(documents)) <= len(documents)
+    return documents if len(document_spans(documents)) > len(documents) else None
 
 
 def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:

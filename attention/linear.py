@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arguments import accumulation_dtype, check_backend, check_dims
 from .decays import after
-from .documents import check_documents, one_document
+from .documents import check_documents
 
 BACKENDS = {
     "torch": ".linear_torch",
@@ -71,10 +71,9 @@ def linear_attention(
         ValueError: naming the argument that does not fit, or what a backend cannot do and which one can.
     """
     check_linear(q, k, v, decay, beta, state, backend)
-    check_documents(documents, q.shape[:2])
+    documents = check_documents(documents, q.shape[:2])
     if state is None:
         state = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3], dtype=accumulation_dtype(q))
-    documents = None if one_document(documents) else documents
     with torch.autocast(q.device.type, enabled=False):  # a state in bf16 forgets
         out, last = _choose(backend, q, k, v, decay, beta).run(q, k, v, decay, beta, scale, state, documents)
     return (out.to(v.dtype), last) if return_state else out.to(v.dtype)

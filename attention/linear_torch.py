@@ -34,8 +34,7 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.linear.linear_attention`."""
     dtype, length = accumulation_dtype(q), q.shape[1]
     # Whole chunks first; what is left of the length is one short chunk.
-    edges = [*range(0, length - length % _CHUNK, _SEGMENT), length - length % _CHUNK, length]
-    edges = sorted(set(edges))
+    edges = sorted({*range(0, length - length % _CHUNK, _SEGMENT), length - length % _CHUNK, length})
     parts = [stop - start for start, stop in pairwise(edges)]
     per_token = [q, k, v, beta, decay if decay is not None and decay.ndim > 1 else None]
     # One split: slices would each fill a gradient of the whole length.
