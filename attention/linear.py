@@ -147,14 +147,14 @@ def check_linear(
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> ModuleType:
     """The backend's module. ``auto`` takes the recurrence for a single token, on CUDA ours and then fla's, else torch's."""
     if backend != "auto":
-        module = import_module(BACKENDS[backend], __package__)
-        if reason := module.refusal(q, k, v, decay, beta):
-            raise ValueError(f"backend {backend} {reason}")
-        return module
-    if q.shape[1] == 1:
-        return import_module(BACKENDS["reference"], __package__)
-    for name in ("triton", "fla") if q.is_cuda else ():
+        names = (backend,)
+    elif q.shape[1] == 1:
+        names = ("reference",)
+    else:
+        names = ("triton", "fla", "torch") if q.is_cuda else ("torch",)
+    for name in names:
         module = import_module(BACKENDS[name], __package__)
-        if not module.refusal(q, k, v, decay, beta):
+        reason = module.refusal(q, k, v, decay, beta)
+        if not reason:
             return module
-    return import_module(BACKENDS["torch"], __package__)
+    raise ValueError(f"backend {name} {reason}")
