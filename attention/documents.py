@@ -4,6 +4,9 @@ Where documents begin is needed on the host, by every layer. To ask a GPU is to 
 tensor of ids, which must not be written to behind torch's back.
 """
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -37,8 +40,8 @@ def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
 def _spans(documents: Tensor):
     if bool((documents[:, 1:] < documents[:, :-1]).any()):
         raise ValueError("documents must not decrease along time: sort the documents before packing them")
-    for row, ids in enumerate(documents):
-        start = 0
-        for count in ids.unique_consecutive(return_counts=True)[1].tolist():
-            yield row, start, start + count
-            start += count
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = first.nonzero().tolist()
+    for (row, start), (next_row, stop) in pairwise([*starts, [-1, 0]]):
+        yield row, start, stop if next_row == row else documents.shape[1]

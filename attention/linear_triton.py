@@ -30,9 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .triton_backend import INTERPRETED, _aligned, _chip, _unit_stride, _workspace
-from .triton_rules import LOG2E, _descriptor
-from .triton_shapes import CHIPS, MAX_DIM
+from .triton_device import INTERPRETED, LOG2E, aligned, bulk_rows, chip, no_device, unit_stride, workspace
+from .triton_shapes import MAX_DIM
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ def walk_kernel(
     row = tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
     x_head, z_head = h // x_group, h // z_group
-    xs = _descriptor(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
-    ys = _descriptor(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
-    zs = _descriptor(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
+    xs = bulk_rows(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
+    ys = bulk_rows(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
+    zs = bulk_rows(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
     if ROWS is not None:
-        rs = _descriptor(ROWS + b * r_b + z_head * r_h, length, r_t, CHUNK, DZ, BLOCK_Z, TMA)
+        rs = bulk_rows(ROWS + b * r_b + z_head * r_h, length, r_t, CHUNK, DZ, BLOCK_Z, TMA)
     token = b * length * heads + h  # of [batch, time, heads]
     if DOCUMENTS is not None:
         DOCUMENTS += b * length
@@ -264,10 +263,8 @@ def decay_kernel(SUMS, EDGES, DOCUMENTS, OUT, heads, length, chunks, CHUNK: tl.c
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> str | None:
     """What it cannot do, and what can."""
-    if not q.is_cuda and not INTERPRETED:
-        return f"needs CUDA, but q is on {q.device}; use torch"
-    if q.is_cuda and _chip(q.device) not in CHIPS:
-        return f"has no launch shapes for compute capability {_chip(q.device) / 10}; use torch"
+    if reason := no_device(q):
+        return reason
     if beta is not None:
         return "has no delta rule (beta); use fla or torch"
     if decay is not None and decay.ndim == 4:
@@ -310,7 +307,7 @@ def run(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, decay, state, scale, documents):
-        q, k, v = map(_unit_stride, (q, k, v))
+        q, k, v = map(unit_stride, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         segment = _segment(v.shape[1], v.shape[0] * v.shape[2] * triton.cdiv(v.shape[3], _size(q, v).block), v.device)
         walks = _Walks(decay.float().contiguous(), documents, scale, segment)
@@ -383,9 +380,9 @@ class _Walks:
     def _launch(self, x, y, z, states, reverse, transposed=False, rows=None, sums=None, out=None, carry=None) -> None:
         size, heads = _size(x, z), states.shape[2]
         tensors = [x, y, z] if rows is None else [x, y, z, rows]
-        bulk = _chip(z.device) >= 90 and z.dtype != torch.float32 and _aligned(*tensors)
+        bulk = chip(z.device) >= 90 and z.dtype != torch.float32 and aligned(*tensors)
         if bulk:
-            triton.set_allocator(_workspace)  # of this thread: autograd has its own
+            triton.set_allocator(workspace)  # of this thread: autograd has its own
         blocks = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], size.block)
         walk_kernel[blocks, z.shape[0] * heads](
             x, y, z, rows, self.decay, self.documents, states, carry, out, sums, self.scale,
@@ -411,7 +408,7 @@ def _padded(x: Tensor) -> int:
 
 def _size(x: Tensor, z: Tensor) -> Shape:
     """The launch shape; the interpreter, which has no bf16, takes that of bf16 for fp32."""
-    found = shape(_chip(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
+    found = shape(chip(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
     return replace(found, block=min(found.block, _padded(z)))
 
 

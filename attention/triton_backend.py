@@ -1,9 +1,8 @@
 """Tiles through our Triton kernels: a small table of rules in, one launch for the rows, a few for the keys."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache, wraps
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,12 +13,12 @@ from .blocklists import BlockLists
 from .patterns import Pattern
 from .rules import Blocks, Rule
 from .tiles import Logits, Tile, merge_
+from .triton_device import INTERPRETED, aligned, chip, no_device, on_its_device, unit_stride, workspace
 from .triton_keys import delta_kernel, home_kernel, keys_kernel
 from .triton_rows import rows_kernel
 from .triton_rules import NEVER
-from .triton_shapes import CHIPS, MAX_DIM, Shape, shape
+from .triton_shapes import MAX_DIM, Shape, shape
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # wgmma takes tiles of 64; the interpreter anything, and is slow.
 _LEAST_BLOCK = 16 if INTERPRETED else 64
 _UNLIMITED = NEVER.value
@@ -29,10 +28,8 @@ _SPLITS, _TILES_PER_SPLIT = 8, 16
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> str | None:
     """What it cannot do, and what can."""
-    if not q.is_cuda and not INTERPRETED:
-        return f"needs CUDA, but q is on {q.device}; use torch"
-    if q.is_cuda and _chip(q.device) not in CHIPS:
-        return f"has no launch shapes for compute capability {_chip(q.device) / 10}; use torch"
+    if reason := no_device(q):
+        return reason
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"has no {q.dtype}; use torch"
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
@@ -45,22 +42,11 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -
     return None
 
 
-def _on_its_device(function: Callable) -> Callable:
-    """Triton launches on the current device: make it that of the first tensor."""
-
-    @wraps(function)
-    def launch(x: Tensor, *rest):
-        with torch.cuda.device_of(x):
-            return function(x, *rest)
-
-    return launch
-
-
-@_on_its_device
+@on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.tiles.tile_forward`."""
-    triton.set_allocator(_workspace)  # of this thread: autograd has its own
-    q, k, v = map(_unit_stride, (q, k, v))
+    triton.set_allocator(workspace)  # of this thread: autograd has its own
+    q, k, v = map(unit_stride, (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf if tile.logits.sigmoid_bias is None else 0.0, dtype=torch.float32, device=q.device)
     for at, rows in _runs(tile.q_at, consecutive=True):
@@ -73,11 +59,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
     return out, lse
 
 
-@_on_its_device
+@on_its_device
 def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
     """See :func:`~longspan.attention.tiles.tile_backward`."""
-    triton.set_allocator(_workspace)
-    grad_out, q, k, v, out = map(_unit_stride, (grad_out, q, k, v, out))
+    triton.set_allocator(workspace)
+    grad_out, q, k, v, out = map(unit_stride, (grad_out, q, k, v, out))
     delta, lse = _delta(out, grad_out, grad_lse), lse.transpose(1, 2)
     dq, dk, dv = [], {}, {}
     for at, rows in _runs(tile.q_at, consecutive=True):
@@ -103,16 +89,6 @@ def _cat(parts: list[Tensor | None], like: Tensor) -> Tensor:
     return (
         torch.zeros(like.shape, dtype=torch.float32, device=like.device) if None in parts or not parts else torch.cat(parts, 1)
     )
-
-
-def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where the kernels lay down the descriptors of their bulk copies."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """The numbers of a head beside one another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _runs(at: tuple[Blocks, ...], consecutive: bool = False) -> Iterator[tuple[Blocks, slice]]:
@@ -310,7 +286,7 @@ class _Launch:
 
     def _sizes(self, kernel: str) -> Shape:
         """The launch shape, with tiles no larger than the blocks that a tile must lie in."""
-        found = shape(kernel, _chip(self.q.device), self.q.element_size(), max(_block_d(self.q), _block_d(self.v)))
+        found = shape(kernel, chip(self.q.device), self.q.element_size(), max(_block_d(self.q), _block_d(self.v)))
         blocks = _blocks(self.pattern, self.k.shape[2]) + ([self.keys.size] if self.keys.step > 1 else [])
         one_block = self._listed or any(
             rule.relative for head in range(self.k.shape[2]) for rule in ([] if self._listed else self.pattern.rules(head))
@@ -334,7 +310,7 @@ class _Launch:
 
     def _options(self, size: Shape, *gradients: Tensor) -> dict:
         table = self._table(size.keys)
-        bulk = _chip(self.q.device) >= 90 and self.q.dtype != torch.float32 and _aligned(self.q, self.k, self.v, *gradients)
+        bulk = chip(self.q.device) >= 90 and self.q.dtype != torch.float32 and aligned(self.q, self.k, self.v, *gradients)
         return {
             "D": self.q.shape[3], "DV": self.v.shape[3], "BLOCK_D": _block_d(self.q), "BLOCK_DV": _block_d(self.v),
             "BM": size.queries, "BN": size.keys, "BANDS": table.bands, "FIXED": table.fixed, "FARS": table.fars,
@@ -382,18 +358,6 @@ class _Launch:
 
 def _block_d(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[3]))
-
-
-@lru_cache
-def _chip(device: torch.device) -> int:
-    """Compute capability, as 90 for 9.0."""
-    major, minor = (0, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """Whether the chip's bulk copies can take rows from these."""
-    return all(x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors)
 
 
 def _forward_lists(lists: Tensor) -> Tensor:

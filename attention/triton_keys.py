@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from .triton_device import LOG2E, bulk_rows
 from .triton_rules import (
     AT,
     AT_STEP,
     COLUMNS,
-    LOG2E,
     REACH,
     RESIDUE,
     ROW,
@@ -17,7 +17,6 @@ from .triton_rules import (
     STEP,
     STOP,
     WIDTH,
-    _descriptor,
     _field,
     _gradient,
     _in_bands,
@@ -120,8 +119,8 @@ def keys_kernel(
     kept = (row + tl.arange(0, BN) >= 0) & (row + tl.arange(0, BN) < k_len)
     K += b * k_b + kv * k_h
     V += b * v_b + kv * v_h
-    k = _load(K, _descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA), row, k_len, k_t, BN, D, BLOCK_D, True, TMA)
-    v = _load(V, _descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA), row, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
+    k = _load(K, bulk_rows(K, k_len, k_t, BN, D, BLOCK_D, TMA), row, k_len, k_t, BN, D, BLOCK_D, True, TMA)
+    v = _load(V, bulk_rows(V, k_len, v_t, BN, DV, BLOCK_DV, TMA), row, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
     dk = tl.zeros([BN, BLOCK_D], tl.float32)
     dv = tl.zeros([BN, BLOCK_DV], tl.float32)
 
@@ -176,8 +175,8 @@ def keys_kernel(
     clear_end = tl.minimum(tl.maximum(clear_end, clear), tiles_end)
 
     for _ in range(0, group):
-        q_rows = _descriptor(Q, q_len, q_t, BM, D, BLOCK_D, TMA)
-        do_rows = _descriptor(DO, q_len, g_t, BM, DV, BLOCK_DV, TMA)
+        q_rows = bulk_rows(Q, q_len, q_t, BM, D, BLOCK_D, TMA)
+        do_rows = bulk_rows(DO, q_len, g_t, BM, DV, BLOCK_DV, TMA)
         for n in range(clear, clear_end):
             at = base + n * BM - q_start
             q = _load(Q, q_rows, at, q_len, q_t, BM, D, BLOCK_D, False, TMA)

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from .triton_device import LOG2E, bulk_rows
 from .triton_rules import (
     AT,
     AT_STEP,
     COLUMNS,
-    LOG2E,
     NEVER,
     RESIDUE,
     ROW,
@@ -17,7 +17,6 @@ from .triton_rules import (
     STEP,
     STOP,
     WIDTH,
-    _descriptor,
     _field,
     _first_key,
     _gradient,
@@ -145,17 +144,17 @@ def rows_kernel(
     i = first + tl.arange(0, BM)
     low, high = tl.maximum(first, q_start), tl.minimum(first + BM, q_start + q_len) - 1
 
-    q_rows = _descriptor(Q + b * q_b + h * q_h, q_len, q_t, BM, D, BLOCK_D, TMA)
+    q_rows = bulk_rows(Q + b * q_b + h * q_h, q_len, q_t, BM, D, BLOCK_D, TMA)
     q = _load(Q + b * q_b + h * q_h, q_rows, row, q_len, q_t, BM, D, BLOCK_D, True, TMA)
-    k_rows = _descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
-    v_rows = _descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
+    k_rows = bulk_rows(K, k_len, k_t, BN, D, BLOCK_D, TMA)
+    v_rows = bulk_rows(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
     at_rows = (b * heads + h) * q_len + row + tl.arange(0, BM)
     inside = (row + tl.arange(0, BM) >= 0) & (row + tl.arange(0, BM) < q_len)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     do, lse, delta = q, m, l  # forward has none
     if GRAD:
-        do_rows = _descriptor(DO + b * g_b + h * g_h, q_len, g_t, BM, DV, BLOCK_DV, TMA)
+        do_rows = bulk_rows(DO + b * g_b + h * g_h, q_len, g_t, BM, DV, BLOCK_DV, TMA)
         do = _load(DO + b * g_b + h * g_h, do_rows, row, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
         lse = tl.load(LSE + at_rows, mask=inside, other=float("inf")) * LOG2E
         lse = tl.where(lse == -float("inf"), float("inf"), lse)  # rows that see nothing

@@ -13,6 +13,8 @@ Everything is deterministic: no atomics, partial sums are added in a fixed order
 import triton
 import triton.language as tl
 
+from .triton_device import LOG2E
+
 # Columns of the table; its rows are the bands, then the far rules whose blocks are fixed, then the relative ones.
 SHIFT = tl.constexpr(0)  # log2 of the rule's block
 REACH = tl.constexpr(1)  # in blocks; 2**30 >> SHIFT where it has no limit
@@ -26,7 +28,6 @@ AT = tl.constexpr(8)  # position of the first run
 AT_STEP = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)
 
-LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(1 << 30)
 
 # What differs from one sequence to the next: the kernels are compiled once for all.
@@ -122,15 +123,6 @@ def _store(base, row, length, stride, x, SIZE: tl.constexpr, D: tl.constexpr, BL
     pointers = base + (tl.full([], 0, tl.int64) + row) * stride + rows[:, None] * stride + dims[None, :]
     inside = (row + rows >= 0) & (row + rows < length)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside[:, None] & (dims < D)[None, :])
-
-
-@triton.jit
-def _descriptor(base, length, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
-    if TMA:
-        descriptor = tl.make_tensor_descriptor(base, [length, D], [stride, 1], [SIZE, BLOCK_D])
-    else:
-        descriptor = base  # not used
-    return descriptor
 
 
 @triton.jit

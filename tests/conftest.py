@@ -1,16 +1,19 @@
 """What tests share: small recipes and corpora, and real processes."""
 
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+FORKED = Path(__file__).with_name("forked_script.py")
 TINY = {
     "run_dir": "RUN",
     "model": {
@@ -83,8 +86,16 @@ def longspan():
     return run
 
 
+@pytest.fixture(scope="session")
+def forks():
+    """Processes that are forked from one that has imported what a rank needs: that alone takes longer than most of them run."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["longspan.launch.cli", "longspan.trainer.loop", "longspan.trainer.megatron"])
+    return context
+
+
 @pytest.fixture
-def ranks():
+def ranks(forks, tmp_path):
     """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
     They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
@@ -95,24 +106,28 @@ def ranks():
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, args)],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(count)
-        ]
-        try:  # all pipes at once: a rank that writes much must not wait for the one before it
-            with ThreadPoolExecutor(count) as readers:
-                written = list(readers.map(lambda process: process.communicate(timeout=400), processes))
+        streams = Path(tempfile.mkdtemp(dir=tmp_path))
+        processes, files = [], []
+        for rank in range(count):
+            files.append((str(streams / f"{rank}.out"), str(streams / f"{rank}.err")))
+            given = {
+                "script": str(script),
+                "arguments": [str(arg) for arg in args],
+                "environment": {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                "streams": files[-1],
+            }
+            processes.append(forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given})))
+            processes[-1].start()
+        try:
+            for process in processes:
+                process.join(400)
         finally:
             for process in processes:
                 process.kill()
+                process.join()
+        written = [tuple(Path(file).read_text() for file in own) for own in files]
         for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
-            assert status in (None, process.returncode), f"rank {rank} of {count}: {process.returncode}\n{error[-3000:]}"
+            assert status in (None, process.exitcode), f"rank {rank} of {count}: {process.exitcode}\n{error[-3000:]}"
         return written
 
     return run

@@ -61,13 +61,13 @@ def compiled(arch: int, dim: int, cases: list[str]) -> list[dict]:
 
 def test_what_it_cannot_do_is_refused(monkeypatch):
     import torch
-    from longspan.attention import linear_attention, linear_triton
+    from longspan.attention import linear_attention, linear_triton, triton_device
 
     x = torch.zeros(1, 4, 2, 8)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="backend triton needs CUDA, but q is on cpu; use torch"):
             linear_attention(x, x, x, backend="triton")
-    monkeypatch.setattr(linear_triton, "INTERPRETED", True)
+    monkeypatch.setattr(triton_device, "INTERPRETED", True)
     assert linear_triton.refusal(x, x, x, torch.zeros(2), None) is None
     wide = torch.zeros(1, 4, 2, 160)
     for arguments, reason in [

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ TINY = {
     "metrics": {"log_interval": 1},
 }
 SMOKE = ["training.steps=600", "optimizer.lr=3e-3"]
-SMOKE_LIMITS = {"full": (0.95, 1.0), "window": (0.0, 0.1), "deltanet": (0.9, 1.0)}
+SMOKE_LIMITS = {"deltanet": (0.9, 1.0), "full": (0.95, 1.0), "window": (0.0, 0.1)}  # the slowest first
 """Of the accuracy at 8 pairs in 64 tokens, for each recipe of mqar/."""
 
 
@@ -443,13 +444,20 @@ def test_the_table_has_the_best_learning_rate_in_the_hardest_trained_setting(mon
     assert "Chance is 0.0078" in table
 
 
-@pytest.mark.parametrize("name", SMOKE_LIMITS)
-def test_mqar_smoke(longspan, tmp_path, name):
+def test_mqar_smoke(longspan, tmp_path):
     """What a mixer can remember shows within a minute: attention answers, a window that has lost the pairs does not."""
-    done = longspan("train", f"mqar/{name}", f"run_dir={tmp_path}", *SMOKE, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    done = longspan("eval", "mqar", tmp_path, "--lengths", "64", "--pairs", "8", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "eval" / "mqar.json").read_text())["settings"]
-    least, most = SMOKE_LIMITS[name]
-    assert least <= row["accuracy"] <= most
+
+    def reached(name):
+        run = tmp_path / name
+        for command in (
+            ["train", f"mqar/{name}", f"run_dir={run}", *SMOKE],
+            ["eval", "mqar", run, "--lengths", "64", "--pairs", "8"],
+        ):
+            done = longspan(*command, OMP_NUM_THREADS="1")
+            assert done.returncode == 0, done.stderr
+        (row,) = json.loads((run / "eval" / "mqar.json").read_text())["settings"]
+        return row["accuracy"]
+
+    with ThreadPoolExecutor(2) as cores:
+        accuracy = dict(zip(SMOKE_LIMITS, cores.map(reached, SMOKE_LIMITS), strict=True))
+    assert all(least <= accuracy[name] <= most for name, (least, most) in SMOKE_LIMITS.items()), accuracy

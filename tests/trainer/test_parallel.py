@@ -38,7 +38,7 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], PAIRS),
         pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
         (["model.tie_word_embeddings=true"], CONTEXT),
-        ([PATTERNS], HEADS),
+        pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
         ([*LINEAR, FEWER], STATES),
         pytest.param([*LINEAR, FEWER], MORE_STATES, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
