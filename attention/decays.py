@@ -8,9 +8,11 @@ from torch import Tensor
 
 
 def minimax(heads: int, layer: int, layers: int) -> Tensor:
-    """MiniMax-01's and TransNormerLLM's (`minimax` in transformers): ALiBi's geometric slopes ``2^(-8 (h + 1) / heads)``.
+    """MiniMax-01's (`minimax` in transformers): ALiBi's geometric slopes ``2^(-8 (h + 1) / heads)``.
 
-    Weaker from layer to layer (from 0), all but gone in the last.
+    Weaker from layer to layer (from 0), all but gone in the last. TransNormerLLM's code has the same for numbers of heads that
+    are powers of two, but for what is left in the last layer, 1e-5 of the slopes against 1.3e-5; for others it interleaves the
+    slopes of two powers of two.
     """
     slopes = 2 ** (-8 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
     return -(slopes * (1 - layer / (layers - 1 + 1e-5) + 1e-5)).float()

@@ -22,7 +22,8 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor 
     if documents is None:
         return None
     if documents.shape != shape or documents.is_floating_point():
-        raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {tuple(documents.shape)}")
+        found = f"{str(documents.dtype).removeprefix('torch.')} of shape {tuple(documents.shape)}"
+        raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {found}")
     return documents if len(document_spans(documents)) > len(documents) else None
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import accumulation_dtype
+
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """Of each number, positive: ``elu(x) + 1`` (arXiv 2006.16236 eq. 7)."""
@@ -34,10 +36,14 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
         weight: ``[heads, dim, dim]``, the identity at first.
     """
     x = 2 * torch.einsum("...hd,hed->...he", x, weight)
-    return torch.cat([x, -x], -1).float().softmax(-1).to(x.dtype)
+    return torch.cat([x, -x], -1).to(accumulation_dtype(x)).softmax(-1).to(x.dtype)
 
 
 def l2_normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(|x|^2 + eps)`` over the last dim, in fp32 (fp64 for fp64), as the published delta-rule models."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(accumulation_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+MAPS = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalised}
+"""Those without parameters, by the names that mixers have for them."""

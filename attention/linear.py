@@ -127,7 +127,8 @@ def check_linear(
     check_backend(backend, BACKENDS)
     check_dims(q=q, k=k, v=v)
     if k.shape != q.shape or v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"shapes do not fit: k must have that of q, and v their batch and time, got {shapes}")
     heads, key_heads, key_dim = v.shape[2], q.shape[2], q.shape[3]
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"v has {heads} heads, which must be a multiple of the {key_heads} of q and k")
@@ -141,7 +142,7 @@ def check_linear(
         raise ValueError(f"beta must have shape {per_token}, got {tuple(beta.shape)}")
     expected = (v.shape[0], heads, key_dim, v.shape[3])
     if state is not None and state.shape != expected:
-        raise ValueError(f"state must be {expected}, got {tuple(state.shape)}")
+        raise ValueError(f"state must have shape {expected}, got {tuple(state.shape)}")
 
 
 def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> ModuleType:
@@ -153,8 +154,11 @@ def _choose(backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None,
     else:
         names = ("triton", "fla", "torch") if q.is_cuda else ("torch",)
     for name in names:
-        module = import_module(BACKENDS[name], __package__)
-        reason = module.refusal(q, k, v, decay, beta)
+        try:
+            module = import_module(BACKENDS[name], __package__)
+            reason = module.refusal(q, k, v, decay, beta)
+        except ModuleNotFoundError as error:
+            reason = f"needs the package {error.name}; install it, or use torch"
         if not reason:
             return module
     raise ValueError(f"backend {name} {reason}")

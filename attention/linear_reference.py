@@ -13,7 +13,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor 
 def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.linear.linear_attention`."""
     dtype, group = accumulation_dtype(q), v.shape[2] // q.shape[2]
-    q, k, v, state = (q * scale).to(dtype), k.to(dtype), v.to(dtype), state.to(dtype)
+    q, k, v, decay, beta, state = (x if x is None else x.to(dtype) for x in (q, k, v, decay, beta, state))
+    q = q * scale
     q, k = q.repeat_interleave(group, 2), k.repeat_interleave(group, 2)
     outs = []
     for t in range(q.shape[1]):
@@ -21,10 +22,10 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
             same = (documents[:, t] == documents[:, t - 1])[:, None, None, None]
             state = torch.where(same, state, torch.zeros_like(state))
         if decay is not None:
-            state = _of_token(decay.to(dtype), t) * state
+            state = _of_token(decay, t) * state
         value = v[:, t]
         if beta is not None:
-            value = beta.to(dtype)[:, t, :, None] * (value - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
+            value = beta[:, t, :, None] * (value - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
         state = state + k[:, t, :, :, None] * value[:, :, None]
         outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
     return torch.stack(outs, 1) if outs else v[:, :0], state

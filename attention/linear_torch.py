@@ -22,6 +22,7 @@ from .arguments import accumulation_dtype
 from .decays import after
 
 _CHUNK = 64
+_STRONGEST = -800.0
 _SEGMENT = 512
 """Tokens whose intermediate results exist at one time: those of a longer sequence are made again for backward."""
 
@@ -41,9 +42,8 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
     pieces = zip(*([None] * len(parts) if x is None else x.split(parts, 1) for x in per_token), strict=True)
     outs = []
     state = state.to(dtype).unflatten(1, (q.shape[2], -1))
-    for (start, stop), (*tokens, gates) in zip(pairwise(edges), pieces, strict=True):
-        same = None if documents is None else _SameDocument.of(documents, start, stop)
-        arguments = (*tokens, decay if gates is None else gates, scale, state, same)
+    for start, (*tokens, gates) in zip(edges, pieces, strict=False):
+        arguments = (*tokens, decay if gates is None else gates, scale, state, documents, start)
         if len(parts) > 1 and torch.is_grad_enabled():
             out, state = _Again.apply(*arguments)
         else:
@@ -71,9 +71,13 @@ class _Again(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         arguments = [next(saved).detach() if other is None else other[0] for other in ctx.others]
         wanted = [x.requires_grad_() for x, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed]
-        with torch.enable_grad():
-            results = _segment(*arguments)
-        found = iter(torch.autograd.grad(results, wanted, gradients))
+        with torch.autocast(wanted[0].device.type, enabled=False):
+            with torch.enable_grad():
+                results = _segment(*arguments)
+            # The last state does not depend on the queries.
+            used = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
+            outputs, upstream = zip(*used, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, upstream))
         return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
@@ -98,12 +102,13 @@ class _SameDocument(NamedTuple):
         return cls(found[0][:, None, None], *(x[:, None, None, ..., None] for x in found[1:]))
 
 
-def _segment(q, k, v, beta, decay, scale, state, same: _SameDocument | None) -> tuple[Tensor, Tensor]:
-    """Tokens ``[batch, time, heads, dim]``, the state ``[batch, key heads, group, key_dim, value_dim]``.
+def _segment(q, k, v, beta, decay, scale, state, documents: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    """Tokens ``[batch, time, heads, dim]`` from ``start`` on, the state ``[batch, key heads, group, key_dim, value_dim]``.
 
     Inside, tensors are ``[batch, key heads, group, chunks, tokens, dim]``; those of keys have a group of one.
     """
     dtype, key_heads, size = state.dtype, q.shape[2], min(_CHUNK, q.shape[1])
+    same = None if documents is None else _SameDocument.of(documents, start, start + q.shape[1])
 
     def chunked(x: Tensor) -> Tensor:
         x = x.to(dtype).unflatten(2, (key_heads, -1)).unflatten(1, (-1, size))
@@ -145,8 +150,9 @@ def _log_decay(decay: Tensor | None, chunked, key_heads: int, size: int, dtype: 
 
 
 def _pair_decays(log: Tensor) -> Tensor:
-    """``D`` ``[..., tokens, tokens]`` of one decay per token; 1 on the diagonal and above."""
-    total = log.double().cumsum(-2)  # differences of large sums
+    """``D`` ``[..., tokens, tokens]`` of one decay per token; 1 on the diagonal, 0 above."""
+    # Differences of large sums: in fp64, and without more than makes exp() 0 there.
+    total = log.double().clamp(min=_STRONGEST).cumsum(-2)
     return (total - total.mT).to(log.dtype).tril(-1).exp().tril()
 
 
@@ -195,7 +201,8 @@ class _Inverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> Tensor:
         (found,) = ctx.saved_tensors
-        return -(found.mT @ gradient @ found.mT)
+        with torch.autocast(found.device.type, enabled=False):
+            return -(found.mT @ gradient @ found.mT)
 
 
 def _states(state: Tensor, added: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:

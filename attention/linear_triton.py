@@ -271,6 +271,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor 
         return "takes one decay per head, not one per key dim; use fla or torch"
     if {q.dtype, k.dtype, v.dtype} not in ({torch.float32}, {torch.float16}, {torch.bfloat16}):
         return f"takes q, k and v all in bf16, fp16 or fp32, not in {q.dtype}, {k.dtype} and {v.dtype}; use torch"
+    if v.shape[0] * v.shape[2] > _MOST_HEADS:
+        return f"takes at most {_MOST_HEADS:,} heads in all rows of a batch, not {v.shape[0] * v.shape[2]:,}; use fla or torch"
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
         return f"takes head dims up to {MAX_DIM}, not {max(q.shape[-1], v.shape[-1])}; use fla or torch"
     return None
@@ -310,7 +312,7 @@ class _Linear(torch.autograd.Function):
         q, k, v = map(unit_stride, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         segment = _segment(v.shape[1], v.shape[0] * v.shape[2] * triton.cdiv(v.shape[3], _size(q, v).block), v.device)
-        walks = _Walks(decay.float().contiguous(), documents, scale, segment)
+        walks = _Walks(decay.float().clamp(min=STRONGEST.value).contiguous(), documents, scale, segment)
         with torch.cuda.device_of(v):
             states = walks.states(k, v, state)
             out = walks.out(q, k, v, states, v.dtype)
@@ -354,7 +356,7 @@ class _Walks:
 
     def states(self, y: Tensor, z: Tensor, first: Tensor, reverse: bool = False) -> Tensor:
         """At the edges of segments: fp32 ``[segments + 1, batch, heads, key_dim, value_dim]``, ``first`` among them."""
-        segments, dims = triton.cdiv(z.shape[1], self.segment), first[0, 0].numel()
+        segments, dims = triton.cdiv(z.shape[1], self.segment), first.shape[2] * first.shape[3]
         states = torch.empty(segments + 1, *first.shape, dtype=torch.float32, device=first.device)
         states[-1 if reverse else 0] = first
         carry = states.new_empty(segments, *first.shape[:2])
@@ -417,3 +419,4 @@ _CHUNK = 64
 _SHORTEST, _LONGEST = 512, 4096
 _PROGRAMS = 4  # for each processor of the GPU
 _CARRIED = 1024  # numbers of a state in one program
+_MOST_HEADS = 65535  # programs along the second axis of a launch

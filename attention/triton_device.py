@@ -32,8 +32,11 @@ def no_device(x: Tensor) -> str | None:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether the chip's bulk copies can take rows from these."""
-    return all(x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors)
+    """Whether the chip's bulk copies can take rows from these, each a row of its own."""
+    return all(
+        x.stride(1) > 0 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+        for x in tensors
+    )
 
 
 def on_its_device(function: Callable) -> Callable:

@@ -181,7 +181,9 @@ def _result(run: Run, examples: int) -> dict | None:
     if not folder.mqar.is_file():
         return None
     found = json.loads(folder.mqar.read_text())
-    if found["step"] != run.recipe.training.steps:
+    asked = [(row["length"], row["pairs"]) for row in found["settings"]]
+    wanted = [(setting.length, setting.pairs) for setting in default_settings(run.recipe)]
+    if found["step"] != run.recipe.training.steps or asked != wanted or found.get("seed", 0):  # or somebody's own questions
         return None
     if found["examples"] != examples:
         raise UserError(f"--examples: {examples}, but {folder.path} was asked {found['examples']}; use that or another --work")

@@ -22,6 +22,8 @@ def eval_mqar(options: Namespace) -> None:
     lengths = options.lengths and numbers("--lengths", options.lengths)
     pairs = options.pairs and numbers("--pairs", options.pairs)
     settings = settings_of(folder.recipe, lengths, pairs)
+    if not os.access(folder.mqar if folder.mqar.exists() else folder.path, os.W_OK):
+        raise UserError(f"{folder.mqar}: cannot be written")
     from ..trainer.generate import load_for_inference  # bad input is told before torch is imported
     from ..trainer.mqar_accuracy import evaluate_mqar
 

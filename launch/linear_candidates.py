@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import decays
-from ..attention.feature_maps import elu_plus_one, hedgehog, l2_normalised, taylor
+from ..attention.feature_maps import MAPS, hedgehog
 from ..attention.linear import linear_attention, normalised
 from ..trainer.linear_blocks import LinearAttentionBlock, LinearDesign
 from ..trainer.recipe import AnyBlock
@@ -115,4 +115,4 @@ def _features(design: LinearDesign, x: Tensor) -> Tensor:
     """Of queries or keys; those of normalised mixers make weights that are positive."""
     if design.feature_map == "hedgehog":
         return hedgehog(x, torch.eye(design.key_dim, dtype=x.dtype, device=x.device).expand(design.heads, -1, -1))
-    return {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalised}[design.feature_map](x)
+    return MAPS[design.feature_map](x)

@@ -264,6 +264,8 @@ def out_folder(options: Namespace) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be made: {error}") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out: {out} cannot be written to")
     return out
 
 

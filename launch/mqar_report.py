@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import textwrap
 from collections.abc import Iterator
@@ -48,6 +49,9 @@ class MQARReport:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out: {out.parent} cannot be made: {error.strerror}") from None
+        for path in (self._json, self._page, self._picture):
+            if path.is_dir() or not os.access(path if path.exists() else out.parent, os.W_OK):
+                raise UserError(f"--out: {path} cannot be written")
         self._page_with("")
 
     def write(self, recipes: dict[str, Recipe], results: list[dict]) -> str:
@@ -67,7 +71,10 @@ class MQARReport:
         return f"{table}\n\n{self._json}, {self._page} and {self._picture} have it"
 
     def _page_with(self, table: str) -> str:
-        text = self._page.read_text() if self._page.exists() else f"{BEGIN}\n{END}\n"
+        try:
+            text = self._page.read_text() if self._page.exists() else f"{BEGIN}\n{END}\n"
+        except UnicodeDecodeError:
+            raise UserError(f"{self._page}: is no UTF-8 text") from None
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not (begin and end):

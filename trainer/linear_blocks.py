@@ -141,7 +141,8 @@ class LightningBlock(LinearAttentionBlock):
     ``minimax`` (arXiv 2501.08313 sec. 2.2; `minimax` in transformers): SiLU of queries, keys and values, RMSNorm over all heads
     together, a sigmoid gate. ``transnormer`` (arXiv 2307.14995): SiLU of queries and keys, a norm without weight, a gate
     without activation, and in the first layer LRPE, a rotation with learned angles; TransNormerLLM also has
-    ``mlp_activation: identity``.
+    ``mlp_activation: identity``. MiniMax's code fixes the eps of its inner norm at 1e-6, which is here the model's; the norms
+    of TransNormerLLM's layers have no weight, ours do.
     """
 
     mixer: Literal["lightning"]
@@ -164,7 +165,8 @@ class LightningBlock(LinearAttentionBlock):
 class RetentionBlock(LinearAttentionBlock):
     """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a norm per head, a SiLU gate.
 
-    Rotary positions stand for xPos, whose magnitudes are the decay; RMSNorm for GroupNorm, as in the authors' code.
+    Rotary positions stand for xPos, whose magnitudes are the decay; RMSNorm for GroupNorm, as in the authors' code. That code
+    also divides weights by their sums, which the norm takes back, and spaces its angles as ``linspace`` does.
     """
 
     mixer: Literal["retention"]
@@ -179,7 +181,10 @@ class RetentionBlock(LinearAttentionBlock):
 
 
 class SimpleGLABlock(LinearAttentionBlock):
-    """Gated linear attention with one decay per head and token (arXiv 2312.06635 sec. 4.4; fla's `simple_gla`)."""
+    """Gated linear attention with one decay per head and token (arXiv 2312.06635 sec. 4.4).
+
+    fla's `simple_gla` by default has a short convolution and a bias in its gate, which the paper has not.
+    """
 
     mixer: Literal["simple_gla"]
 
@@ -230,9 +235,9 @@ class _ConvolvedBlock(LinearAttentionBlock):
 
 
 class Mamba2Block(_ConvolvedBlock):
-    """Mamba-2 (arXiv 2405.21060 sec. 5-7): queries and keys (C and B) that heads share, values times their step, a skip.
+    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): queries and keys (C and B) that heads share, values times their step.
 
-    The norm is of the gated output, and of the heads of one key head together.
+    Each head adds a multiple of its values. The norm is of the gated output, and of the heads of one key head together.
     """
 
     mixer: Literal["mamba2"]
@@ -251,7 +256,7 @@ class Mamba2Block(_ConvolvedBlock):
 
 
 class DeltaNetBlock(_ConvolvedBlock):
-    """DeltaNet (arXiv 2406.06484): what a key recalls is replaced, not added to. Keys and queries of unit length."""
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
 
     mixer: Literal["deltanet"]
     allow_negative_eigenvalues: bool = False
@@ -264,7 +269,7 @@ class DeltaNetBlock(_ConvolvedBlock):
 
 
 class GatedDeltaNetBlock(DeltaNetBlock):
-    """Gated DeltaNet (arXiv 2412.06464): the delta rule after a decay per head and token; `qwen3_next`, `olmo_hybrid`."""
+    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`, `olmo_hybrid`."""
 
     mixer: Literal["gated_deltanet"]
     num_key_heads: Positive | None = None
@@ -280,9 +285,9 @@ class GatedDeltaNetBlock(DeltaNetBlock):
 
 
 class KDABlock(DeltaNetBlock):
-    """Kimi Delta Attention (arXiv 2510.26692): the delta rule after a decay of each key; `kimi_linear`.
+    """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key; `kimi_linear`.
 
-    Decays and the sigmoid gate come from projections of low rank, that of a head's dims.
+    Decays and the sigmoid gate come from projections of low rank, that of a head's dims; without a bias, which fla's gate has.
     """
 
     mixer: Literal["kda"]

@@ -65,8 +65,17 @@ def state_bytes(model: Model, length: int, layer: int | None = None, element: in
         return element * (state + max(0, design.conv_kernel - 1) * design.conv_channels)
     assert isinstance(block, SoftmaxBlock)
     chosen = isinstance(block, MoBABlock)
-    seen = model.kv_heads * length if chosen else _pairs(model, block, length) - _pairs(model, block, length - 1)
+    seen = model.kv_heads * length if chosen else sum(_kept(model, block, length, head) for head in range(model.kv_heads))
     return element * seen * 2 * model.kv_channels
+
+
+def _kept(model: Model, block: SoftmaxBlock, length: int, head: int) -> int:
+    """Of ``length`` keys those that its last query sees, or a later one within a period of the pattern."""
+    pattern = block.attention_pattern(model.kv_heads)
+    relative = [rule for rule in pattern.rules(head) if rule.relative]
+    last = length + max((rule.block * rule.step for rule in relative), default=0)
+    parts = (part.positions() for part in pattern.need(length - 1, last, head))
+    return sum(int((positions < length).sum()) for positions in parts)
 
 
 def flops_per_token(model: Model, length: int, layer: int) -> float:

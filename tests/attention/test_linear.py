@@ -71,6 +71,52 @@ def test_segments_hand_their_state_on(family, documents, monkeypatch):
     assert max(found.values()) < 1e-10, found
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segments_of_several_chunks(family, monkeypatch):
+    monkeypatch.setattr("longspan.attention.linear_torch._SEGMENT", 128)
+    documents = document_ids([[17, 100, 150, 33], [128, 64, 108]])
+    found = errors(on("torch"), make(family, 300), scale=0.7, documents=documents)
+    assert max(found.values()) < 1e-10, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_input_alone_may_want_a_gradient(family):
+    given = make(family)
+    out, _ = run(**given)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    expected = torch.autograd.grad(out, list(given.values()), upstream)
+    for name, gradient in zip(given, expected, strict=True):
+        one = {other: x.detach().requires_grad_(other == name) for other, x in given.items()}
+        (found,) = torch.autograd.grad(run(**one)[0], [one[name]], upstream)
+        assert torch.equal(found, gradient), name
+
+
+@pytest.mark.parametrize("strongest", [-1e4, -1e30, -torch.inf])
+@pytest.mark.parametrize("family", ["constant", "scalar", "vector", "gated delta", "gated delta by key"])
+def test_decays_that_leave_nothing(family, strongest):
+    """They hide what was before, and no digit of the others."""
+    given = make(family)
+    decay = given["decay"].detach().clone()
+    decay.view(-1)[1::7] = strongest
+    given["decay"] = decay.requires_grad_()
+    for dtype, tolerance in TOLERANCE.items():
+        cast = {name: x.detach().to(dtype).requires_grad_() for name, x in given.items()}
+        found = errors(on("torch"), cast)
+        assert max(found.values()) < tolerance, (dtype, found)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shape", [{"length": 0}, {"batch": 0}, {"length": 0, "batch": 0}], ids=str)
+def test_nothing_to_do(family, shape, backend):
+    given = make(family, **shape)
+    out, state = run(**given, backend=backend)
+    assert out.shape == given["v"].shape
+    assert torch.equal(state, given["state"])
+    gradients = torch.autograd.grad(out.sum() + state.sum(), list(given.values()), allow_unused=True)
+    assert torch.equal(gradients[list(given).index("state")], torch.ones_like(state))
+
+
 @pytest.mark.parametrize(
     "shape", [{"heads": 1, "key_heads": 1}, {"heads": 6, "key_heads": 2}, {"dim": 5, "value_dim": 16}], ids=str
 )
@@ -161,14 +207,36 @@ def test_bf16_accumulates_in_fp32(family):
     assert (state - exact[1]).norm() / exact[1].norm() < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_gradients(family, backend):
+    """Of all inputs, with documents and a scale that bf16 cannot hold."""
+    options = {"scale": 24**-0.5, "documents": document_ids(DOCUMENTS["edges"])}
+    given = make(family, dtype=torch.float32)
+    low = {n: x.detach().to(x.dtype if n in ("decay", "state") else torch.bfloat16).requires_grad_() for n, x in given.items()}
+    wide = {name: x.detach().double().requires_grad_() for name, x in low.items()}
+    (out, state), (exact, last) = run(**low, **options, backend=backend), recurrence(**wide, **options)
+    assert (out - exact).norm() / exact.norm() < 5e-3
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ours = torch.autograd.grad((out, state), list(low.values()), (upstream, torch.ones_like(state)))
+    theirs = torch.autograd.grad((exact, last), list(wide.values()), (upstream.double(), torch.ones_like(last)))
+    for name, a, b in zip(given, ours, theirs, strict=True):
+        assert (a - b).norm() / b.norm() < 5e-3, name
+
+
 def test_autocast_does_not_reach_it():
-    given = {name: x.detach() for name, x in make("gated delta", dtype=torch.float32).items()}
-    plain = run(**given)
+    given = make("gated delta", dtype=torch.float32)
+
+    def both():
+        results = run(**given)
+        return *results, *torch.autograd.grad(results, list(given.values()), [torch.ones_like(x) for x in results])
+
+    plain = both()
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(run(**given), plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(both(), plain, strict=True))
 
 
-def test_memory_is_that_of_a_segment(monkeypatch):
+def test_memory_is_that_of_a_segment():
     """Between forward and backward only inputs and states are kept, whatever a chunk's own results are."""
     given = make("gated delta by key", 1024, heads=2, key_heads=2, batch=1)
     kept = []
@@ -183,10 +251,10 @@ def test_memory_is_that_of_a_segment(monkeypatch):
         ({"decay": torch.zeros(2)}, r"decay must have shape \(3,\), \(1, 6, 3\) or \(1, 6, 3, 4\), got \(2,\)"),
         ({"decay": torch.zeros(3, dtype=torch.bfloat16)}, "decay must be float32"),
         ({"beta": torch.zeros(1, 6, 3, 4)}, r"beta must have shape \(1, 6, 3\)"),
-        ({"state": torch.zeros(1, 3, 4, 5)}, r"state must be \(1, 3, 4, 4\)"),
+        ({"state": torch.zeros(1, 3, 4, 5)}, r"state must have shape \(1, 3, 4, 4\)"),
         ({"k": torch.zeros(1, 6, 2, 4)}, "shapes do not fit"),
         ({"v": torch.zeros(1, 6, 4, 4)}, "v has 4 heads, which must be a multiple of the 3 of q and k"),
-        ({"documents": torch.zeros(1, 5).int()}, r"documents must be integers of shape \(1, 6\)"),
+        ({"documents": torch.zeros(1, 5).int()}, r"documents must be integers of shape \(1, 6\), got int32 of shape \(1, 5\)"),
         ({"documents": torch.tensor([[0, 0, 1, 0, 0, 0]])}, "must not decrease"),
         ({"backend": "flash"}, "backend must be auto, torch, triton, fla or reference"),
         ({"backend": "triton"}, "backend triton needs CUDA, but q is on cpu; use torch"),

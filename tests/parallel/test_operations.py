@@ -294,7 +294,7 @@ def test_bf16_stays_close(threads):
     [
         ({"layout": Layout.zigzag(8, 3)}, "layout is over 3 ranks, but group has 2"),
         ({"layout": Layout.contiguous(10, 2)}, "layout gives rank . 5 tokens, but q has 4"),
-        ({"documents": torch.zeros(1, 4).int()}, r"documents must be integers of shape \(1, 8\), got \(1, 4\)"),
+        ({"documents": torch.zeros(1, 4).int()}, r"documents must be integers of shape \(1, 8\), got int32 of shape \(1, 4\)"),
         ({"documents": torch.tensor([[0, 1, 0, 1, 1, 1, 1, 1]])}, "must not decrease"),
         ({"backend": "cuda"}, "backend must be auto"),
     ],

@@ -39,9 +39,10 @@ def fixed(q, k, v, log):
     return decayed(q, k, v, torch.full((len(q), 1), log))
 
 
-def averaged(weights, v, eps=0.0):
+def averaged(weights, v):
+    """The papers' weighted means; our sums of weights have 1e-6 added to them."""
     weights = causal(weights)
-    return weights @ v / (weights.sum(-1, keepdim=True) + eps)
+    return weights @ v / (weights.sum(-1, keepdim=True) + 1e-6)
 
 
 def convolved(x, weight):
@@ -134,7 +135,7 @@ def hedgehog(x, w, model, layer):
 
     dim = model.kv_channels
     heads = zip(projected(x, w, dim, dim, dim), w["map_q"].split(dim), w["map_k"].split(dim), strict=True)
-    return back([averaged(phi(q, map_q) @ phi(k, map_k).T, v, eps=1e-6) for (q, k, v), map_q, map_k in heads], w)
+    return back([averaged(phi(q, map_q) @ phi(k, map_k).T, v) for (q, k, v), map_q, map_k in heads], w)
 
 
 def deltanet(x, w, model, layer, most=1):

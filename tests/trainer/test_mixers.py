@@ -314,7 +314,6 @@ FORMULAS = {
     ),
     "conv": ({"mixer": "conv", "conv_kernel": 5}, mixer_oracles.convolution, 0),
 }
-NORMALISED_BAR = 1e-6  # their sums of weights have 1e-6 added to them, the papers' have not
 
 
 @pytest.mark.parametrize(("block", "formula", "layer"), FORMULAS.values(), ids=FORMULAS)
@@ -324,13 +323,12 @@ def test_mixers_are_their_papers_formulas(build, block, formula, layer):
     x, sequence = packed()
     out = built.mixer(x.transpose(0, 1), sequence).transpose(0, 1)
     expected = one_by_one(x, lambda piece: formula(piece[0], weights, model, layer)[None])
-    bar = NORMALISED_BAR if block["mixer"] in ("linear", "based") else 1e-10
-    assert_close(out, expected, "output", bar)
+    assert_close(out, expected, "output")
     toward = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     names, parameters = ["x", *weights], [x, *weights.values()]
     ours, theirs = (torch.autograd.grad(y, parameters, toward) for y in (out, expected))
     for name, one, other in zip(names, ours, theirs, strict=True):
-        assert_close(one, other, name, bar)
+        assert_close(one, other, name)
 
 
 def test_an_mlp_without_activation(build):

@@ -1,4 +1,8 @@
-"""Log-decays as mixers have them: fixed, or made of the layer's input. All are fp32 whatever the model's dtype."""
+"""Log-decays as mixers have them: fixed, or made of the layer's input. All are computed in fp32 whatever the model's dtype.
+
+Learned rates and biases are parameters of the model's dtype like all others, with fp32 master weights; the authors' code of
+Mamba-2, Gated DeltaNet and KDA keeps these few in fp32.
+"""
 
 import math
 

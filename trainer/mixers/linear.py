@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
 
 from ...attention import apply_rotary
-from ...attention.feature_maps import elu_plus_one, hedgehog, l2_normalised, taylor
+from ...attention.feature_maps import MAPS, hedgehog
 from ...attention.linear import normalised
 from ...parallel import Sequence, linear_attention, short_convolution
 from ..linear_blocks import LinearAttentionBlock
@@ -108,8 +108,7 @@ class LinearAttention(Mixer):
             angles = sequence.positions[..., None, None] * self.angles.float()
             turns = torch.cat([angles.cos(), angles.sin()], -1).to(q.dtype)
             return q.repeat(1, 1, 1, 2) * turns, k.repeat(1, 1, 1, 2) * turns
-        maps = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalised}
-        return maps[design.feature_map](q), maps[design.feature_map](k)
+        return MAPS[design.feature_map](q), MAPS[design.feature_map](k)
 
     def _decay(self, hidden: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-decays, as linear attention takes them, and the steps ``[batch, time, local heads]`` where they have any."""
