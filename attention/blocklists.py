@@ -133,9 +133,10 @@ class BlockLists(Pattern):
         last = (query_stop - 1) // self.block
         return tuple(Blocks(b, 1, 1, self.block) for b in blocks if 0 <= b <= last)
 
-    def seen(self, length: int, head: int) -> int:
+    def visible(self, length: int, head: int) -> np.ndarray:
         at = torch.arange(length)
-        return sum(int(self.mask(rows, at, head + 1)[..., head, :, :].sum()) for rows in at.split(self.block))
+        shown = [self.mask(rows, at, head + 1)[..., head, :, :].sum(-1) for rows in at.split(self.block)]
+        return torch.cat([part.sum(0) if part.ndim == 2 else part for part in shown]).numpy()
 
     def covers(self, num_kv_heads: int) -> bool:
         blocks = torch.arange(self.lists.shape[-2]) * self.block

@@ -49,8 +49,12 @@ class Pattern(ABC):
         """
 
     @abstractmethod
+    def visible(self, length: int, head: int) -> np.ndarray:
+        """How many keys each query sees in a document of ``length`` tokens: int64 ``[length]``."""
+
     def seen(self, length: int, head: int) -> int:
         """How many pairs of query and key it shows among ``length`` tokens."""
+        return int(self.visible(length, head).sum())
 
     def density(self, length: int, num_kv_heads: int = 1) -> float:
         """Visible pairs as a share of the causal triangle over ``length`` tokens: the mean over heads."""
@@ -102,7 +106,7 @@ class Ruled(Pattern):
             found.append(run(band, query_stop, min(rule.block for rule in rules)))
         return tuple(found)
 
-    def seen(self, length: int, head: int) -> int:
+    def visible(self, length: int, head: int) -> np.ndarray:
         # The queries that see a key are one run from it on, under every rule that is not relative.
         keys = np.arange(length)
         end, relative = keys.copy(), []
@@ -117,15 +121,15 @@ class Ruled(Pattern):
             if rule.stop is not None:
                 shown &= keys < rule.stop
             end = np.where(shown, np.maximum(end, last), end)
-        total = int((end - keys).sum())
+        change = np.bincount(keys, minlength=length + 1) - np.bincount(end, minlength=length + 1)
         if relative:  # block by block of queries, those beyond the runs
             block = min(rule.block for rule in relative)
             for away in range(min(-(-length // block), max(reach_tokens(rule, length) // block for rule in relative) + 1)):
                 first = np.maximum((keys // block + away) * block, end)
                 last = np.minimum((keys // block + away + 1) * block, length)
-                sees = any_of(rule.mask(np.maximum(first, keys), keys) for rule in relative)
-                total += int(np.where(sees, np.maximum(last - first, 0), 0).sum())
-        return total
+                sees = any_of(rule.mask(np.maximum(first, keys), keys) for rule in relative) & (first < last)
+                change += np.bincount(first[sees], minlength=length + 1) - np.bincount(last[sees], minlength=length + 1)
+        return np.cumsum(change)[:length]
 
     def covers(self, num_kv_heads: int) -> bool:
         rules = {rule for h in range(num_kv_heads) for rule in self.rules(h)}

@@ -1,9 +1,7 @@
 """Softmax attention under a pattern: over documents, and in pieces of a sequence."""
 
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +59,14 @@ def attend(
         ValueError: naming the argument that does not fit, and what would.
     """
     check_attention(q, k, v, pattern, backend)
-    check_documents(documents, q.shape[:2])
+    documents = check_documents(documents, q.shape[:2])
     logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents)
-    work = Work.of(pattern, documents, [(0, q.shape[1])], q, k, v, logits, backend)
+    whole = [(slice(None), slice(0, q.shape[1]))]
+    each = whole if documents is None else [(slice(row, row + 1), slice(*at)) for row, *at in document_spans(documents)]
+    check_pattern(pattern, k.shape[2], q.shape[0], max(at.stop - at.start for _, at in each))
+    work = _Work(pattern, each, logits, choose_backend(backend, q, k, v, pattern, logits))
     out, lse = _Attend.apply(q, k, v, sinks, work)
     return (out, lse) if return_lse else out
 
@@ -107,87 +108,69 @@ def check_logits(
     return Logits(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sigmoid_bias)
 
 
+def check_pattern(pattern: Pattern, kv_heads: int, batch: int, longest: int) -> None:
+    """Refuse a pattern that says nothing of so many heads, or of documents so long."""
+    pattern.check(kv_heads, longest)
+    if isinstance(pattern, BlockLists):
+        pattern.check_batch(batch)
+
+
+def choose_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> str:
+    """The one to use, or a refusal of what it cannot do."""
+    if backend != "auto":
+        if refusal := load(backend).refusal(q, k, v, pattern, logits):
+            raise ValueError(f"backend {backend} {refusal}")
+        return backend
+    refusal = load("triton").refusal(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
+    if refusal and q.is_cuda:
+        warnings.warn(f"backend auto takes torch, which is slower here: triton {refusal}", stacklevel=3)
+    return "torch" if refusal else "triton"
+
+
 @dataclass(frozen=True)
-class Work:
-    """What to compute of an attention: stretches of queries, each with the keys of its document up to them."""
+class _Work:
+    """What to compute of an attention: each document by itself."""
 
     pattern: Pattern
-    stretches: list["Stretch"]
+    documents: list[tuple[slice, slice]]
+    """Rows of the batch and tokens of each; a single one where every row is a document."""
     logits: Logits
     backend: str
 
-    @classmethod
-    def of(
-        cls,
-        pattern: Pattern,
-        documents: Tensor | None,
-        segments: Iterable[tuple[int, int]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        logits: Logits,
-        backend: str,
-    ) -> "Work":
-        """For queries that are the tokens of ``segments`` of a sequence, with ``documents`` ``[batch, time]`` of the whole."""
-        stretches = list(_stretches([] if documents is None else document_spans(documents), q.shape[0], segments))
-        pattern.check(k.shape[2], max((stretch.keys.stop - stretch.keys.start for stretch in stretches), default=0))
+    def tile(self, rows: slice, at: slice) -> Tile:
+        """Where the tokens of a document stand in it."""
+        pattern, length = self.pattern, at.stop - at.start
         if isinstance(pattern, BlockLists):
-            pattern.check_batch(q.shape[0])
-        if backend == "auto":
-            refusal = load("triton").refusal(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
-            backend = "torch" if refusal else "triton"
-            if refusal and q.is_cuda:
-                warnings.warn(f"backend auto takes torch, which is slower here: triton {refusal}", stacklevel=3)
-        elif refusal := load(backend).refusal(q, k, v, pattern, logits):
-            raise ValueError(f"backend {backend} {refusal}")
-        return cls(pattern, stretches, logits, backend)
+            pattern = pattern.in_document(rows, at.start, at.stop)
+        return Tile(pattern, (Blocks(0, 1, length),), (Blocks(0, 1, length),), self.logits)
 
-    def tile(self, stretch: "Stretch") -> Tile:
-        """Where the rows of a stretch stand in their document."""
-        pattern = self.pattern
-        keys = stretch.keys.stop - stretch.keys.start
-        queries = stretch.queries.stop - stretch.queries.start
-        if isinstance(pattern, BlockLists):
-            pattern = pattern.in_document(stretch.rows, stretch.keys.start, stretch.keys.stop)
-        return Tile(pattern, (Blocks(keys - queries, 1, queries),), (Blocks(0, 1, keys),), self.logits)
-
-    def _is_one_tile(self, q: Tensor, k: Tensor) -> bool:
-        """Whether nothing needs to be cut out of the tensors, nor put together."""
-        return self.stretches == [Stretch(slice(None), slice(0, q.shape[1]), slice(0, k.shape[1]))]
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``q`` holds the segments' tokens, ``k`` and ``v`` the whole sequence; gives the output and log-sum-exp of ``q``."""
-        if self._is_one_tile(q, k):
-            (stretch,) = self.stretches
-            out, lse = tile_forward(q, k, v, self.tile(stretch), self.backend)
-        else:
-            out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
-            for stretch in self.stretches:
-                rows, queries, keys = stretch
-                parts = (q[rows, queries], k[rows, keys], v[rows, keys])
-                out[rows, queries], lse[rows, queries] = tile_forward(*parts, self.tile(stretch), self.backend)
-        if sinks is not None:
-            # One more key with value 0: the other weights shrink.
-            total = torch.logaddexp(lse, sinks.to(lse.dtype))
-            out, lse = out * (lse - total).nan_to_num(0.0).exp()[..., None].to(out.dtype), total
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The output and log-sum-exp of ``q``."""
+        if len(self.documents) == 1:
+            return tile_forward(q, k, v, self.tile(*self.documents[0]), self.backend)
+        out, lse = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+        for at in self.documents:
+            out[at], lse[at] = tile_forward(q[at], k[at], v[at], self.tile(*at), self.backend)
         return out, lse
 
-    def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> list[Tensor]:
-        """Gradients of ``q``, and of the whole ``k`` and ``v`` as these queries see them, in fp32 (fp64 for fp64)."""
-        if self._is_one_tile(q, k):
-            (stretch,) = self.stretches
-            return list(tile_backward(grad_out, q, k, v, out, lse, self.tile(stretch), self.backend, grad_lse))
-        dq, dk, dv = (torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v))
-        for stretch in self.stretches:
-            rows, queries, keys = stretch
-            parts = (grad_out[rows, queries], q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries])
-            own_grad_lse = None if grad_lse is None else grad_lse[rows, queries]
-            gradients = tile_backward(*parts, lse[rows, queries], self.tile(stretch), self.backend, own_grad_lse)
-            for total, at, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
-                total[rows, at] += gradient
-        return [dq, dk, dv]
+    def backward(self, grad_out: Tensor, grad_lse: Tensor | None, *saved: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64); ``saved`` are those, ``out`` and ``lse``."""
+        if len(self.documents) == 1:
+            return tile_backward(grad_out, *saved, self.tile(*self.documents[0]), self.backend, grad_lse)
+        dtype = accumulation_dtype(saved[0])
+        found = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in saved[:3])
+        for at in self.documents:
+            own_grad_lse = None if grad_lse is None else grad_lse[at]
+            gradients = tile_backward(grad_out[at], *(x[at] for x in saved), self.tile(*at), self.backend, own_grad_lse)
+            for whole, gradient in zip(found, gradients, strict=True):
+                whole[at] = gradient
+        return found
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and log-sum-exp with one more key in each row, whose value is 0: the other weights shrink."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype))
+    return out * (lse - total).nan_to_num(0.0).exp()[..., None].to(out.dtype), total
 
 
 def sinks_gradient(sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
@@ -197,37 +180,12 @@ def sinks_gradient(sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out
     return (weight * ((0.0 if grad_lse is None else grad_lse) - delta)).sum((0, 1)).to(sinks.dtype)
 
 
-class Stretch(NamedTuple):
-    """A stretch of queries in one document and the document's keys up to it."""
-
-    rows: slice
-    """Of the batch."""
-    queries: slice
-    """Among the tokens of all segments."""
-    keys: slice
-    """In the whole sequence: from the document's first token to the last query."""
-
-
-def _stretches(spans: list[tuple[int, int, int]], batch: int, segments: Iterable[tuple[int, int]]) -> Iterator[Stretch]:
-    if len(spans) <= batch:  # a document to each row: all rows at once
-        spans = [(None, 0, max((stop for _, stop in segments), default=0))]
-    for row, first, last in spans:
-        slot = 0
-        for start, stop in segments:
-            begin, end = max(first, start), min(last, stop)
-            if begin < end:
-                yield Stretch(
-                    slice(None) if row is None else slice(row, row + 1),
-                    slice(slot + begin - start, slot + end - start),
-                    slice(first, end),
-                )
-            slot += stop - start
-
-
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: Work):
-        out, lse = work.forward(q, k, v, sinks)
+    def forward(ctx, q, k, v, sinks, work: _Work):
+        out, lse = work.forward(q, k, v)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
         ctx.work = work
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)

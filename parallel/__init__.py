@@ -4,10 +4,23 @@
 the sequence.
 """
 
-from .convolution import short_convolution
-from .layout import Layout
-from .linear import linear_attention
-from .sequence import Sequence
-from .softmax import attend
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["Layout", "Sequence", "attend", "linear_attention", "short_convolution"]
+if TYPE_CHECKING:
+    from .convolution import short_convolution
+    from .layout import Layout
+    from .linear import linear_attention
+    from .schedule import Schedule
+    from .sequence import Sequence
+    from .softmax import attend
+
+__all__ = ["Layout", "Schedule", "Sequence", "attend", "linear_attention", "short_convolution"]
+_HOMES = {"attend": "softmax", "linear_attention": "linear", "short_convolution": "convolution"}
+
+
+def __getattr__(name: str):
+    """Looks where the name lives when it is asked for: a recipe's schedules are checked without waiting for torch."""
+    if name in __all__:
+        return getattr(import_module(f".{_HOMES.get(name, name.lower())}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,9 +43,27 @@ class Layout:
         edges = _edges(length, 2 * ranks, block)
         return cls(tuple(_not_empty(edges[rank], edges[-1 - rank]) for rank in range(ranks)))
 
+    @classmethod
+    def striped(cls, length: int, ranks: int, block: int = 1) -> "Layout":
+        """Rank ``r`` holds the blocks ``r, r + ranks, ...``; the last may be cut short."""
+        starts = range(0, length, block)
+        return cls(tuple(tuple((a, min(a + block, length)) for a in starts[rank::ranks]) for rank in range(ranks)))
+
     @property
     def ranks(self) -> int:
         return len(self.segments)
+
+    def grouped(self, size: int) -> "Layout":
+        """As if each ``size`` ranks in a row were one, which holds the tokens of all of them, ascending."""
+        merged = []
+        for first in range(0, self.ranks, size):
+            own: list[tuple[int, int]] = []
+            for start, stop in sorted(segment for rank in self.segments[first : first + size] for segment in rank):
+                if own and own[-1][1] == start:
+                    start = own.pop()[0]
+                own.append((start, stop))
+            merged.append(tuple(own))
+        return Layout(tuple(merged))
 
     @cached_property
     def in_order(self) -> list[tuple[int, int, int, int]]:
@@ -56,6 +75,28 @@ class Layout:
                 found.append((start, stop, rank, slot))
                 slot += stop - start
         return sorted(found)
+
+    @cached_property
+    def placed(self) -> list[list[tuple[int, int, int]]]:
+        """The segments of each rank: (start, stop, first slot)."""
+        found: list[list[tuple[int, int, int]]] = [[] for _ in self.segments]
+        for start, stop, rank, slot in self.in_order:
+            found[rank].append((start, stop, slot))
+        return found
+
+    @cached_property
+    def edges(self) -> np.ndarray:
+        """Where the segments begin, ascending."""
+        return np.array([start for start, _, _, _ in self.in_order], np.int64)
+
+    @cached_property
+    def holders(self) -> np.ndarray:
+        """The ranks that have them."""
+        return np.array([rank for _, _, rank, _ in self.in_order], np.int64)
+
+    def in_one_segment(self, start: int, stop: int) -> bool:
+        """Whether these tokens sit side by side."""
+        return self.in_order[int(np.searchsorted(self.edges, start, "right")) - 1][1] >= stop
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -95,4 +136,4 @@ def check_shard(layout: Layout, group: dist.ProcessGroup, tokens: int) -> None:
     if layout.ranks != group.size():
         raise ValueError(f"layout is over {layout.ranks} ranks, but group has {group.size()}")
     if tokens != layout.lengths[group.rank()]:
-        raise ValueError(f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but q has {tokens}")
+        raise ValueError(f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but it has {tokens}")

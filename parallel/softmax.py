@@ -1,4 +1,7 @@
-"""Softmax attention over the ranks that share a sequence."""
+"""Softmax attention over the ranks that share a sequence: one autograd node around exchanges and tiles."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -6,13 +9,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import attention
-from ..attention.blocklists import chosen_lists
+from ..attention.arguments import accumulation_dtype
+from ..attention.blocklists import BlockLists, chosen_lists
 from ..attention.documents import check_documents
-from ..attention.patterns import Pattern
+from ..attention.patterns import Causal, Pattern, Ruled
 from ..attention.selection import Selector
-from ..attention.softmax import Work, check_attention, check_logits, sinks_gradient
-from .exchange import gather_sequence, sum_home
+from ..attention.softmax import check_attention, check_logits, check_pattern, choose_backend, sinks_gradient, with_sinks
+from ..attention.tiles import Logits, Tile, merge_, tile_backward, tile_forward
+from .exchange import Homeward, Parcel, agree, as_columns, gather_sequence, new_rows
 from .layout import Layout, check_shard
+from .plan import Job, Plan, Stage, rows_of
+from .schedule import Schedule
+from .schedules import choose_schedule, key_of, plan_attention
 
 
 def attend(
@@ -30,7 +38,7 @@ def attend(
     sigmoid_bias: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-    schedule: str = "auto",
+    schedule: str | Schedule = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`longspan.attention.attend` of a sequence that is spread over ``group``; every rank calls it.
 
@@ -40,7 +48,8 @@ def attend(
         q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, ...]``, possibly none.
         layout: of the sequence over the ranks of ``group``.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
-        schedule: ``gather`` (all keys and values on every rank, their gradients sent home) or ``auto``.
+        schedule: how keys and values, or heads, move: see :class:`~longspan.parallel.Schedule`; ``auto`` is the one that
+            moves the least.
 
     Returns:
         This rank's tokens of the output (and log-sum-exp). Gradients are those of the sum of all ranks' losses; those of
@@ -51,17 +60,24 @@ def attend(
     """
     check_attention(q, k, v, pattern, backend)
     check_shard(layout, group, q.shape[1])
-    check_documents(documents, (q.shape[0], layout.length))
+    documents = check_documents(documents, (q.shape[0], layout.length))
     logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
-    if schedule not in ("auto", "gather"):
-        raise ValueError(f"schedule must be auto or gather, got {schedule!r}")
     if layout.ranks == 1:
         options = {"scale": scale, "sinks": sinks, "softcap": softcap, "sigmoid_bias": sigmoid_bias, "return_lse": return_lse}
         return attention.attend(q, k, v, pattern, documents=documents, backend=backend, **options)
+    kind = None if isinstance(pattern, BlockLists) else pattern
+    chosen = choose_schedule(schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3]))
+    rows = rows_of(documents, q.shape[0], layout.length)
+    closed_form = pattern if isinstance(pattern, Ruled) else None
+    plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
+    agree(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents, layout, group)
-    work = Work.of(pattern, documents, layout.segments[group.rank()], q, k, v, logits, backend)
-    out, lse = _GatherAttend.apply(q, k, v, sinks, work, layout, group)
+    check_pattern(pattern, k.shape[2], q.shape[0], max(stop - start for own in rows for start, stop in own.documents))
+    backend = choose_backend(backend, q, k, v, pattern, logits)
+    if backend == "flash" and max(map(len, layout.segments)) > 2:
+        raise ValueError("backend flash takes keys side by side, and this layout has each rank's in many pieces; use torch")
+    out, lse = _Attend.apply(q, k, v, sinks, _Work(plan, pattern, logits, backend, group), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -72,7 +88,7 @@ def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, 
     if any(start % block or (stop % block and stop != layout.length) for start, stop, _, _ in layout.in_order):
         raise ValueError(f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks")
     blocks = Layout(tuple(tuple((start // block, -(-stop // block)) for start, stop in own) for own in layout.segments))
-    slots = [(slot, slot + stop - start) for start, stop, rank, slot in layout.in_order if rank == group.rank()]
+    slots = [(slot, slot + stop - start) for start, stop, slot in layout.placed[group.rank()]]
     summaries = [selector.summaries(q[:, start:stop], k[:, start:stop]) for start, stop in slots]
     none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
     queries, keys = (torch.cat(parts, 1) for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,))))
@@ -80,30 +96,122 @@ def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, 
     return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents)
 
 
-class _GatherAttend(torch.autograd.Function):
-    """Exchange and tiles in one node, so that a rank whose result needs nothing of the others still joins backward's exchange.
+@dataclass(frozen=True)
+class _Work:
+    """A plan, and what its tiles are beside it."""
 
-    Keeps this rank's keys and values, and gathers them again for backward.
+    plan: Plan
+    pattern: Pattern
+    logits: Logits
+    backend: str
+    group: dist.ProcessGroup
+
+    def tile(self, job: Job) -> Tile:
+        pattern = Causal() if job.dense else self.pattern
+        if isinstance(pattern, BlockLists):
+            pattern = pattern.in_document(job.batch, *job.document)
+        first = self.plan.first_kv_head + job.heads.start
+        return Tile(pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits)
+
+    def stages(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+        """Each stage with its keys and values; while it is computed the next ones are on their way."""
+        kv, stages = torch.cat([k, v], -1).contiguous(), self.plan.stages
+        parcels = (stage.exchange and Parcel(kv, stage.exchange, self.plan.peers, self.group) for stage in stages)
+        coming = next(parcels)
+        for stage in stages:
+            parcel, coming = coming, next(parcels, None)
+            yield stage, *((k, v) if parcel is None else parcel.buffer().split([k.shape[3], v.shape[3]], -1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(q)
+        out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
+        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        for stage, keys, values in self.stages(k, v):
+            for job in stage.jobs:
+                rows, columns = self._places(job, q, k)
+                new = tile_forward(q[rows], keys[columns], values[columns], self.tile(job), self.backend)
+                if job.first:
+                    out[rows], lse[rows] = new
+                else:
+                    merge_(out[rows], lse[rows], *new, self.logits)
+        return out.to(q.dtype), lse
+
+    def backward(self, grad_out: Tensor, grad_lse: Tensor | None, q, k, v, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's tokens, summed over all ranks: in fp32 (fp64 for fp64)."""
+        dtype = accumulation_dtype(q)
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        total = k.new_zeros(*k.shape[:3], k.shape[3] + v.shape[3], dtype=dtype)
+        going = None
+        for stage, keys, values in self.stages(k, v):
+            rows = None if stage.exchange is None else new_rows(stage.exchange, total, dtype)
+            found = total if rows is None else as_columns(rows, stage.exchange, total)
+            dk, dv = found.split([k.shape[3], v.shape[3]], -1)
+            for job in stage.jobs:
+                own, columns = self._places(job, q, k)
+                parts = (grad_out[own], q[own], keys[columns], values[columns], out[own], lse[own])
+                own_grad_lse = None if grad_lse is None else grad_lse[own]
+                gradients = tile_backward(*parts, self.tile(job), self.backend, own_grad_lse)
+                for sums, at, gradient in zip((dq, dk, dv), (own, columns, columns), gradients, strict=True):
+                    sums[at] += gradient
+            if going is not None:
+                going.add_to(total)
+            going = None if rows is None else Homeward(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
+        if going is not None:
+            going.add_to(total)
+        return dq, *total.split([k.shape[3], v.shape[3]], -1)
+
+    @staticmethod
+    def _places(job: Job, q: Tensor, k: Tensor) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Where the tile's queries are, and its keys."""
+        each = q.shape[2] // k.shape[2]
+        heads = slice(job.heads.start * each, job.heads.stop * each)
+        return (job.batch, job.queries, heads), (job.batch, job.keys, job.heads)
+
+
+class _Attend(torch.autograd.Function):
+    """Exchanges and tiles in one node, so that a rank whose result needs nothing of the others still joins backward's exchange.
+
+    Keeps this rank's own tensors alone; keys and values of others are fetched again for backward.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: Work, layout: Layout, group: dist.ProcessGroup):
-        out, lse = work.forward(q, *_gather(k, v, layout, group), sinks)
-        ctx.work, ctx.layout, ctx.group = work, layout, group
+    def forward(ctx, q, k, v, sinks, work: _Work, return_lse: bool):
+        ctx.work, ctx.shape, ctx.return_lse = work, q.shape, return_lse
+        heads = work.plan.heads
+        if heads is not None:
+            q = heads.to_heads(q, heads.heads, work.group)
+            k, v = (heads.to_heads(x, heads.kv_heads, work.group) for x in (k, v))
+            sinks = None if sinks is None else sinks[heads.heads[heads.rank]]
+        out, lse = work.forward(q, k, v)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
+        if heads is not None:
+            out, own_lse = heads.to_tokens(out, heads.heads, work.group).to(q.dtype), None
+            if return_lse:
+                own_lse = heads.to_tokens(lse[..., None], heads.heads, work.group)[..., 0]
+            return out, own_lse
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        dq, dk, dv = ctx.work.backward(grad_out, grad_lse, q, *_gather(k, v, ctx.layout, ctx.group), out, lse)
-        home = sum_home(torch.cat([dk, dv], -1), ctx.layout, ctx.group, wire=k.dtype).to(k.dtype)
+        work, heads = ctx.work, ctx.work.plan.heads
+        grad_out = out.new_zeros(ctx.shape[:3] + v.shape[3:]) if grad_out is None else grad_out
+        if heads is not None:
+            grad_out = heads.to_heads(grad_out, heads.heads, work.group)
+            if ctx.return_lse:  # a collective, also for a rank whose loss has no part of it
+                grad_lse = lse.new_zeros(ctx.shape[:3]) if grad_lse is None else grad_lse
+                grad_lse = heads.to_heads(grad_lse[..., None], heads.heads, work.group)[..., 0]
+        gradients = work.backward(grad_out, grad_lse, q, k, v, out, lse)
         dsinks = None if sinks is None else sinks_gradient(sinks, grad_out, grad_lse, out, lse)
-        return dq.to(q.dtype), *home.split([k.shape[-1], v.shape[-1]], -1), dsinks, None, None, None
-
-
-def _gather(k: Tensor, v: Tensor, layout: Layout, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    return gather_sequence(torch.cat([k, v], -1), layout, group).split([k.shape[-1], v.shape[-1]], -1)
+        if heads is not None:
+            shares = (heads.heads, heads.kv_heads, heads.kv_heads)
+            pairs = zip(gradients, shares, strict=True)
+            gradients = [heads.to_tokens(gradient.to(q.dtype), share, work.group) for gradient, share in pairs]
+            if sinks is not None:
+                own, dsinks = dsinks, dsinks.new_zeros(ctx.shape[2])
+                dsinks[heads.heads[heads.rank]] = own
+        return *(gradient.to(q.dtype) for gradient in gradients), dsinks, None, None

@@ -16,6 +16,20 @@ def test_a_layout_is_a_bijection_with_edges_on_blocks(kind, length, ranks, block
     assert torch.equal(layout.unshard([layout.shard(x, rank) for rank in range(ranks)]), x)
 
 
+def test_striped_deals_the_blocks_out():
+    layout = Layout.striped(22, 3, 4)
+    assert layout.segments == (((0, 4), (12, 16)), ((4, 8), (16, 20)), ((8, 12), (20, 22)))
+    x = torch.randn(2, 22, 3)
+    assert torch.equal(layout.unshard([layout.shard(x, rank) for rank in range(3)]), x)
+
+
+def test_ranks_in_a_row_are_as_one():
+    assert Layout.zigzag(16, 4).grouped(2).segments == (((0, 4), (12, 16)), ((4, 12),))
+    assert Layout.contiguous(10, 4).grouped(4) == Layout.contiguous(10)
+    assert Layout.striped(24, 4, 2).grouped(2).segments[1] == ((4, 8), (12, 16), (20, 24))
+    assert Layout((((0, 1),), (), ((1, 3),), ((3, 4),))).grouped(2).segments == (((0, 1),), ((1, 4),))
+
+
 def test_contiguous_is_in_order_and_zigzag_pairs_the_ends():
     assert Layout.contiguous(8, 2).segments == (((0, 4),), ((4, 8),))
     assert Layout.zigzag(8, 2).segments == (((0, 2), (6, 8)), ((2, 4), (4, 6)))

@@ -51,7 +51,8 @@ def on_one(operation, inputs, upstream):
 
 
 def worst(ours, expected):
-    return max(float((a - b).norm() / b.norm().clamp(min=1)) for a, b in zip(ours, expected, strict=True))
+    errors = [(a - b).norm() / b.norm().clamp(min=1) for a, b in zip(ours, expected, strict=True)]
+    return float(torch.stack(errors).double().max())  # NaN, if there is any
 
 
 def softmax_errors(threads, layout, pattern, documents, heads=4, kv_heads=2, value_dim=8, reference="reference", **mutation):
@@ -76,7 +77,9 @@ FAMILIES = {
 }
 
 
-def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), family="constant", key_heads=3, **mutation):
+def linear_errors(
+    threads, layout, documents, decay=(0.0, -0.02, -0.7), family="constant", key_heads=3, schedule="gather", **mutation
+):
     shape, delta = FAMILIES[family]
     inputs = draw(3, (LENGTH, key_heads, 8), (LENGTH, key_heads, 8), (LENGTH, 3, 5), (LENGTH, 3, 8), (LENGTH, 3))
     inputs[1] = torch.nn.functional.normalize(inputs[1], dim=-1)
@@ -101,7 +104,7 @@ def linear_errors(threads, layout, documents, decay=(0.0, -0.02, -0.7), family="
 
     def operation(*x):
         qkv, own = split(x[:-2])
-        return parallel.linear_attention(*qkv, *x[-2:], **own)
+        return parallel.linear_attention(*qkv, *x[-2:], schedule=schedule, **own)
 
     return worst(over_ranks(threads, layout, operation, used, upstream, **mutation), on_one(alone, used, upstream))
 
@@ -178,6 +181,17 @@ def test_linear_attention_is_that_of_one_device(threads, layout, documents):
     assert linear_errors(threads, layout, documents) < 1e-10
 
 
+SCANNED = [LAYOUTS[name] for name in ("contiguous-2", "zigzag-2", "zigzag-3", "zigzag-4-one-without", "uneven")]
+SCANNED += [Layout.zigzag(LENGTH, 8, 2), Layout.striped(LENGTH, 3, 4)]
+
+
+@pytest.mark.parametrize("layout", SCANNED)
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("family", ["constant", "vector", "gated delta"])
+def test_a_scan_gives_the_same(threads, layout, documents, family):
+    assert linear_errors(threads, layout, documents, family=family, schedule="scan") < 1e-10
+
+
 def test_linear_attention_with_strong_decay(threads):
     assert linear_errors(threads, LAYOUTS["zigzag-3"], None, decay=(-2.0, -120.0, -1e-5)) < 1e-10
 
@@ -204,9 +218,10 @@ def test_a_halo_one_short_is_caught(threads, monkeypatch):
     assert convolution_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
 
 
+@pytest.mark.parametrize("schedule", ["gather", "scan"])
 @pytest.mark.parametrize("layout", [LAYOUTS[name] for name in ("contiguous-1", "zigzag-3", "uneven")])
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_states_go_in_and_come_out(threads, layout, documents):
+def test_states_go_in_and_come_out(threads, layout, documents, schedule):
     """Every rank has a copy of the first state and of the last, and its own loss; the sum of the losses counts."""
     q, k, v = draw(3, (LENGTH, 3, 8), (LENGTH, 3, 8), (LENGTH, 3, 5))
     (first, last_upstream), (upstream,) = draw(7, (3, 8, 5), (3, 8, 5)), draw(8, (LENGTH, 3, 5))
@@ -222,7 +237,7 @@ def test_states_go_in_and_come_out(threads, layout, documents):
     def work(rank, group):
         own = [layout.shard(x, rank).requires_grad_() for x in (q, k, v)]
         state = first.clone().requires_grad_()
-        ours, ours_last = parallel.linear_attention(*own, layout, group, state=state, **options)
+        ours, ours_last = parallel.linear_attention(*own, layout, group, state=state, schedule=schedule, **options)
         share = last_upstream / layout.ranks
         return ours_last.detach(), *torch.autograd.grad((ours, ours_last), [*own, state], (layout.shard(upstream, rank), share))
 
@@ -272,7 +287,7 @@ def test_a_state_decayed_once_too_often_is_caught(threads, monkeypatch, family):
 def test_gradients_that_stay_abroad_are_caught(threads, monkeypatch):
     from longspan.parallel import exchange, softmax
 
-    monkeypatch.setattr(softmax, "sum_home", lambda x, layout, group, wire: layout.shard(x, group.rank()))
+    monkeypatch.setattr(softmax.Homeward, "add_to", lambda parcel, total: None)
     assert softmax_errors(threads, LAYOUTS["zigzag-2"], Causal(), None) > 1e-3
     monkeypatch.setattr(exchange, "_sum_in_order", lambda parts, dtype: parts[0])
     assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
@@ -293,7 +308,7 @@ def test_bf16_stays_close(threads):
     ("change", "message"),
     [
         ({"layout": Layout.zigzag(8, 3)}, "layout is over 3 ranks, but group has 2"),
-        ({"layout": Layout.contiguous(10, 2)}, "layout gives rank . 5 tokens, but q has 4"),
+        ({"layout": Layout.contiguous(10, 2)}, "layout gives rank . 5 tokens, but it has 4"),
         ({"documents": torch.zeros(1, 4).int()}, r"documents must be integers of shape \(1, 8\), got int32 of shape \(1, 4\)"),
         ({"documents": torch.tensor([[0, 1, 0, 1, 1, 1, 1, 1]])}, "must not decrease"),
         ({"backend": "cuda"}, "backend must be auto"),
@@ -315,8 +330,8 @@ def test_bad_arguments_are_named(threads, change, message):
 
 def test_an_unknown_schedule_is_named(threads):
     x = torch.zeros(1, 4, 2, 8)
-    with pytest.raises(ValueError, match="schedule must be auto or gather, got 'ring'"):
-        threads(2, lambda rank, group: parallel.attend(x, x, x, Causal(), Layout.zigzag(8, 2), group, schedule="ring"))
+    with pytest.raises(ValueError, match="schedule must be auto, gather or scan, got 'ring'"):
+        threads(2, lambda rank, group: parallel.linear_attention(x, x, x, Layout.zigzag(8, 2), group, schedule="ring"))
 
 
 def test_real_processes_give_the_same(ranks, tmp_path):
