@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positionals after an option: an override may stand anywhere.
-    if options.command == "train" and all("=" in argument and not argument.startswith("-") for argument in rest):
+    if options.command in ("train", "verify", "plan") and all(
+        "=" in argument and not argument.startswith("-") for argument in rest
+    ):
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -68,6 +70,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 for the likeliest token (default 0.8)")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a recipe's layers over ranks against one rank",
+        description="On the CPU, with the recipe's layers and patterns in a small model: replace tokens, see which positions "
+        "change, and compare loss and gradients over context-parallel ranks with those of one.",
+    )
+    verify.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
+    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in parallel.schedule=ring")
+    verify.add_argument("--cp", type=int, metavar="N", help="ranks (default: those of the recipe, at least 2)")
+    verify.add_argument("--seen", help=argparse.SUPPRESS)  # of a rank: where to write what it saw
+    verify.set_defaults(run=_verify)
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict memory, messages and time on GPUs",
+        description="Predict what a recipe takes on a number of GPUs: memory, arithmetic, messages and time. Needs no GPU.",
+    )
+    plan.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in parallel.cp=8")
+    plan.add_argument("--gpus", type=int, metavar="N", help="(default: launch.processes of the recipe)")
+    plan.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
+    plan.add_argument("-o", "--out", default="plan.png", metavar="PNG", help="bytes against ranks (default %(default)s)")
+    plan.set_defaults(run=_plan)
 
     evaluate = commands.add_parser("eval", help="measure what a trained run can do").add_subparsers(
         dest="eval_command", required=True, metavar="COMMAND"
@@ -153,6 +179,21 @@ def _parser() -> argparse.ArgumentParser:
     linear.add_argument("--out", default="bench", metavar="FOLDER", help="gets linear.json and .png (default bench)")
     linear.set_defaults(run=_bench_linear)
 
+    spread = bench.add_parser(
+        "parallel",
+        help="attention over ranks against one rank",
+        description="Measure the operations over context-parallel ranks, processes of one thread on this CPU, against one of "
+        "them, in turns.",
+    )
+    spread.add_argument("--ranks", type=int, default=2, help="(default 2)")
+    spread.add_argument("--length", type=int, default=16384, help="tokens (default %(default)s)")
+    spread.add_argument("--heads", type=int, default=4, help="(default 4)")
+    spread.add_argument("--kv-heads", type=int, default=2, help="(default 2)")
+    spread.add_argument("--head-dim", type=int, default=64, help="(default 64)")
+    spread.add_argument("--repeats", type=int, default=3, help="(default 3)")
+    spread.add_argument("--out", default="bench", metavar="FOLDER", help="gets parallel.json and .png (default bench)")
+    spread.set_defaults(run=_bench_parallel)
+
     recall = bench.add_parser(
         "mqar",
         help="recall (MQAR) of the mixers",
@@ -214,6 +255,18 @@ def _generate(options: argparse.Namespace) -> None:
         print(generate(folder, engine, options.prompt, options.tokens, options.temperature, options.seed))
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from .verify import verify
+
+    return verify(options)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .plan import plan
+
+    plan(options)
+
+
 def _eval_mqar(options: argparse.Namespace) -> None:
     from .eval_mqar import eval_mqar
 
@@ -250,6 +303,12 @@ def _bench_linear(options: argparse.Namespace) -> None:
     from .bench_linear import bench_linear
 
     bench_linear(options)
+
+
+def _bench_parallel(options: argparse.Namespace) -> int:
+    from .bench_parallel import bench_parallel
+
+    return bench_parallel(options)
 
 
 def _bench_mqar(options: argparse.Namespace) -> int:

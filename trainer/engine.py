@@ -32,6 +32,8 @@ class Engine(Protocol):
     """A model, its optimizer and how they are spread over the ranks."""
 
     device: torch.device
+    dtype: torch.dtype
+    """Of weights and activations."""
     num_parameters: int
     """Of the whole model."""
     ranks: str

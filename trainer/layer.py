@@ -20,7 +20,11 @@ from .norm import RMSNorm
 
 
 def hybrid_stack_spec(
-    config: TransformerConfig, stack: list[Block], rope_theta: float = 10000.0, vp_stage: int | None = None
+    config: TransformerConfig,
+    stack: list[Block],
+    rope_theta: float = 10000.0,
+    vp_stage: int | None = None,
+    schedules: list[str] | None = None,
 ) -> TransformerBlockSubmodules:
     """Spec of the layers of this pipeline stage, for Megatron-core's ``GPTModel``.
 
@@ -30,20 +34,25 @@ def hybrid_stack_spec(
 
     Args:
         stack: the block of every layer of the whole model, bottom up.
+        schedules: of each layer, as :func:`longspan.parallel.attend` takes it; None for ``auto``.
     """
     if len(stack) != config.num_layers:
         raise ValueError(f"stack has {len(stack)} blocks, but config.num_layers is {config.num_layers}")
     offset = get_transformer_layer_offset(config, vp_stage)
-    mine = stack[offset : offset + get_num_layers_to_build(config, vp_stage)]
-    return TransformerBlockSubmodules(layer_specs=[_layer_spec(block, rope_theta) for block in mine], layer_norm=RMSNorm)
+    mine = slice(offset, offset + get_num_layers_to_build(config, vp_stage))
+    layers = zip(stack[mine], (schedules or ["auto"] * len(stack))[mine], strict=True)
+    return TransformerBlockSubmodules(
+        [_layer_spec(block, rope_theta, schedule) for block, schedule in layers], layer_norm=RMSNorm
+    )
 
 
-def _layer_spec(block: Block, rope_theta: float) -> ModuleSpec:
+def _layer_spec(block: Block, rope_theta: float, schedule: str) -> ModuleSpec:
     if isinstance(block, ConvolutionBlock):
         mixer = ModuleSpec(GatedConvolution, params={"block": block})
+    elif isinstance(block, LinearAttentionBlock):
+        mixer = ModuleSpec(LinearAttention, params={"block": block, "rope_theta": rope_theta})
     else:
-        kind = LinearAttention if isinstance(block, LinearAttentionBlock) else SoftmaxAttention
-        mixer = ModuleSpec(kind, params={"block": block, "rope_theta": rope_theta})
+        mixer = ModuleSpec(SoftmaxAttention, params={"block": block, "rope_theta": rope_theta, "schedule": schedule})
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(HybridLayer, params={"block": block}, submodules=HybridLayerSubmodules(mixer, mlp))
 

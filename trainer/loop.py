@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .checkpointer import Checkpointer, Saved
+from .context_parallel import choices
 from .control import Control
 from .data.batches import Batches, Microbatch
 from .data.prepare import PreparedData
@@ -62,6 +63,8 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 display.say(
                     f"going on from step {done}" if done < steps else f"all {steps} steps are done; raise training.steps"
                 )
+            for choice in choices(recipe, engine.dtype.itemsize) if recipe.parallel.cp > 1 else ():
+                display.say(str(choice))
             for line in _warnings(recipe):
                 display.say(f"warning: {line}")
 

@@ -53,8 +53,8 @@ class MegatronEngine:
             parallel_state.get_context_parallel_rank(),
         )
 
-        dtype = _dtype(recipe)
-        self.model = build_model(recipe, vocab_size, dtype)
+        self.dtype = _dtype(recipe)
+        self.model = build_model(recipe, vocab_size, self.dtype)
         config = self.model.config
         weights.initialise(self.model, recipe.training.seed, recipe.model.initializer_range, config.num_layers)
         inner = Float16Module(config, self.model) if config.bf16 else self.model
@@ -75,7 +75,7 @@ class MegatronEngine:
                 adam_beta2=chosen.betas[1],
                 adam_eps=chosen.eps,
                 bf16=config.bf16,
-                params_dtype=dtype,
+                params_dtype=self.dtype,
                 use_distributed_optimizer=True,
             ),
             [self._ddp],

@@ -66,7 +66,12 @@ def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridMo
     config = transformer_config(recipe, dtype)
     return HybridModel(
         config,
-        hybrid_stack_spec(config, recipe.model.stack, recipe.model.rope_theta),
+        hybrid_stack_spec(
+            config,
+            recipe.model.stack,
+            recipe.model.rope_theta,
+            schedules=[recipe.parallel.schedule_of(name) for name in recipe.model.stack_names],
+        ),
         vocab_size=padded_vocab_size(vocab_size),
         real_vocab_size=vocab_size,
         max_sequence_length=recipe.training.seq_length,

@@ -21,6 +21,7 @@ from .blocks import (
     StreamingBlock,
     WindowBlock,
 )
+from .context_parallel import schedule_problems
 from .linear_blocks import (
     BasedBlock,
     ConvolutionBlock,
@@ -96,8 +97,13 @@ class Model(Section):
     @property
     def stack(self) -> list[Block]:
         """The block of every layer, bottom up."""
+        return [self.layers.blocks[name] for name in self.stack_names]
+
+    @property
+    def stack_names(self) -> list[str]:
+        """The name of the block of every layer."""
         names = self.layers.pattern
-        return [self.layers.blocks[names[i % len(names)]] for i in range(self.num_hidden_layers)]
+        return [names[i % len(names)] for i in range(self.num_hidden_layers)]
 
     @property
     def document_alignment(self) -> int:
@@ -191,6 +197,15 @@ class Parallel(Section):
     """Context parallel: the tokens of a sequence."""
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a context-parallel rank holds: zigzag is the r-th part from either end, which balances causal work."""
+    schedule: str = "auto"
+    """How context-parallel ranks share softmax attention: stripes, ring, gather, heads, grid, or one of the grid as in
+    "heads 4 x ring"; auto is the one that moves the least."""
+    schedules: dict[str, str] = Field(default_factory=dict)
+    """The same for single blocks of model.layers, by their names."""
+
+    def schedule_of(self, block: str) -> str:
+        """That of the block of that name."""
+        return self.schedules.get(block, self.schedule)
 
     @property
     def model_ranks(self) -> int:
@@ -401,6 +416,7 @@ def _training_problems(recipe: Recipe):
             f"{training.seq_length} does not split into {parts} equal parts for parallel.cp {parallel.cp} ({parallel.layout}) "
             f"and tp {parallel.tp}; use {training.seq_length + -training.seq_length % math.lcm(parts, align)}",
         )
+    yield from schedule_problems(model, parallel)
     for name, block in model.layers.blocks.items():
         shard = training.seq_length * parallel.tp // parts
         if isinstance(block, MoBABlock) and parallel.cp > 1 and shard % block.block:

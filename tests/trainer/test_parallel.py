@@ -15,6 +15,11 @@ CONTEXT = {
     "cp-dp": (4, ["parallel.cp=2"]),
     "cp-tp": (4, ["parallel.cp=2", "parallel.tp=2"]),
     "cp-pp": (4, ["parallel.cp=2", "parallel.pp=2"]),
+    "cp-schedules": (4, ["parallel.cp=4", "parallel.schedule=grid", "parallel.schedules.sparse=stripes"]),
+}
+SCHEDULES = {
+    **{f"cp-{name}": (2, ["parallel.cp=2", f"parallel.schedule={name}"]) for name in ("ring", "gather", "stripes", "heads")},
+    "cp-4": (4, ["parallel.cp=4"]),
 }
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
@@ -38,12 +43,13 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], PAIRS),
         pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
         (["model.tie_word_embeddings=true"], CONTEXT),
+        pytest.param(["model.tie_word_embeddings=true"], SCHEDULES, marks=pytest.mark.wide),
         pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
         ([*LINEAR, FEWER], STATES),
         pytest.param([*LINEAR, FEWER], MORE_STATES, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
-    ids=["tied", "untied", "context", "patterns", "linear", "linear, more ranks", "more linear"],
+    ids=["tied", "untied", "context", "schedules", "patterns", "linear", "linear, more ranks", "more linear"],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
     alone = train("alone", 1, *model)
@@ -73,3 +79,12 @@ def test_bf16_trains_to_nearly_the_same_loss(train):
     assert {weight.dtype for weight in low["weights"].values()} == {torch.bfloat16}
     for ours, expected in zip(low["steps"], exact["steps"], strict=True):
         assert ours.loss == pytest.approx(expected.loss, rel=2e-2)
+
+
+def test_our_layers_in_a_plain_megatron_script(ranks, tmp_path):
+    script, losses = WORKER.with_name("megatron_script.py"), {}
+    for count in (1, 2):
+        ranks(count, script, tmp_path / f"{count}.pt")
+        losses[count] = torch.load(tmp_path / f"{count}.pt")
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[1][-1] < 0.7 * losses[1][0]

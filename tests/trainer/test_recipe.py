@@ -125,6 +125,24 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
             "parallel.tp=2 model.layers.blocks.full={mixer: kda, value_head_dim: 5}",
             "parallel.tp: 2 does not divide model.layers.blocks.full.value_head_dim 5",
         ),
+        ("parallel.schedule=rings", "parallel.schedule: schedule must be one of auto, stripes, ring, gather, heads, grid"),
+        ("parallel.schedules.ful=ring", "parallel.schedules.ful: names no block (did you mean full?); known: full, linear"),
+        (
+            "parallel.schedules.linear=ring",
+            "parallel.schedules.linear: is for softmax attention, but the block is lightning; remove it",
+        ),
+        (
+            "launch.processes=3 parallel={cp: 3, schedule: heads}",
+            "schedule: heads cannot do model.layers.blocks.sparse: 4 query heads do not split over 3 ranks; ring takes any",
+        ),
+        (
+            "launch.processes=2 parallel={cp: 2, schedules: {full: grid}}",
+            "parallel.schedules.full: grid cannot do model.layers.blocks.full: parallel.cp 2 is no grid; take ring",
+        ),
+        (
+            "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
+            "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: 2 ranks do not split into rows of 3",
+        ),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
         ("model.num_attention_heads=6 model.layers.blocks.full={mixer: kda}", "6 does not divide hidden_size 64; set head_dim"),

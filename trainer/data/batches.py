@@ -37,13 +37,18 @@ class Microbatch:
     """Tokens of the batch that are only padding; 0 but on the first context-parallel rank, so that they add up."""
 
 
+def recipe_layout(recipe: Recipe) -> Layout:
+    """Of the sequence over the context-parallel ranks."""
+    make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
+    return make(recipe.training.seq_length, recipe.parallel.cp)
+
+
 class Batches:
     """Training and held-out batches of a recipe, as one rank sees them."""
 
     def __init__(self, recipe: Recipe, data: PreparedData, vocab_size: int, share: Share, device: torch.device):
         self.recipe, self.share, self.device = recipe, share, device
-        make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
-        self.layout = make(recipe.training.seq_length, recipe.parallel.cp)
+        self.layout = recipe_layout(recipe)
         self.micro = recipe.training.micro_batch_size
         self.training, self.held_out = data.samples(recipe, vocab_size)
 

@@ -20,6 +20,7 @@ class SoftmaxAttention(Mixer):
         config: TransformerConfig,
         block: SoftmaxBlock,
         rope_theta: float,
+        schedule: str,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
     ):
@@ -28,7 +29,7 @@ class SoftmaxAttention(Mixer):
         self.head_dim = config.kv_channels
         rows, width = sum(self.parts) * config.kv_channels, config.num_attention_heads * config.kv_channels
         super().__init__(config, pg_collection, config.num_query_groups, rows, width)
-        self.block = block
+        self.block, self.schedule = block, schedule
         self.rotary_dim, self.rope_theta = int(self.head_dim * block.rotary_fraction), rope_theta
         self.pattern = block.attention_pattern(config.num_query_groups).from_head(self.first_head)
         if block.qk_norm and pg_collection.tp.size() > 1 and not config.qk_layernorm:
@@ -47,8 +48,8 @@ class SoftmaxAttention(Mixer):
         if self.rotary_dim:
             tables = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        logits = {"sinks": self.sinks, "softcap": self.block.softcap}
-        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents, **logits)
+        options = {"sinks": self.sinks, "softcap": self.block.softcap, "schedule": self.schedule}
+        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents, **options)
         if self.block.output_gate:
             out = out * torch.sigmoid(gate.flatten(2, 3))
         return self.output(out.flatten(2))

@@ -1,0 +1,34 @@
+"""``longspan bench parallel``: it checks what it measures, and tells what was lost."""
+
+import json
+
+import pytest
+
+
+def test_every_operation_is_checked_and_measured(longspan, tmp_path):
+    done = longspan("bench", "parallel", "--length", "512", "--head-dim", "8", "--repeats", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "parallel.json").read_text())
+    rows = {(row["operation"], row["schedule"]): row for row in report["rows"]}
+    assert {name for name, _ in rows} == {"full", "S2(64, 16, 16)", "Window(1024)", "lightning", "gated_deltanet"}
+    assert {schedule for name, schedule in rows if name == "full"} == {"ring", "gather", "stripes", "heads"}
+    for row in rows.values():
+        assert len(row["alone"]) == len(row["together"]) == 2
+        assert all(0 < spent < total for spent, total in zip(row["messages"], row["together"], strict=True))
+        assert row["error"] < 1e-4
+    assert (tmp_path / "parallel.png").read_bytes().startswith(b"\x89PNG")
+    assert len(done.stdout.splitlines()) == 4 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], "--ranks: must be at least 2, got 1"),
+        (["--heads", "3"], "--kv-heads: 2 does not divide --heads 3"),
+        (["--length", "1000"], "--length: 1000 is not a multiple of 128 x 2 ranks, whole blocks for each"),
+    ],
+)
+def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
+    done = longspan("bench", "parallel", *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"longspan: {message}\n"

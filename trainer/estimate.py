@@ -1,0 +1,160 @@
+"""What a recipe will take on GPUs that are not here: memory, arithmetic, messages and time. Everything is predicted."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..parallel.linear import scan_steps
+from .blocks import SoftmaxBlock
+from .context_parallel import Choice, choices
+from .data.batches import recipe_layout
+from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
+from .recipe import Recipe
+from .size import flops_per_token, mixer_parameters, padded_vocab_size, parameter_count
+
+GIB = 2**30
+
+
+class Device(NamedTuple):
+    """A GPU of a data sheet, eight to a node."""
+
+    name: str
+    tflops: float
+    """Dense bf16 matrix products, at their peak."""
+    memory_gib: float
+    link_gb_s: float
+    """To the other GPUs of its node, one way."""
+    network_gb_s: float
+    """To other nodes, of its own network card, one way."""
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100", 312, 80, 300, 25),
+        Device("h100", 989, 80, 450, 50),
+        Device("h200", 989, 141, 450, 50),
+        Device("b200", 2250, 180, 900, 50),
+    )
+}
+PER_NODE = 8
+EFFICIENCY = 0.5
+"""Of the peak, that matrix products and attention reach."""
+BANDWIDTH = 0.8
+"""Of a link's, that messages reach."""
+
+
+class Memory(NamedTuple):
+    """Bytes on the GPU that holds most, by what they are for."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    key_buffers: float
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One block of the stack. Bytes and numbers of operations are those of one layer."""
+
+    name: str
+    mixer: str
+    layers: int
+    mixer_flops: float
+    """A token, forward."""
+    mlp_flops: float
+    received: float
+    """Bytes over context-parallel ranks, a sequence's forward and backward."""
+    choice: Choice | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    parameters: int
+    memory: Memory
+    kinds: list[LayerKind]
+    head_flops: float
+    compute_s: float
+    messages_s: float
+    step_s: float
+    tokens_per_second: float
+
+
+def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
+    """Of a training step on ``launch.processes`` GPUs, in bf16 with fp32 gradients and a distributed optimizer."""
+    model, parallel, training = recipe.model, recipe.parallel, recipe.training
+    total, vocabulary = parameter_count(model, vocab_size), padded_vocab_size(vocab_size)
+    replicas = recipe.data_parallel * parallel.cp
+    own = total / (parallel.tp * parallel.pp)
+    tokens = training.micro_batch_size * training.seq_length / parallel.cp
+    chosen = {choice.block: choice for choice in choices(recipe, 2)} if parallel.cp > 1 else {}
+    kinds = [_kind(recipe, name, chosen.get(name)) for name in dict.fromkeys(model.stack_names)]
+    saved = sum(_saved_numbers(recipe, layer) for layer in range(model.num_hidden_layers)) / parallel.pp
+    in_flight = min(parallel.pp, training.global_batch_size // (recipe.data_parallel * training.micro_batch_size))
+    memory = Memory(
+        weights=2 * own,
+        gradients=4 * own,
+        optimizer=12 * own / replicas,
+        activations=2 * tokens * saved * in_flight,
+        logits=tokens * vocabulary / parallel.tp * (2 + 4),
+        key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
+    )
+    head = 2.0 * model.hidden_size * vocabulary
+    forward = head + sum(kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in kinds)
+    tokens_per_step = training.global_batch_size * training.seq_length
+    compute = 3 * forward * tokens_per_step / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
+    speed = (device.link_gb_s if parallel.cp * parallel.tp <= PER_NODE else device.network_gb_s) * 1e9 * BANDWIDTH
+    sequences = training.global_batch_size / recipe.data_parallel / training.micro_batch_size / parallel.pp
+    messages = sequences * sum(kind.layers * kind.received for kind in kinds) / speed
+    step = compute + messages
+    return Estimate(total, memory, kinds, head, compute, messages, step, tokens_per_step / step)
+
+
+def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
+    model = recipe.model
+    layer = model.stack_names.index(name)
+    received = choice.received[choice.schedule] if choice else _state_bytes_moved(recipe, layer)
+    return LayerKind(
+        name,
+        model.stack[layer].mixer,
+        model.stack_names.count(name),
+        flops_per_token(model, recipe.training.seq_length, layer),
+        6.0 * model.hidden_size * model.intermediate_size,
+        received,
+        choice,
+    )
+
+
+def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
+    """What the maps of segments and the halos of convolutions bring a rank, forward and backward."""
+    model, parallel, block = recipe.model, recipe.parallel, recipe.model.stack[layer]
+    if parallel.cp == 1 or isinstance(block, SoftmaxBlock):
+        return 0.0
+    layout, batch = recipe_layout(recipe), recipe.training.micro_batch_size
+    segments = max(map(len, layout.segments))
+    if isinstance(block, ConvolutionBlock):
+        halo = (block.conv_kernel - 1) * model.num_attention_heads * model.kv_channels / parallel.tp
+        return 2 * batch * 2 * segments * (parallel.cp - 1) * halo
+    assert isinstance(block, LinearAttentionBlock)
+    design = block.design(model, layer)
+    kept = design.feature_dim if design.beta else 1
+    numbers = design.heads * design.feature_dim * (design.value_dim + design.normalised + kept) / parallel.tp
+    steps = scan_steps(layout) or parallel.cp - 1
+    halo = max(0, design.conv_kernel - 1) * design.conv_channels / parallel.tp
+    return 2 * batch * segments * (4 * steps * numbers + 2 * (parallel.cp - 1) * halo)
+
+
+def _saved_numbers(recipe: Recipe, layer: int) -> float:
+    """For each token, what a layer keeps for its backward pass on one tensor-parallel rank: inputs of its norms, projections,
+    attention and MLP.
+    """
+    model, tp = recipe.model, recipe.parallel.tp
+    width = model.num_attention_heads * model.kv_channels
+    projected = mixer_parameters(model, layer) / model.hidden_size - width
+    return 4 * model.hidden_size + (projected + 2 * width + 3 * model.intermediate_size) / tp
+
+
+def _buffer(recipe: Recipe, choice: Choice) -> float:
+    """Keys and values of others, and in backward their gradients in fp32 beside them."""
+    return choice.buffer * (1 + 4 / 2)
