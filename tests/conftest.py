@@ -86,6 +86,29 @@ def longspan():
     return run
 
 
+class Pipe:
+    """A named pipe, all that is written to it; a file would end at a process's limit for files."""
+
+    def __init__(self, path: Path):
+        os.mkfifo(path)
+        self.path, self._text = path, ""
+        reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._writing = os.open(path, os.O_WRONLY)  # so that it does not end before its writer comes
+        os.set_blocking(reading, True)
+        self._reader = threading.Thread(target=self._read, args=(reading,))
+        self._reader.start()
+
+    def _read(self, reading: int) -> None:
+        with open(reading) as stream:
+            self._text = stream.read()
+
+    def close(self) -> str:
+        """What was written."""
+        os.close(self._writing)
+        self._reader.join()
+        return self._text
+
+
 @pytest.fixture(scope="session")
 def forks():
     """Processes that are forked from one that has imported what a rank needs: that alone takes longer than most of them run."""
@@ -107,17 +130,18 @@ def ranks(forks, tmp_path):
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         streams = Path(tempfile.mkdtemp(dir=tmp_path))
-        processes, files = [], []
+        processes, pipes = [], []
         for rank in range(count):
-            files.append((str(streams / f"{rank}.out"), str(streams / f"{rank}.err")))
+            own = [Pipe(streams / f"{rank}.{name}") for name in ("out", "err")]
             given = {
                 "script": str(script),
                 "arguments": [str(arg) for arg in args],
                 "environment": {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                "streams": files[-1],
+                "streams": [str(pipe.path) for pipe in own],
             }
             processes.append(forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given})))
             processes[-1].start()
+            pipes.append(own)
         try:
             for process in processes:
                 process.join(400)
@@ -125,7 +149,7 @@ def ranks(forks, tmp_path):
             for process in processes:
                 process.kill()
                 process.join()
-        written = [tuple(Path(file).read_text() for file in own) for own in files]
+            written = [tuple(pipe.close() for pipe in own) for own in pipes]
         for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
             assert status in (None, process.exitcode), f"rank {rank} of {count}: {process.exitcode}\n{error[-3000:]}"
         return written

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-given: dict = globals()["GIVEN"]  # script, arguments, environment, and files for stdout and stderr
+given: dict = globals()["GIVEN"]  # script, arguments, environment, and pipes for stdout and stderr
 os.environ.update(given["environment"])
 for descriptor, file in enumerate(given["streams"], start=1):
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.dup2(os.open(file, os.O_WRONLY), descriptor)
 torch.set_num_threads(int(given["environment"]["OMP_NUM_THREADS"]))
 sys.argv = [given["script"], *given["arguments"]]
 runpy.run_path(given["script"], run_name="__main__")

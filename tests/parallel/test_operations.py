@@ -121,13 +121,6 @@ def convolution_errors(threads, layout, documents, width=4, **mutation):
     return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
-@pytest.mark.parametrize("pattern", [Causal(), S2(4, 2, 3)], ids=["causal", "s2"])
-def test_softmax_attention_is_that_of_one_device(threads, layout, documents, pattern):
-    assert softmax_errors(threads, layout, pattern, documents) < 1e-10
-
-
 @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sigmoid_bias": -2.0}, {"sinks": [0.5, -1.0, 4.0, 9.0]}], ids=str)
 def test_softmax_options_are_those_of_one_device(threads, options):
     """With gradients through the log-sum-exp; each rank has a copy of the sinks, whose gradients add up."""

@@ -11,11 +11,13 @@ WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
 PAIRS = {"dp": (2, []), "tp": (2, ["parallel.tp=2"]), "pp": (2, ["parallel.pp=2"]), "cp": (2, ["parallel.cp=2"])}
 CONTEXT = {
+    "cp-tp": (4, ["parallel.cp=2", "parallel.tp=2"]),
+    "cp-schedules": (4, ["parallel.cp=4", "parallel.schedule=grid", "parallel.schedules.sparse=stripes"]),
+}
+MORE_CONTEXT = {
     "cp-contiguous": (2, ["parallel.cp=2", "parallel.layout=contiguous"]),
     "cp-dp": (4, ["parallel.cp=2"]),
-    "cp-tp": (4, ["parallel.cp=2", "parallel.tp=2"]),
     "cp-pp": (4, ["parallel.cp=2", "parallel.pp=2"]),
-    "cp-schedules": (4, ["parallel.cp=4", "parallel.schedule=grid", "parallel.schedules.sparse=stripes"]),
 }
 SCHEDULES = {
     **{f"cp-{name}": (2, ["parallel.cp=2", f"parallel.schedule={name}"]) for name in ("ring", "gather", "stripes", "heads")},
@@ -24,7 +26,7 @@ SCHEDULES = {
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
 FEWER = "training.steps=8"  # eight layers of mixers that are slow on a CPU
-MORE_STATES = {"dp": PAIRS["dp"], "pp": PAIRS["pp"], **CONTEXT}
+MORE_STATES = {"dp": PAIRS["dp"], "pp": PAIRS["pp"], **CONTEXT, **MORE_CONTEXT}
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], PAIRS),
         pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
         (["model.tie_word_embeddings=true"], CONTEXT),
-        pytest.param(["model.tie_word_embeddings=true"], SCHEDULES, marks=pytest.mark.wide),
+        pytest.param(["model.tie_word_embeddings=true"], {**MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
         pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
         ([*LINEAR, FEWER], STATES),
         pytest.param([*LINEAR, FEWER], MORE_STATES, marks=pytest.mark.wide),
