@@ -138,27 +138,25 @@ def _draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=True)
+    colours = plt.get_cmap("tab20").colors
     for i, row in enumerate(rows):
-        colour = f"C{i % 10}"
+        style = {"marker": "os^v"[i % 4], "color": colours[i % len(colours)], "capsize": 3, "elinewidth": 0.8}
         hardest = row.hardest_trained
-        left.errorbar(row.state_bytes, hardest["mean"], _spread([hardest]), marker="o", color=colour, capsize=3)
-        left.annotate(row.recipe, (row.state_bytes, hardest["mean"]), (6, 4), textcoords="offset points", color=colour)
+        left.errorbar(row.state_bytes, hardest["mean"], _spread([hardest]), **style)
         by_length = {cell["length"]: cell for cell in sorted(row.accuracy, key=lambda cell: cell["pairs"])}
         cells = [by_length[length] for length in sorted(by_length)]
-        means = [cell["mean"] for cell in cells]
-        style = {"marker": "os^v"[i // 10 % 4], "color": colour, "label": row.recipe, "capsize": 3}
-        right.errorbar([f"{cell['length']}/{cell['pairs']}" for cell in cells], means, _spread(cells), **style)
+        at = [f"{cell['length']}/{cell['pairs']}" for cell in cells]
+        right.errorbar(at, [cell["mean"] for cell in cells], _spread(cells), label=row.recipe, **style)
     title = ", ".join(dict.fromkeys(f"{row.hardest_trained['length']}/{row.hardest_trained['pairs']}" for row in rows))
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:,.0f}")
     left.set(xlabel="state bytes of one sequence", ylabel="accuracy", title=f"length/pairs {title}, trained")
-    right.set(xlabel="length/pairs", ylabel="accuracy", title="at trained and longer lengths")
+    right.set(xlabel="length/pairs", title="at trained and longer lengths")
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.05)
         axes.grid(alpha=0.3)
-    left.margins(x=0.15)
-    right.legend(fontsize="small")
+    figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
