@@ -10,6 +10,11 @@ import time
 import pytest
 
 
+def _heed_ctrl_c():
+    """A shell's background jobs ignore it, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tiny_recipe, tmp_path):
     """Start a long run of two processes and wait for its first steps."""
@@ -18,7 +23,7 @@ def start(tiny_recipe, tmp_path):
     def run(*overrides):
         command = [sys.executable, "-m", "longspan", "train", tiny_recipe, "launch.processes=2", "training.steps=100000"]
         log = (tmp_path / "log").open("w")
-        processes.append(subprocess.Popen([*command, *overrides], stdout=log, stderr=log))
+        processes.append(subprocess.Popen([*command, *overrides], stdout=log, stderr=log, preexec_fn=_heed_ctrl_c))
         deadline = time.monotonic() + 120
         while "step" not in (tmp_path / "log").read_text():
             assert processes[-1].poll() is None, (tmp_path / "log").read_text()
