@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..trainer.errors import UserError
@@ -55,10 +55,9 @@ class Row:
 
 def bench_parallel(options: Namespace) -> int:
     """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``."""
-    settings = Settings(options.ranks, options.length, options.heads, options.kv_heads, options.head_dim, options.repeats)
-    for name, value in asdict(settings).items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    from . import measure
+
+    settings = Settings(**measure.counts(options, *(field.name for field in fields(Settings))))
     if settings.heads % settings.kv_heads:
         raise UserError(f"--kv-heads: {settings.kv_heads} does not divide --heads {settings.heads}")
     if settings.ranks < 2:
@@ -68,7 +67,7 @@ def bench_parallel(options: Namespace) -> int:
     if under_torchrun():
         _rank(settings, Path(options.out))
         return 0
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    measure.out_folder(options)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(settings).items()]
     command = [sys.executable, "-u", "-m", "longspan", "bench", "parallel", *given, "--out", options.out]
     return run_ranks(command, settings.ranks, 1)

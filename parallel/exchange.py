@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .all_to_all import start_all_to_all
 from .layout import Layout
 from .plan import Exchange
 
@@ -31,7 +32,7 @@ class Parcel:
             self.work = dist.all_gather_into_tensor(self.received, sent, group=group, async_op=True)
         else:
             sent = sent.repeat(len(peers), 1) if exchange.everyone else sent
-            self.work = _start_all_to_all(self.received, sent, exchange.receive, exchange.send, peers, group)
+            self.work = start_all_to_all(self.received, sent, exchange.receive, exchange.send, peers, group)
 
     def buffer(self) -> Tensor:
         """``[batch, columns, kv_heads, dim]``; where no row belongs it holds zeros."""
@@ -64,7 +65,7 @@ class Homeward:
             leaving = rows.new_zeros(exchange.received, rows.shape[1], dtype=wire)
             leaving.index_copy_(0, at.row, rows.index_select(0, at.column).to(wire))
         self.arrived = leaving.new_empty(sum(exchange.send), leaving.shape[1])
-        self.work = _start_all_to_all(self.arrived, leaving, exchange.send, exchange.receive, peers, group)
+        self.work = start_all_to_all(self.arrived, leaving, exchange.send, exchange.receive, peers, group)
 
     def add_to(self, total: Tensor) -> None:
         """Add them to ``total`` ``[batch, local time, kv_heads, dim]``, in its dtype and in the order of their ranks:
@@ -80,17 +81,6 @@ class Homeward:
         for rows, part in zip(sent.split(parts), self.arrived.split(parts), strict=True):
             if len(rows):
                 home.index_add_(0, rows, part.to(total.dtype))
-
-
-def _start_all_to_all(received: Tensor, sent: Tensor, receive, send, peers: range, group: dist.ProcessGroup) -> dist.Work:
-    """Rows for and from each of ``peers``."""
-    splits = [[0] * group.size(), [0] * group.size()]
-    for part, counts in zip(splits, (receive, send), strict=True):
-        for rank, count in zip(peers, counts, strict=True):
-            part[rank] = count
-    return dist.all_to_all_single(
-        received, sent, output_split_sizes=splits[0], input_split_sizes=splits[1], group=group, async_op=True
-    )
 
 
 def agree(group: dist.ProcessGroup, key: int) -> None:
@@ -173,7 +163,7 @@ class AllToAll(torch.autograd.Function):
 
 def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     received = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=group)
+    start_all_to_all(received, x.contiguous(), receive, send, range(group.size()), group).wait()
     return received
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.arguments import accumulation_dtype
+from .all_to_all import start_all_to_all
 from .layout import Layout
 
 
@@ -73,11 +74,8 @@ class HeadExchange:
         return total
 
     def _exchange(self, parts: list[Tensor], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        """Among the ranks that share heads; others of the group take part with nothing."""
+        """Among the ranks that share heads."""
         sent = torch.cat(parts)
         received = sent.new_empty(sum(receive))
-        splits = [[0] * group.size(), [0] * group.size()]
-        for rank, part, size in zip(self.ranks, parts, receive, strict=True):
-            splits[0][rank], splits[1][rank] = size, len(part)
-        dist.all_to_all_single(received, sent, output_split_sizes=splits[0], input_split_sizes=splits[1], group=group)
+        start_all_to_all(received, sent, receive, [len(part) for part in parts], self.ranks, group).wait()
         return received

@@ -1,7 +1,7 @@
 """What a rank sends, receives and computes for one attention: reckoned from the layout, without a tensor or a message.
 
 A plan is a list of stages. Each has an :class:`Exchange`, which fills a buffer with keys and values of other ranks, and
-:class:`Job` s, the tiles that are then possible. The schedules that make the stages are in :mod:`.schedules`.
+:class:`Job` s, the tiles that are then possible. What makes the stages is in :mod:`.ways`.
 """
 
 from collections.abc import Iterable, Iterator

@@ -144,10 +144,12 @@ def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
 
 
 def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
-    """Which positions of a model of **one** layer may see token ``probe``, and which must: bool ``[time]``."""
+    """Which positions may see token ``probe``, and which surely do: bool ``[time]``."""
     length, ids = documents.shape[1], documents[0]
     at = torch.arange(length)
     may = (ids == ids[probe]) & (at >= probe)
+    if len(recipe.model.stack) > 1:
+        return may, at == probe
     (block,) = recipe.model.stack
     pattern = block.attention_pattern(recipe.model.kv_heads) if isinstance(block, SoftmaxBlock) else None
     if isinstance(block, ConvolutionBlock):
@@ -165,14 +167,8 @@ def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tens
 
 def leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:
     """What is wrong with the probes' answers: a position that saw what it must not, or did not see what it must."""
-    single = len(recipe.model.stack) == 1
     for probe, found in changed.items():
-        may = must = None
-        if single:
-            may, must = allowed(recipe, documents, probe)
-        else:
-            may = (documents[0] == documents[0, probe]) & (torch.arange(len(found)) >= probe)
-            must = torch.arange(len(found)) == probe
+        may, must = allowed(recipe, documents, probe)
         for wrong, what in ((found & ~may, "changes, and must not"), (must & ~found, "does not change, and must")):
             if wrong.any():
                 return f"with token {probe} position {int(wrong.nonzero()[0])} {what} ({int(wrong.sum())} such)"

@@ -121,36 +121,6 @@ def convolution_errors(threads, layout, documents, width=4, **mutation):
     return worst(over_ranks(threads, layout, operation, inputs, upstream, **mutation), expected)
 
 
-@pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sigmoid_bias": -2.0}, {"sinks": [0.5, -1.0, 4.0, 9.0]}], ids=str)
-def test_softmax_options_are_those_of_one_device(threads, options):
-    """With gradients through the log-sum-exp; each rank has a copy of the sinks, whose gradients add up."""
-    layout, lse = LAYOUTS["uneven"], "sigmoid_bias" not in options
-    inputs = draw(4, (LENGTH, 4, 8), (LENGTH, 2, 8), (LENGTH, 2, 8))
-    upstream = draw(1, (LENGTH, 4, 8), (LENGTH, 4))
-
-    def run(attend, own, at, upstream):
-        leaves = [x.clone().requires_grad_() for x in own]
-        if "sinks" in options:
-            leaves.append(torch.tensor(options["sinks"], dtype=torch.float64, requires_grad=True))
-        more = options | ({"sinks": leaves[3]} if "sinks" in options else {})
-        out = attend(*leaves[:3], S2(4, 2, 3), *at, documents=ids(DOCUMENTS["packed"]), return_lse=lse, **more)
-        outs = out if lse else (out,)
-        return [x.detach() for x in outs], torch.autograd.grad(outs, leaves, upstream[: len(outs)])
-
-    def work(rank, group):
-        own = ([layout.shard(x, rank) for x in tensors] for tensors in (inputs, upstream))
-        shards, upstream_shards = own
-        return run(parallel.attend, shards, (layout, group), upstream_shards)
-
-    outs, gradients = zip(*threads(layout.ranks, work), strict=True)
-    expected_outs, expected = run(attention.attend, inputs, (), upstream)
-    together = [layout.unshard(list(parts)) for parts in zip(*outs, strict=True)]
-    together += [layout.unshard([own[n] for own in gradients]) for n in range(3)]
-    assert worst(together, [*expected_outs, *expected[:3]]) < 1e-10
-    if "sinks" in options:
-        assert worst([sum(own[3] for own in gradients)], expected[3:]) < 1e-10
-
-
 @pytest.mark.parametrize("layout", [Layout.contiguous(LENGTH, 3, 4), Layout.zigzag(LENGTH, 4, 4)], ids=["contiguous", "zigzag"])
 @pytest.mark.parametrize("documents", [None, [[8, 20, 4, 20]] * 2], ids=["one", "packed"])
 def test_chosen_blocks_are_those_of_one_device(threads, layout, documents):

@@ -98,11 +98,14 @@ def test_head_ratios_and_value_dims(threads, heads, kv_heads, value_dim, schedul
     assert error(threads, Layout.zigzag(LENGTH, 4), S2(4, 2, 4), schedule, DOCUMENTS["packed"], **shape) < 1e-10
 
 
-@pytest.mark.parametrize("schedule", ["ring", "stripes", "heads", "heads 2 x stripes"])
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("uneven", "auto"), *(("zigzag-4", schedule) for schedule in ("ring", "stripes", "heads", "heads 2 x stripes"))],
+)
 @pytest.mark.parametrize("options", [{"softcap": 3.0}, {"sigmoid_bias": -2.0}, {"sinks": [0.5, -1.0, 4.0, 9.0]}], ids=str)
-def test_options_under_every_schedule(threads, schedule, options):
+def test_options_under_every_schedule(threads, name, schedule, options):
     """With gradients through the log-sum-exp; each rank has a copy of the sinks, whose gradients add up."""
-    layout, lse = Layout.zigzag(LENGTH, 4), "sigmoid_bias" not in options
+    layout, lse = LAYOUTS[name], "sigmoid_bias" not in options
     inputs, _ = inputs_of()
     upstream = draw(1, (LENGTH, 4, 8), (LENGTH, 4))
 
