@@ -30,15 +30,16 @@ def plan(options: argparse.Namespace) -> None:
     print(f"memory       {total / GIB:,.2f} of {device.memory_gib:g} GiB on the GPU that holds most{verdict}\n")
     sizes = [(name.replace("_", " "), f"{size / GIB:,.3f} GiB") for name, size in made.memory._asdict().items()]
     print(table(sizes), end="\n\n")
-    rows = [("layers", "mixer", "MFLOP a token", "of its MLP", "MiB received", "schedule")]
+    rows = [("layers", "mixer", "MFLOP a token", "of its MLP", "MiB received", "work max/mean", "schedule")]
     for kind in made.kinds:
         schedule = kind.choice.schedule if kind.choice else "states" if kind.received else "-"
-        numbers = kind.mixer_flops / 1e6, kind.mlp_flops / 1e6, kind.received / 2**20
+        numbers = kind.mixer_flops / 1e6, kind.mlp_flops / 1e6, kind.received / 2**20, kind.work
         rows.append((f"{kind.layers} x {kind.name}", kind.mixer, *(f"{number:,.2f}" for number in numbers), str(schedule)))
-    rows.append(("output", "", f"{made.head_flops / 1e6:,.2f}", "", "", ""))
+    rows.append(("output", "", f"{made.head_flops / 1e6:,.2f}", "", "", "", ""))
     print(table(rows))
     print(
-        "of one layer: arithmetic forward; bytes a microbatch brings a rank from others of its sequence, forward and backward"
+        "of one layer: arithmetic forward; bytes a microbatch brings a rank from others of its sequence, forward and\n"
+        "backward; pairs of query and key of the rank with most work, over the mean of all"
     )
     for kind in made.kinds:
         if kind.choice:
@@ -98,11 +99,14 @@ def _draw(recipe: Recipe, out: Path) -> Path:
                     lines.setdefault(way, []).append((ranks, 2 * least * recipe.training.micro_batch_size / 2**20))
         for way, points in lines.items():
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=way)
-        panel.set(xscale="log", yscale="log", xlabel="context-parallel ranks", title=f"{name}: {pattern!r}")
+        panel.set(xlabel="context-parallel ranks", title=f"{name}: {pattern!r}")
         panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:,g}")
         panel.set_ylabel("MiB received, forward and backward\n(predicted; the rank with most)")
-        panel.legend()
         panel.grid(alpha=0.3)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     plt.close(figure)

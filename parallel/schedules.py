@@ -1,4 +1,4 @@
-"""The plan of a schedule, and of the schedules of a name the one that moves the least."""
+"""The plan of a schedule, and of the schedules of a name the one that moves the least without slowing any rank."""
 
 import hashlib
 from functools import lru_cache
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ..attention.patterns import Pattern, Ruled
 from ..attention.selection import Selector
 from . import ways
+from .balance import balance
 from .heads import HeadExchange
 from .layout import Layout
 from .plan import Plan, Problem, Rows
@@ -14,6 +15,7 @@ from .schedule import Schedule, named, refusal
 
 _STAGES = {"stripes": ways.stripes, "ring": ways.ring, "gather": ways.gather}
 _VERSION = 1  # of the plans: part of their key
+_EVEN = 1.1  # times the work of the most even schedule: more is not made good by fewer bytes
 
 
 @lru_cache(maxsize=64)
@@ -25,7 +27,8 @@ def choose_schedule(
     kv_heads: int,
     dims: tuple[int, int],
 ) -> Schedule:
-    """The one of that name that moves the least, forward and backward; of equals the one that holds the least.
+    """The one of that name that moves the least, forward and backward, of those that spread the work about as evenly as any;
+    of equals the one that holds the least.
 
     Args:
         pattern: None for lists of blocks.
@@ -42,7 +45,10 @@ def choose_schedule(
         raise ValueError(f"schedule {schedule} cannot do this: {reason}")
     if len(able) == 1:
         return able[0]
-    return min(able, key=lambda one: cost(one, layout, pattern, heads, kv_heads, dims))
+    closed_form = pattern if isinstance(pattern, Ruled) else None
+    work = {one: balance(one, layout, closed_form, heads, kv_heads) for one in able}
+    even = [one for one in able if work[one] <= _EVEN * min(work.values())]
+    return min(even, key=lambda one: cost(one, layout, pattern, heads, kv_heads, dims))
 
 
 class Cost(NamedTuple):

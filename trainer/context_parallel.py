@@ -5,6 +5,7 @@ until it is reckoned.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..attention.patterns import Ruled
 from ..parallel.schedule import Schedule, named, refusal
 from .blocks import SoftmaxBlock
 from .errors import suggest
@@ -46,24 +47,27 @@ def schedule_problems(model: "Model", parallel: "Parallel") -> Iterator[tuple[st
 
 
 class Choice(NamedTuple):
-    """The schedule of a block, and what it and the others that can do it move: bytes a layer, forward and backward, that the
-    rank which receives most receives.
-    """
+    """The schedule of a block, and what it and the others that can do it take."""
 
     block: str
     schedule: Schedule
     received: dict[Schedule, int]
+    """Bytes a layer, forward and backward, that the rank which receives most receives."""
+    work: dict[Schedule, float]
+    """That of the rank with most, over the mean."""
     buffer: int
     """Bytes of others' keys and values that a rank holds at a time."""
 
     def __str__(self) -> str:
-        mib = {one: f"{size / 2**20:,.1f}" for one, size in sorted(self.received.items(), key=lambda item: item[1])}
-        others = ", ".join(f"{one} {size}" for one, size in mib.items() if one != self.schedule)
-        return f"{self.block}: schedule {self.schedule}, {mib[self.schedule]} MiB a layer and rank (others: {others or 'none'})"
+        taken = {one: f"{self.received[one] / 2**20:,.1f} MiB" for one in sorted(self.received, key=self.received.__getitem__)}
+        taken = {one: f"{text}, work x {self.work[one]:.2f}" if self.work[one] > 1.02 else text for one, text in taken.items()}
+        others = "; ".join(f"{one} {text}" for one, text in taken.items() if one != self.schedule)
+        return f"{self.block}: schedule {self.schedule}, {taken[self.schedule]} a layer and rank (others: {others or 'none'})"
 
 
 def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
     """Of every block with softmax attention that the model has."""
+    from ..parallel.balance import balance
     from ..parallel.schedules import choose_schedule, cost
     from .data.batches import recipe_layout
 
@@ -80,5 +84,7 @@ def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
         bytes_of = bytes_per_number * recipe.training.micro_batch_size
         costs = {one: cost(one, layout, pattern, heads, kv_heads, dims) for one in {chosen, *able}}
         moved = {one: each.received * bytes_of for one, each in costs.items()}
-        found.append(Choice(name, chosen, moved, costs[chosen].buffer * bytes_of))
+        closed_form = pattern if isinstance(pattern, Ruled) else None
+        work = {one: balance(one, layout, closed_form, heads, kv_heads) for one in costs}
+        found.append(Choice(name, chosen, moved, work, costs[chosen].buffer * bytes_of))
     return found

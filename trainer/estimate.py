@@ -66,6 +66,10 @@ class LayerKind:
     mlp_flops: float
     received: float
     """Bytes over context-parallel ranks, a sequence's forward and backward."""
+    work: float
+    """Of its attention, that of the rank with most over the mean."""
+    slowest_flops: float
+    """A token, forward, of mixer and MLP on that rank."""
     choice: Choice | None
 
 
@@ -101,7 +105,7 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
         key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
     )
     head = 2.0 * model.hidden_size * vocabulary
-    forward = head + sum(kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in kinds)
+    forward = head + sum(kind.layers * kind.slowest_flops for kind in kinds)
     tokens_per_step = training.global_batch_size * training.seq_length
     compute = 3 * forward * tokens_per_step / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
     speed = (device.link_gb_s if parallel.cp * parallel.tp <= PER_NODE else device.network_gb_s) * 1e9 * BANDWIDTH
@@ -115,15 +119,10 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     model = recipe.model
     layer = model.stack_names.index(name)
     received = choice.received[choice.schedule] if choice else _state_bytes_moved(recipe, layer)
-    return LayerKind(
-        name,
-        model.stack[layer].mixer,
-        model.stack_names.count(name),
-        flops_per_token(model, recipe.training.seq_length, layer),
-        6.0 * model.hidden_size * model.intermediate_size,
-        received,
-        choice,
-    )
+    work = choice.work[choice.schedule] if choice else 1.0
+    mixer, mlp = flops_per_token(model, recipe.training.seq_length, layer), 6.0 * model.hidden_size * model.intermediate_size
+    slowest = mixer + mlp + (work - 1) * (mixer - 2.0 * mixer_parameters(model, layer))
+    return LayerKind(name, model.stack[layer].mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, choice)
 
 
 def _state_bytes_moved(recipe: Recipe, layer: int) -> float:

@@ -37,7 +37,7 @@ def test_memory_and_arithmetic_shrink_with_the_ranks():
         matrices = 2 * (total - 384 * 4096)
         forward = one.head_flops + sum(kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in one.kinds)
         assert forward > matrices
-    assert made[8].compute_s == pytest.approx(8 * made[64].compute_s)
+    assert made[8].compute_s == pytest.approx(8 * made[64].compute_s, rel=1e-3)  # how even it is differs
     assert made[8].memory.activations == pytest.approx(8 * made[64].memory.activations)
 
 
@@ -47,6 +47,19 @@ def test_the_sparse_layers_move_less_than_the_full_ones():
     assert kinds["linear"].received < kinds["sparse"].received < kinds["full"].received
     # Forward, and again with their gradients backward: three times what the plan's forward is.
     assert kinds["sparse"].received / 2**20 == pytest.approx(3 * 316, rel=0.02)
+
+
+def test_the_rank_with_most_work_sets_the_time():
+    even, uneven = (
+        estimate(large(8, f"parallel.layout={layout}", "parallel.schedule=ring"), 257, DEVICES["h100"])
+        for layout in ("zigzag", "contiguous")
+    )
+    kinds = {kind.name: kind for kind in uneven.kinds}
+    assert kinds["full"].work == pytest.approx(15 / 8, rel=1e-3)
+    assert 1.5 < kinds["sparse"].work < kinds["full"].work
+    assert kinds["linear"].work == 1.0
+    assert max(kind.work for kind in even.kinds) < 1.02
+    assert uneven.compute_s > 1.5 * even.compute_s
 
 
 def test_the_command(longspan, tmp_path):

@@ -1,0 +1,36 @@
+"""How evenly a schedule spreads the work of an attention."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from ..attention.patterns import Causal, Ruled
+from ..attention.rules import Rule
+from .layout import Layout
+from .schedule import Schedule
+
+
+@lru_cache(maxsize=256)
+def balance(schedule: Schedule, layout: Layout, pattern: Ruled | None, heads: int, kv_heads: int) -> float:
+    """Pairs of query and key that the rank with most computes, over the mean of all ranks, for a sequence of one document.
+
+    Args:
+        pattern: None where blocks are chosen at run time: reckoned as if all earlier keys were seen.
+        heads, kv_heads: of the whole attention.
+    """
+    pairs = _pairs(pattern or Causal(), layout, kv_heads)
+    rows = pairs.reshape(kv_heads, -1, schedule.heads).sum(-1)  # ranks in a row share their tokens,
+    per_query_head = np.repeat(rows, heads // kv_heads, 0)
+    work = per_query_head.reshape(schedule.heads, -1, rows.shape[1]).sum(1)  # and each takes some of the query heads
+    return float(work.max() / work.mean())
+
+
+@lru_cache(maxsize=8)
+def _pairs(pattern: Ruled, layout: Layout, kv_heads: int) -> np.ndarray:
+    """Of each KV head and rank, those of its tokens' queries: float64 ``[kv_heads, ranks]``."""
+    found: dict[tuple[Rule, ...], np.ndarray] = {}
+    for head in range(kv_heads):
+        if pattern.rules(head) not in found:
+            segments = np.add.reduceat(pattern.visible(layout.length, head), layout.edges)
+            found[pattern.rules(head)] = np.bincount(layout.holders, segments, layout.ranks)
+    return np.stack([found[pattern.rules(head)] for head in range(kv_heads)])
