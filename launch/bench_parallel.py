@@ -114,6 +114,15 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
                 return parallel.attend(*inputs, pattern, layout, group, schedule=one)
 
             yield name, schedule, attend, softmax
+
+    def distributed(inputs, layout):
+        if layout is None:
+            return _unfused(*inputs)
+        return parallel.attend(*inputs, Causal(), layout, group, schedule="heads")
+
+    # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured itself against.
+    if not refusal(named("heads", settings.ranks)[0], settings.ranks, None, settings.heads, settings.kv_heads):
+        yield "full, against unfused", "heads", distributed, softmax
     q, k, v = (draw(settings.heads, dim) for _ in "qkv")
     k = torch.nn.functional.normalize(k, dim=-1)
     decay, beta = -0.1 * draw(settings.heads).sigmoid(), draw(settings.heads).sigmoid()
@@ -128,6 +137,19 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
                 return parallel.linear_attention(*inputs[:3], layout, group, schedule=schedule, **more)
 
             yield name, schedule, attend, inputs
+
+
+def _unfused(q, k, v):
+    """Causal multi-head attention as a formula, head by head: all weights are made, and kept for the backward pass."""
+    import torch
+
+    length, group = q.shape[1], q.shape[2] // k.shape[2]
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    out = []
+    for head in range(q.shape[2]):
+        scores = q[:, :, head] @ k[:, :, head // group].mT * q.shape[3] ** -0.5
+        out.append(scores.masked_fill_(future, -torch.inf).softmax(-1) @ v[:, :, head // group])
+    return torch.stack(out, 2)
 
 
 def _measured(settings: Settings, operation: str, schedule: str, run: Callable, whole: list) -> Row:

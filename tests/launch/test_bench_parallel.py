@@ -10,7 +10,14 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "parallel.json").read_text())
     rows = {(row["operation"], row["schedule"]): row for row in report["rows"]}
-    assert {name for name, _ in rows} == {"full", "S2(64, 16, 16)", "Window(1024)", "lightning", "gated_deltanet"}
+    assert {name for name, _ in rows} == {
+        "full",
+        "S2(64, 16, 16)",
+        "Window(1024)",
+        "full, against unfused",
+        "lightning",
+        "gated_deltanet",
+    }
     assert {schedule for name, schedule in rows if name == "full"} == {"ring", "gather", "stripes", "heads"}
     for row in rows.values():
         assert len(row["alone"]) == len(row["together"]) == 2

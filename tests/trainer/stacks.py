@@ -35,6 +35,16 @@ def _stack(blocks: dict[str, dict]) -> str:
     return "model.layers=" + json.dumps({"blocks": blocks, "pattern": list(blocks)})
 
 
+MIXED = _stack(
+    {
+        "lightning": {"mixer": "lightning"},
+        "delta": {"mixer": "gated_deltanet", "num_key_heads": 2},
+        "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2},
+        "full": {"mixer": "full", "qk_norm": True},
+    }
+)
+"""One of each family; the delta rule has a short convolution."""
+
 LINEAR = [
     "model.num_hidden_layers=8",
     _stack(

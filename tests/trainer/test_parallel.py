@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .stacks import LINEAR, LINEAR_MORE, PATTERNS
+from .stacks import LINEAR, LINEAR_MORE, MIXED, PATTERNS
 
 WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
@@ -47,11 +47,11 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], CONTEXT),
         pytest.param(["model.tie_word_embeddings=true"], {**MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
         pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
-        ([*LINEAR, FEWER], STATES),
-        pytest.param([*LINEAR, FEWER], MORE_STATES, marks=pytest.mark.wide),
+        ([MIXED], {"cp": PAIRS["cp"], "cp-4": SCHEDULES["cp-4"]}),
+        pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES}, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
-    ids=["tied", "untied", "context", "schedules", "patterns", "linear", "linear, more ranks", "more linear"],
+    ids=["tied", "untied", "context", "schedules", "patterns", "mixed", "linear", "more linear"],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
     alone = train("alone", 1, *model)
