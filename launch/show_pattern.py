@@ -10,8 +10,8 @@ import numpy as np
 from ..attention.expression import parse_pattern
 from ..attention.patterns import Pattern
 from ..attention.rules import Rule
+from ..trainer.blocks import SoftmaxBlock
 from ..trainer.errors import UserError
-from ..trainer.recipe import SoftmaxBlock
 from ..trainer.recipe_file import load_recipe
 
 CELLS = 512

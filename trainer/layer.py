@@ -1,5 +1,6 @@
 """One layer of a hybrid stack, and the Megatron-core spec of the stack."""
 
+import contextlib
 import copy
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from .blocks import Block
 from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
 from .mixers import GatedConvolution, LinearAttention, SoftmaxAttention
 from .norm import RMSNorm
+from .recompute import LayerMemory, OnHost, in_tiles, recomputed
 
 
 def hybrid_stack_spec(
@@ -25,6 +27,7 @@ def hybrid_stack_spec(
     rope_theta: float = 10000.0,
     vp_stage: int | None = None,
     schedules: list[str] | None = None,
+    memory: list[LayerMemory] | None = None,
 ) -> TransformerBlockSubmodules:
     """Spec of the layers of this pipeline stage, for Megatron-core's ``GPTModel``.
 
@@ -35,18 +38,20 @@ def hybrid_stack_spec(
     Args:
         stack: the block of every layer of the whole model, bottom up.
         schedules: of each layer, as :func:`longspan.parallel.attend` takes it; None for ``auto``.
+        memory: what each layer keeps for its backward pass; None for all.
     """
     if len(stack) != config.num_layers:
         raise ValueError(f"stack has {len(stack)} blocks, but config.num_layers is {config.num_layers}")
     offset = get_transformer_layer_offset(config, vp_stage)
     mine = slice(offset, offset + get_num_layers_to_build(config, vp_stage))
-    layers = zip(stack[mine], (schedules or ["auto"] * len(stack))[mine], strict=True)
+    schedules, memory = schedules or ["auto"] * len(stack), memory or [LayerMemory()] * len(stack)
+    layers = zip(stack[mine], schedules[mine], memory[mine], strict=True)
     return TransformerBlockSubmodules(
-        [_layer_spec(block, rope_theta, schedule) for block, schedule in layers], layer_norm=RMSNorm
+        [_layer_spec(block, rope_theta, schedule, kept) for block, schedule, kept in layers], layer_norm=RMSNorm
     )
 
 
-def _layer_spec(block: Block, rope_theta: float, schedule: str) -> ModuleSpec:
+def _layer_spec(block: Block, rope_theta: float, schedule: str, memory: LayerMemory) -> ModuleSpec:
     if isinstance(block, ConvolutionBlock):
         mixer = ModuleSpec(GatedConvolution, params={"block": block})
     elif isinstance(block, LinearAttentionBlock):
@@ -54,7 +59,7 @@ def _layer_spec(block: Block, rope_theta: float, schedule: str) -> ModuleSpec:
     else:
         mixer = ModuleSpec(SoftmaxAttention, params={"block": block, "rope_theta": rope_theta, "schedule": schedule})
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    return ModuleSpec(HybridLayer, params={"block": block}, submodules=HybridLayerSubmodules(mixer, mlp))
+    return ModuleSpec(HybridLayer, params={"block": block, "memory": memory}, submodules=HybridLayerSubmodules(mixer, mlp))
 
 
 @dataclass
@@ -73,15 +78,17 @@ class HybridLayer(MegatronModule):
         config: TransformerConfig,
         submodules: HybridLayerSubmodules,
         block: Block,
+        memory: LayerMemory,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
     ):
         super().__init__(config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.block, self.tp_group = block, pg_collection.tp
+        self.block, self.memory, self.tp_group = block, memory, pg_collection.tp
         self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.mixer = submodules.mixer(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
+        self.mixer.recomputes = memory.recompute == "selective"
         if block.mlp_activation == "identity":
             config = copy.copy(config)
             config.activation_func, config.bias_activation_fusion = _identity, False
@@ -105,16 +112,23 @@ class HybridLayer(MegatronModule):
             if value is not None:
                 raise ValueError(f"HybridLayer cannot use {name}: masks come from the pattern and the documents")
         sequence = packed_seq_params or self._one_document(hidden_states)
+        if self.memory.recompute != "full":
+            return self._layer(hidden_states, sequence), None
+        with OnHost() if self.memory.offload else contextlib.nullcontext():
+            return recomputed(self._layer, hidden_states, sequence), None
 
+    def _layer(self, x: Tensor, sequence: Sequence) -> Tensor:
         def mix(x: Tensor) -> Tensor:
             return self.mixer(x, sequence)
 
-        def feed_forward(x: Tensor) -> Tensor:
-            return self.mlp(x)[0]
+        x = self._join(x, mix, "input_layernorm", "post_mixer_layernorm", self.block.mixer_residual)
+        return recomputed(self._feed_forward, x) if self.memory.recompute == "selective" else self._feed_forward(x)
 
-        x = self._join(hidden_states, mix, "input_layernorm", "post_mixer_layernorm", self.block.mixer_residual)
-        x = self._join(x, feed_forward, "pre_mlp_layernorm", "post_mlp_layernorm", self.block.mlp_residual)
-        return x, None
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        def mlp(x: Tensor) -> Tensor:
+            return in_tiles(lambda part: self.mlp(part)[0], x, self.memory.mlp_tile)
+
+        return self._join(x, mlp, "pre_mlp_layernorm", "post_mlp_layernorm", self.block.mlp_residual)
 
     def _join(self, x: Tensor, branch, norm_before: str, norm_after: str, scales: tuple[float, float]) -> Tensor:
         normed = self._modules[norm_before](x) if norm_before in self._modules else x

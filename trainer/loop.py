@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
+from .blocks import SoftmaxBlock
 from .checkpointer import Checkpointer, Saved
 from .context_parallel import choices
 from .control import Control
@@ -20,7 +21,7 @@ from .errors import NonFiniteError, UserError
 from .metrics import MetricsLog
 from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
-from .recipe import Recipe, SoftmaxBlock
+from .recipe import Recipe
 from .run_folder import RunFolder
 from .schedule import learning_rate
 from .stop import StopRequest

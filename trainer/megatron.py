@@ -162,10 +162,9 @@ class MegatronEngine:
 def _forward_step(batches, model):
     """Megatron's forward step: the output, and the function that makes (loss sum, labels, record) of it."""
     batch: Microbatch = next(batches)
-    output = model(batch.tokens, None, None, labels=batch.labels, packed_seq_params=batch.sequence)
+    output = model(batch.tokens, None, None, labels=batch.labels, loss_mask=batch.weights, packed_seq_params=batch.sequence)
 
-    def loss(token_losses: Tensor):
-        loss_sum = (token_losses * batch.weights).sum()
+    def loss(loss_sum: Tensor):
         tokens = batch.weights.sum()
         padding = torch.full_like(loss_sum, batch.padding)
         return loss_sum, tokens.int(), torch.stack([loss_sum.detach(), tokens, padding]).double()

@@ -4,26 +4,49 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from .blocks import SoftmaxBlock
 from .layer import hybrid_stack_spec
-from .recipe import Recipe, SoftmaxBlock
+from .loss import cross_entropy_sum
+from .recipe import Recipe
+from .recompute import LayerMemory
 from .size import padded_vocab_size
 
 
 class HybridModel(GPTModel):
-    """``GPTModel`` whose vocabulary is padded, with the padded logits masked out of the loss."""
+    """``GPTModel`` whose loss has no logits but those of ``loss_tile`` tokens, and none of the vocabulary's padding.
 
-    def __init__(self, *args, real_vocab_size: int, **kwargs):
+    Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it gives the sum of the losses.
+    """
+
+    def __init__(self, *args, real_vocab_size: int, loss_tile: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.real_vocab_size, self.loss_tile = real_vocab_size, loss_tile
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        first = self.pg_collection.tp.rank() * logits.shape[-1]
-        real = max(0, min(self.real_vocab_size - first, logits.shape[-1]))
-        logits[..., real:] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **others
+    ) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return cross_entropy_sum(
+            hidden.flatten(0, 1),
+            weight,
+            labels.T.flatten(),
+            loss_mask.T.flatten(),
+            group,
+            self.real_vocab_size,
+            self.loss_tile,
+        )
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
@@ -71,15 +94,24 @@ def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridMo
             recipe.model.stack,
             recipe.model.rope_theta,
             schedules=[recipe.parallel.schedule_of(name) for name in recipe.model.stack_names],
+            memory=[layer_memory(recipe, name) for name in recipe.model.stack_names],
         ),
         vocab_size=padded_vocab_size(vocab_size),
         real_vocab_size=vocab_size,
+        loss_tile=recipe.memory.loss_tile,
         max_sequence_length=recipe.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=recipe.model.tie_word_embeddings,
         position_embedding_type="none",
     )
+
+
+def layer_memory(recipe: Recipe, block: str) -> LayerMemory:
+    """Of the layers of one block."""
+    memory = recipe.memory
+    tile = memory.mlp_tile and -(-memory.mlp_tile // recipe.training.micro_batch_size)  # along time
+    return LayerMemory(memory.recompute_of(block), tile, memory.offload_inputs)
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

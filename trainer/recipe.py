@@ -1,12 +1,9 @@
 """What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
 
-import math
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..attention.patterns import Pattern, PerHead, Union
 from .blocks import (
     Block,
     Fraction,
@@ -21,7 +18,7 @@ from .blocks import (
     StreamingBlock,
     WindowBlock,
 )
-from .context_parallel import schedule_problems
+from .combinations import impossible
 from .linear_blocks import (
     BasedBlock,
     ConvolutionBlock,
@@ -31,7 +28,6 @@ from .linear_blocks import (
     HedgehogBlock,
     KDABlock,
     LightningBlock,
-    LinearAttentionBlock,
     LinearBlock,
     Mamba2Block,
     RetentionBlock,
@@ -213,6 +209,29 @@ class Parallel(Section):
         return self.tp * self.pp * self.cp
 
 
+Recompute = Literal["none", "selective", "full"]
+
+
+class Memory(Section):
+    """What long sequences need. None of it changes what is learned."""
+
+    loss_tile: Positive = 1024
+    """Tokens of a rank whose logits exist at a time."""
+    mlp_tile: Positive | None = None
+    """Tokens of a rank that go through an MLP at a time; each part is computed again in the backward pass. null for all."""
+    recompute: Recompute = "none"
+    """What layers compute again in the backward pass instead of keeping it: selective is all but the mixer's operation, full
+    the whole layer."""
+    recompute_blocks: dict[str, Recompute] = Field(default_factory=dict)
+    """The same for single blocks of model.layers, by their names."""
+    offload_inputs: bool = False
+    """Whether the inputs of the layers wait in host memory; needs full recompute."""
+
+    def recompute_of(self, block: str) -> str:
+        """That of the block of that name."""
+        return self.recompute_blocks.get(block, self.recompute)
+
+
 class Engine(Section):
     name: Literal["megatron"] = "megatron"
 
@@ -261,6 +280,7 @@ class Recipe(Section):
     lr_scheduler: Scheduler = Scheduler()
     parallel: Parallel = Parallel()
     engine: Engine = Engine()
+    memory: Memory = Memory()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
     metrics: Metrics = Metrics()
@@ -277,7 +297,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        problems = [*_model_problems(self.model), *_data_problems(self), *_training_problems(self)]
+        problems = list(impossible(self))
         if problems:
             raise CombinationError(problems)
         return self
@@ -289,153 +309,3 @@ class CombinationError(ValueError):
     def __init__(self, problems: list[tuple[str, str]]):
         super().__init__(problems)
         self.problems = problems
-
-
-def _model_problems(model: Model):
-    blocks, heads, kv_heads = model.layers.blocks, model.num_attention_heads, model.kv_heads
-    known = ", ".join(blocks)
-    for name in dict.fromkeys(model.layers.pattern):
-        if name not in blocks:
-            yield "model.layers.pattern", f"names no block: {name!r}; the blocks are {known}"
-    for name, block in blocks.items():
-        key = f"model.layers.blocks.{name}"
-        if name not in model.layers.pattern:
-            yield key, "is not in model.layers.pattern; name it there or remove it"
-        if isinstance(block, SoftmaxBlock):
-            yield from ((f"{key}.{field}", reason) for field, reason in _pattern_problems(block, kv_heads))
-        if isinstance(block, LinearAttentionBlock) and model.kv_channels:  # a head without dims is told of below
-            try:
-                block.design(model)
-            except ValueError as error:
-                field, reason = str(error).split(" ", 1)
-                yield f"{key}.{field}", reason
-        if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
-            dims = model.kv_channels * block.rotary_fraction
-            yield f"{key}.rotary_fraction", f"rotates {dims:g} of {model.kv_channels} dims; it must be an even number"
-    if model.head_dim is None and model.hidden_size % heads:
-        yield "model.num_attention_heads", f"{heads} does not divide hidden_size {model.hidden_size}; set head_dim"
-    if heads % kv_heads:
-        yield "model.num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}"
-
-
-def _pattern_problems(block: SoftmaxBlock, kv_heads: int) -> Iterator[tuple[str, str]]:
-    try:
-        pattern = block.attention_pattern(kv_heads)
-    except ValueError as error:
-        if isinstance(block, PatternBlock):
-            yield "pattern", str(error)
-        else:  # a pattern's own refusal begins with what it refuses: S2.block must be ...
-            field, reason = str(error).partition(".")[2].split(" ", 1)
-            yield field, reason
-        return
-    for per_head in _per_heads(pattern):
-        if (per_head.first_head, len(per_head.patterns)) != (0, kv_heads):
-            reason = f"PerHead lists {len(per_head.patterns)} patterns and the model has {kv_heads} KV heads"
-            yield "pattern", f"{reason}; list one for each, from head 0"
-    if isinstance(block, S2Block) and block.dense_heads > kv_heads:
-        yield "dense_heads", f"{block.dense_heads} is more than the {kv_heads} KV heads"
-
-
-def _per_heads(pattern: Pattern) -> Iterator[PerHead]:
-    """All that an expression has, however deep."""
-    if isinstance(pattern, PerHead):
-        yield pattern
-    for part in pattern.parts if isinstance(pattern, Union) else pattern.patterns if isinstance(pattern, PerHead) else ():
-        yield from _per_heads(part)
-
-
-def _data_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    data, task, length = recipe.data, recipe.data.mqar, recipe.training.seq_length
-    if task is None:
-        if data.sources is None:
-            yield "data.sources", "is required, or data.mqar in its place"
-        return
-    if data.sources is not None:
-        yield "data.mqar", "is given beside data.sources; set one of the two to null"
-    most = max(task.pairs)
-    if most > task.keys:
-        yield "data.mqar.vocab_size", f"{task.vocab_size} has {task.keys} keys for {most} pairs; use at least {2 * most + 2}"
-    if 4 * most > length:
-        reason = f"{most} pairs and their questions take {4 * most} tokens, training.seq_length is {length}"
-        yield "data.mqar.pairs", f"{reason}; use at most {length // 4} pairs, or longer sequences"
-    if length % 2:
-        yield "training.seq_length", f"{length} is odd, but data.mqar fills places of two tokens; use {length + 1}"
-    if recipe.model.vocab_size not in (None, task.vocab_size):
-        yield "model.vocab_size", f"{recipe.model.vocab_size} is not that of data.mqar, {task.vocab_size}; remove it"
-    if data.tokenizer != "bytes":
-        yield "data.tokenizer", "means nothing to data.mqar, whose tokens are no text; remove it"
-    if data.validation is not None:
-        yield "data.validation", "means nothing to data.mqar, which makes its own held-out data; remove it"
-    if recipe.evaluation.sample_prompt is not None:
-        yield "evaluation.sample_prompt", "needs text to go on from, and data.mqar has none; remove it"
-
-
-def _linear_splits(block: Block, model: Model) -> Iterator[tuple[str, int]]:
-    """What tensor parallelism splits of a linear mixer."""
-    if not isinstance(block, LinearAttentionBlock):
-        return
-    try:
-        design = block.design(model)
-    except ValueError:  # a problem of the model
-        return
-    yield "num_key_heads" if design.key_heads != design.heads else "num_heads", design.key_heads
-    if design.decay_rank:
-        yield "decay_rank" if isinstance(block, GLABlock) else "value_head_dim", design.decay_rank
-
-
-def _training_problems(recipe: Recipe):
-    model, training, parallel = recipe.model, recipe.training, recipe.parallel
-    splits = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.kv_heads,
-        "intermediate_size": model.intermediate_size,
-    }
-    for name, block in model.layers.blocks.items():
-        splits |= {f"layers.blocks.{name}.{key}": count for key, count in _linear_splits(block, model)}
-    for key, count in splits.items():
-        if count % parallel.tp:
-            yield "parallel.tp", f"{parallel.tp} does not divide model.{key} {count}"
-    if 128 % parallel.tp:
-        yield "parallel.tp", f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
-    if model.num_hidden_layers % parallel.pp:
-        yield "parallel.pp", f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
-    try:
-        align = model.document_alignment
-    except (KeyError, ValueError):  # of unknown blocks and faulty patterns, which are problems of the model
-        align = 1
-    if training.seq_length % align:
-        yield "training.seq_length", f"{training.seq_length} is not a multiple of the patterns' largest block, {align}"
-    if recipe.evaluation.ngram_baseline and (recipe.data.mqar or recipe.data.tokenizer != "bytes" or model.vocab_size):
-        needs = "data.sources of data.tokenizer bytes, and no model.vocab_size"
-        yield "evaluation.ngram_baseline", f"counts bytes: needs {needs}; set it to false"
-    # Zigzag has two parts per rank; Megatron splits each rank's tokens over tp, and its pipeline needs equal shapes.
-    parts = parallel.cp * parallel.tp * (2 if parallel.layout == "zigzag" and parallel.cp > 1 else 1)
-    if training.seq_length % parts:
-        yield (
-            "training.seq_length",
-            f"{training.seq_length} does not split into {parts} equal parts for parallel.cp {parallel.cp} ({parallel.layout}) "
-            f"and tp {parallel.tp}; use {training.seq_length + -training.seq_length % math.lcm(parts, align)}",
-        )
-    yield from schedule_problems(model, parallel)
-    for name, block in model.layers.blocks.items():
-        shard = training.seq_length * parallel.tp // parts
-        if isinstance(block, MoBABlock) and parallel.cp > 1 and shard % block.block:
-            yield (
-                "training.seq_length",
-                f"{training.seq_length} gives context-parallel ranks parts of {shard} tokens, which are not whole blocks of "
-                f"model.layers.blocks.{name}: use a multiple of {parts // parallel.tp * block.block}",
-            )
-    if recipe.checkpoint.keep_latest_k == 1:
-        yield "checkpoint.keep_latest_k", "1 would leave nothing to go back to if it is damaged; use 2 or more, or 0 for all"
-    processes = recipe.launch.processes
-    if processes % parallel.model_ranks:
-        yield (
-            "launch.processes",
-            f"{processes} is not a multiple of parallel.tp * cp * pp = {parallel.model_ranks}; use {parallel.model_ranks}",
-        )
-    elif training.global_batch_size % (ranks := recipe.data_parallel * training.micro_batch_size):
-        yield (
-            "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of training.micro_batch_size {training.micro_batch_size} x "
-            f"{recipe.data_parallel} data-parallel ranks = {ranks}",
-        )

@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "training.max_skipped_steps",
     "parallel",
     "engine",
+    "memory",
     "checkpoint",
     "evaluation",
     "metrics",

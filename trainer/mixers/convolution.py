@@ -21,6 +21,9 @@ class GatedConvolution(Mixer):
         self.conv_weight = self.per_head(uniform(-bound, bound), self.local_heads * dim, block.conv_kernel)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
+        return self.around(self._mixed, hidden, sequence)
+
+    def _mixed(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         b, c, x = (part.flatten(2) for part in self.project(hidden).chunk(3, -1))
         where = {"layout": sequence.layout, "group": self.cp_group, "documents": sequence.all_documents}
         return self.output(c * short_convolution(b * x, self.conv_weight, None, **where))

@@ -65,6 +65,13 @@ class LinearAttention(Mixer):
             self.gate_in = LowRank(config, design.gate_rank, design.width, pg_collection)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
+        inputs, v, gate = self.around(self._inputs, hidden, sequence)
+        where = {"layout": sequence.layout, "group": self.cp_group, "documents": sequence.all_documents}
+        out = linear_attention(**inputs, **where, scale=self.design.scale)
+        return self.around(self._result, out, v, gate, hidden)
+
+    def _inputs(self, hidden: Tensor, sequence: Sequence) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """What the operation takes, the values before their steps, and the gates."""
         design = self.design
         where = {"layout": sequence.layout, "group": self.cp_group, "documents": sequence.all_documents}
         mixed, gate, beta, decay = self.project(hidden).split(design.parts, dim=-1)
@@ -78,15 +85,19 @@ class LinearAttention(Mixer):
         v = v.unflatten(-1, (design.group, -1)).flatten(2, 3)
         q, k = self._features(q, k, sequence)
 
-        values, options = v, {"scale": design.scale}
+        inputs = {"q": q, "k": k, "v": v}
         if design.decay != "none":
-            options["decay"], step = self._decay(hidden, decay)
-            values = v * step[..., None].to(v.dtype) if design.steps else v
+            inputs["decay"], step = self._decay(hidden, decay)
+            if design.steps:
+                inputs["v"] = v * step[..., None].to(v.dtype)
         if design.beta:
-            options["beta"] = design.beta * torch.sigmoid(beta)
+            inputs["beta"] = design.beta * torch.sigmoid(beta)
         if design.normalised:
-            values = F.pad(values, (0, 1), value=1.0)
-        out = linear_attention(q, k, values, **where, **options)
+            inputs["v"] = F.pad(inputs["v"], (0, 1), value=1.0)
+        return inputs, v, gate
+
+    def _result(self, out: Tensor, v: Tensor, gate: Tensor, hidden: Tensor) -> Tensor:
+        design = self.design
         if design.normalised:
             out = normalised(out)
         if design.skip:

@@ -13,6 +13,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Generator, Tensor, nn
 
+from ..recompute import recomputed
+
 Initial = Callable[[list[int], Generator], Tensor]
 """First values of a parameter that are not those of every matrix or vector: of the whole one, by its shape."""
 
@@ -20,7 +22,11 @@ Initial = Callable[[list[int], Generator], Tensor]
 class Mixer(MegatronModule):
     """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``,
     of the tokens that the sequence's layout gives this rank.
+
+    Where ``recomputes`` is set, what lies before and after the operation is computed again in the backward pass.
     """
+
+    recomputes = False
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, heads: int, rows: int, width: int):
         """``rows`` per head are projected from the hidden state; ``width`` of all heads together are projected back."""
@@ -43,6 +49,10 @@ class Mixer(MegatronModule):
     def output(self, mixed: Tensor) -> Tensor:
         """From ``[batch, time, local width]`` to ``[time, batch, hidden]``."""
         return self.linear_proj(mixed.transpose(0, 1).contiguous())[0]
+
+    def around(self, function: Callable, *inputs):
+        """``function(*inputs)``, which comes before the operation or after it."""
+        return recomputed(function, *inputs) if self.recomputes else function(*inputs)
 
     def per_head(self, initial: Initial, *shape: int) -> nn.Parameter:
         """A parameter whose first dim goes over this rank's heads, channels or the like; the whole one over those of all ranks.

@@ -40,6 +40,13 @@ class SoftmaxAttention(Mixer):
         self.sinks = self.per_head(zeros, self.local_heads * self.group) if block.attention_sink else None
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
+        q, k, v, gate = self.around(self._inputs, hidden, sequence)
+        options = {"sinks": self.sinks, "softcap": self.block.softcap, "schedule": self.schedule}
+        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents, **options)
+        return self.around(self._result, out, gate)
+
+    def _inputs(self, hidden: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, and the gates of the queries."""
         rows = self.project(hidden).unflatten(-1, (-1, self.head_dim))
         q, gate, k, v = rows.split(self.parts, dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
@@ -48,8 +55,9 @@ class SoftmaxAttention(Mixer):
         if self.rotary_dim:
             tables = sequence.rotary(self.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
-        options = {"sinks": self.sinks, "softcap": self.block.softcap, "schedule": self.schedule}
-        out = attend(q, k, v, self.pattern, sequence.layout, self.cp_group, documents=sequence.all_documents, **options)
+        return q, k, v, gate
+
+    def _result(self, out: Tensor, gate: Tensor) -> Tensor:
         if self.block.output_gate:
             out = out * torch.sigmoid(gate.flatten(2, 3))
         return self.output(out.flatten(2))
