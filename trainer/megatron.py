@@ -3,7 +3,6 @@
 Gloo on CPU, NCCL on GPUs.
 """
 
-import contextlib
 import math
 
 import torch
@@ -13,50 +12,24 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from ..parallel import Sequence
 from . import weights
-from .cpu import megatron_on_cpu
-from .data.batches import Microbatch, Share
+from .data.batches import Microbatch
 from .engine import StepResult
 from .megatron_state import MegatronState
-from .model import build_model
 from .recipe import Recipe
+from .replica import Replica, forward
 from .shards import Shards
-from .size import parameter_count
 
 
-class MegatronEngine:
-    """See :class:`~longspan.trainer.engine.Engine`. One per process: Megatron's groups are global."""
+class MegatronEngine(Replica):
+    """See :class:`~longspan.trainer.engine.Engine`."""
 
     def __init__(self, recipe: Recipe, vocab_size: int):
-        self.recipe = recipe
-        self._resources = contextlib.ExitStack()
-        self._resources.enter_context(megatron_on_cpu())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=recipe.parallel.tp,
-            pipeline_model_parallel_size=recipe.parallel.pp,
-            context_parallel_size=recipe.parallel.cp,
-        )
-        self._resources.callback(parallel_state.destroy_model_parallel)
-        model_parallel_cuda_manual_seed(recipe.training.seed)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        degrees = recipe.parallel
-        self.ranks = f"{self.device.type} dp {recipe.data_parallel} cp {degrees.cp} pp {degrees.pp} tp {degrees.tp}"
-        self.num_parameters = parameter_count(recipe.model, vocab_size)
-        self.share = Share(
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            parallel_state.get_context_parallel_rank(),
-        )
-
-        self.dtype = _dtype(recipe)
-        self.model = build_model(recipe, vocab_size, self.dtype)
+        super().__init__(recipe, vocab_size)
         config = self.model.config
-        weights.initialise(self.model, recipe.training.seed, recipe.model.initializer_range, config.num_layers)
         inner = Float16Module(config, self.model) if config.bf16 else self.model
         self._ddp = DistributedDataParallel(
             config,
@@ -125,17 +98,7 @@ class MegatronEngine:
         return weights.gather(self.model)
 
     def load_weights(self, whole: dict[str, Tensor]) -> None:
-        weights.load_weights(self.model, whole)
-        self._optimizer.reload_model_params()
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        sequence = Sequence.single(*tokens.shape, device=tokens.device)
-        with torch.no_grad():
-            logits = self.model(tokens, None, None, packed_seq_params=sequence)
-        return logits[..., : self.model.real_vocab_size].float()
-
-    def close(self) -> None:
-        self._resources.close()
+        self._state.load_weights(whole)
 
     def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:
         """Forward (and backward) over the microbatches; (sum of token losses, labels, padding) over all ranks."""
@@ -148,32 +111,23 @@ class MegatronEngine:
             micro_batch_size=self.recipe.training.micro_batch_size,
             **{"forward_only": False, **options},
         )
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for output in outputs:  # only the last pipeline stage has any
-            totals += output
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        # Only the last pipeline stage has any.
+        loss_sum, tokens, padding = self.summed(*torch.stack(outputs).sum(0)) if outputs else self.summed(0, 0, 0)
         if self.recipe.parallel.pp > 1:
+            totals = torch.tensor([loss_sum, tokens, padding], dtype=torch.float64, device=self.device)
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(totals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-        loss_sum, tokens, padding = totals.tolist()
+            loss_sum, tokens, padding = totals.tolist()
         return loss_sum, int(tokens), int(padding)
 
 
 def _forward_step(batches, model):
     """Megatron's forward step: the output, and the function that makes (loss sum, labels, record) of it."""
     batch: Microbatch = next(batches)
-    output = model(batch.tokens, None, None, labels=batch.labels, loss_mask=batch.weights, packed_seq_params=batch.sequence)
 
     def loss(loss_sum: Tensor):
         tokens = batch.weights.sum()
         padding = torch.full_like(loss_sum, batch.padding)
         return loss_sum, tokens.int(), torch.stack([loss_sum.detach(), tokens, padding]).double()
 
-    return output, loss
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    name = recipe.training.dtype
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)
+    return forward(model, batch), loss

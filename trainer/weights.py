@@ -56,12 +56,6 @@ def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
         _load(parameter, whole)
 
 
-def load_weights(model: GPTModel, weights: dict[str, Tensor]) -> None:
-    """Take this rank's parts of whole tensors, by global name."""
-    for name, parameter in global_parameters(model):
-        _load(parameter, weights[name])
-
-
 def gather(
     model: GPTModel, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()
 ) -> dict[str, Tensor] | None:
@@ -99,6 +93,11 @@ def _unsplit(parts: list[Tensor], parameter: nn.Parameter) -> Tensor:
     dim = parameter.partition_dim
     slabs = zip(*(part.chunk(parameter.partition_stride, dim) for part in parts), strict=True)
     return torch.cat([piece for slab in slabs for piece in slab], dim)
+
+
+def local_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of this tensor-parallel rank's slice; ZeRO-3 leaves nothing of it in the parameter itself."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def is_split(parameter: nn.Parameter) -> bool:

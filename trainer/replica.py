@@ -1,0 +1,74 @@
+"""This rank's part of a Megatron-core model, among Megatron's process groups: what all engines begin with."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from ..parallel import Sequence
+from . import weights
+from .cpu import megatron_on_cpu
+from .data.batches import Microbatch, Share
+from .model import build_model
+from .recipe import Recipe
+from .size import parameter_count
+
+
+class Replica:
+    """Base of the engines (:class:`~longspan.trainer.engine.Engine`). One per process: Megatron's groups are global."""
+
+    def __init__(self, recipe: Recipe, vocab_size: int):
+        self.recipe = recipe
+        self.resources = contextlib.ExitStack()
+        self.resources.enter_context(megatron_on_cpu())
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=recipe.parallel.tp,
+            pipeline_model_parallel_size=recipe.parallel.pp,
+            context_parallel_size=recipe.parallel.cp,
+        )
+        self.resources.callback(parallel_state.destroy_model_parallel)
+        model_parallel_cuda_manual_seed(recipe.training.seed)
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        degrees = recipe.parallel
+        self.ranks = f"{self.device.type} dp {recipe.data_parallel} cp {degrees.cp} pp {degrees.pp} tp {degrees.tp}"
+        self.num_parameters = parameter_count(recipe.model, vocab_size)
+        self.share = Share(
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            parallel_state.get_context_parallel_rank(),
+        )
+        self.dtype = _dtype(recipe)
+        self.model = build_model(recipe, vocab_size, self.dtype)
+        self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        """The ranks that have the same weights and other tokens."""
+        weights.initialise(self.model, recipe.training.seed, recipe.model.initializer_range, self.model.config.num_layers)
+
+    def summed(self, *numbers: Tensor | float) -> list[float]:
+        """Over the ranks of :attr:`data_group`."""
+        totals = torch.stack([torch.as_tensor(number, device=self.device).double() for number in numbers])
+        dist.all_reduce(totals, group=self.data_group)
+        return totals.tolist()
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        sequence = Sequence.single(*tokens.shape, device=tokens.device)
+        with torch.no_grad():
+            logits = self.model(tokens, None, None, packed_seq_params=sequence)
+        return logits[..., : self.model.real_vocab_size].float()
+
+    def close(self) -> None:
+        self.resources.close()
+
+
+def forward(model: torch.nn.Module, batch: Microbatch) -> Tensor:
+    """Of this rank's labels; on a pipeline stage that is not the last, what the next one takes."""
+    return model(batch.tokens, None, None, labels=batch.labels, loss_mask=batch.weights, packed_seq_params=batch.sequence)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    name = recipe.training.dtype
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
