@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..attention.patterns import Pattern, PerHead, Union
 from .blocks import Block, MoBABlock, PatternBlock, S2Block, SoftmaxBlock
 from .context_parallel import schedule_problems
+from .deepspeed_config import deepspeed_problems
 from .errors import suggest
 from .linear_blocks import GLABlock, LinearAttentionBlock
 
@@ -20,6 +21,7 @@ def impossible(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     yield from _data_problems(recipe)
     yield from _training_problems(recipe)
     yield from _memory_problems(recipe)
+    yield from deepspeed_problems(recipe)
 
 
 def _model_problems(model: "Model"):

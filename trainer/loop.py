@@ -29,9 +29,11 @@ from .stop import StopRequest
 
 def build_engine(recipe: Recipe) -> Engine:
     """The recipe's model on its engine, ready to train; needs the default process group."""
-    from .megatron import MegatronEngine
-
-    return MegatronEngine(recipe, recipe_vocab_size(recipe))
+    if recipe.engine.name == "deepspeed":
+        from .deepspeed import DeepSpeedEngine as Chosen
+    else:
+        from .megatron import MegatronEngine as Chosen
+    return Chosen(recipe, recipe_vocab_size(recipe))
 
 
 def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:

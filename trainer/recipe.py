@@ -1,6 +1,6 @@
 """What a recipe may say. Nothing here imports torch: a recipe is checked before any process starts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -232,8 +232,23 @@ class Memory(Section):
         return self.recompute_blocks.get(block, self.recompute)
 
 
-class Engine(Section):
+class MegatronEngine(Section):
+    """Megatron-core's DDP and distributed optimizer."""
+
     name: Literal["megatron"] = "megatron"
+
+
+class DeepSpeedEngine(Section):
+    """DeepSpeed's ZeRO; context and tensor parallel, no pipeline."""
+
+    name: Literal["deepspeed"]
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
+
+
+AnyEngine = Annotated[MegatronEngine | DeepSpeedEngine, Field(discriminator="name")]
 
 
 class Checkpoint(Section):
@@ -279,7 +294,7 @@ class Recipe(Section):
     optimizer: Optimizer
     lr_scheduler: Scheduler = Scheduler()
     parallel: Parallel = Parallel()
-    engine: Engine = Engine()
+    engine: AnyEngine = MegatronEngine()
     memory: Memory = Memory()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()

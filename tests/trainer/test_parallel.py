@@ -23,6 +23,23 @@ SCHEDULES = {
     **{f"cp-{name}": (2, ["parallel.cp=2", f"parallel.schedule={name}"]) for name in ("ring", "gather", "stripes", "heads")},
     "cp-4": (4, ["parallel.cp=4"]),
 }
+
+
+def zero(stage, *overrides):
+    return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *overrides]
+
+
+ZERO = {"zero-2-cp": (2, zero(2, "parallel.cp=2")), "zero-3-dp": (2, zero(3))}
+MORE_ZERO = {
+    "zero-0-dp": (2, zero(0)),
+    "zero-0-tp": (2, zero(0, "parallel.tp=2")),
+    "zero-1-tp": (2, zero(1, "parallel.tp=2")),
+    "zero-1-cp-dp": (4, zero(1, "parallel.cp=2")),
+    "zero-3-cp-tp": (4, zero(3, "parallel.cp=2", "parallel.tp=2")),
+    "zero-2-offload": (2, zero(2, "engine.config={zero_optimization: {offload_optimizer: {device: cpu}}}")),
+    "zero-3-memory": (2, zero(3, "parallel.cp=2", "memory.recompute=full", "memory.mlp_tile=17")),
+    "zero-3-selective": (2, zero(3, "memory.recompute=selective", "memory.recompute_blocks={full: none}")),
+}
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
 FEWER = "training.steps=8"  # eight layers of mixers that are slow on a CPU
@@ -45,13 +62,15 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], PAIRS),
         pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
         (["model.tie_word_embeddings=true"], CONTEXT),
+        (["model.tie_word_embeddings=true"], ZERO),
+        pytest.param(["model.tie_word_embeddings=false"], MORE_ZERO, marks=pytest.mark.wide),
         pytest.param(["model.tie_word_embeddings=true"], {**MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
         pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
         ([MIXED], {"cp": PAIRS["cp"], "cp-4": SCHEDULES["cp-4"]}),
         pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES}, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
-    ids=["tied", "untied", "context", "schedules", "patterns", "mixed", "linear", "more linear"],
+    ids=["tied", "untied", "context", "zero", "more zero", "schedules", "patterns", "mixed", "linear", "more linear"],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
     alone = train("alone", 1, *model)
