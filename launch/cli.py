@@ -194,6 +194,35 @@ def _parser() -> argparse.ArgumentParser:
     spread.add_argument("--out", default="bench", metavar="FOLDER", help="gets parallel.json and .png (default bench)")
     spread.set_defaults(run=_bench_parallel)
 
+    memory = bench.add_parser(
+        "memory",
+        help="memory of a training step, and the longest sequence",
+        description="Measure what a training step of a Llama needs beside its weights on this CPU, with each of the memory "
+        "options and beside plain PyTorch and transformers.",
+    )
+    train = bench.add_parser(
+        "train",
+        help="the training loop against a plain one",
+        description="Measure the steps of a Llama's training by longspan, by a plain PyTorch loop and by transformers' Trainer "
+        "on this CPU, in turns.",
+    )
+    for command, hidden, vocabulary in ((memory, 256, 32768), (train, 256, 8192)):
+        command.add_argument("--hidden", type=int, default=hidden, help="(default %(default)s)")
+        command.add_argument("--layers", type=int, default=4, help="(default 4)")
+        command.add_argument("--heads", type=int, default=4, help="(default 4)")
+        command.add_argument("--kv-heads", type=int, default=2, help="(default 2)")
+        command.add_argument("--intermediate", type=int, default=768, help="of the MLPs (default %(default)s)")
+        command.add_argument("--vocabulary", type=int, default=vocabulary, help="(default %(default)s)")
+        name = command.prog.rsplit(" ", 1)[1]
+        command.add_argument("--out", default="bench", metavar="FOLDER", help=f"gets {name}.json and .png (default bench)")
+    memory.add_argument("--budget-mib", type=int, default=1024, help="that a step may take (default 1024)")
+    memory.set_defaults(run=_bench_memory)
+    train.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")
+    train.add_argument("--batch", type=int, default=2, help="sequences of a step (default 2)")
+    train.add_argument("--steps", type=int, default=10, help="timed in a turn (default 10)")
+    train.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
+    train.set_defaults(run=_bench_train)
+
     recall = bench.add_parser(
         "mqar",
         help="recall (MQAR) of the mixers",
@@ -309,6 +338,18 @@ def _bench_parallel(options: argparse.Namespace) -> int:
     from .bench_parallel import bench_parallel
 
     return bench_parallel(options)
+
+
+def _bench_memory(options: argparse.Namespace) -> None:
+    from .bench_memory import bench_memory
+
+    bench_memory(options)
+
+
+def _bench_train(options: argparse.Namespace) -> None:
+    from .bench_train import bench_train
+
+    bench_train(options)
 
 
 def _bench_mqar(options: argparse.Namespace) -> int:

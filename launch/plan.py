@@ -49,7 +49,7 @@ def plan(options: argparse.Namespace) -> None:
     print(
         f"assumed      {EFFICIENCY:.0%} of {device.tflops:g} TFLOP/s; {BANDWIDTH:.0%} of {device.link_gb_s:g} GB/s within "
         f"{PER_NODE} GPUs, of {device.network_gb_s:g} GB/s beyond; messages not hidden;\n"
-        "             no recomputation; tensor and pipeline parallel messages and bubbles left out"
+        "             tensor, expert and pipeline parallel messages and bubbles left out"
     )
     print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
 

@@ -30,6 +30,8 @@ class Block(Section):
     """Scales of the residual stream and of the mixer's output where they are added."""
     mlp_residual: Scales = (1.0, 1.0)
     """Scales of the residual stream and of the MLP's output where they are added."""
+    mlp: Literal["dense", "moe"] = "dense"
+    """moe: the experts of model.moe in place of one MLP."""
     mlp_activation: Literal["silu", "identity"] = "silu"
     """Of the MLP's gate: silu is SwiGLU, identity is TransNormerLLM's SGLU (arXiv 2307.14995)."""
 

@@ -22,6 +22,7 @@ def impossible(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     yield from _training_problems(recipe)
     yield from _memory_problems(recipe)
     yield from deepspeed_problems(recipe)
+    yield from _expert_problems(recipe)
 
 
 def _model_problems(model: "Model"):
@@ -130,6 +131,8 @@ def _training_problems(recipe: "Recipe"):
             yield "parallel.tp", f"{parallel.tp} does not divide model.{key} {count}"
     if 128 % parallel.tp:
         yield "parallel.tp", f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
+    if parallel.sequence_parallel and parallel.tp == 1:
+        yield "parallel.sequence_parallel", "shares tokens among tensor-parallel ranks, and parallel.tp is 1; remove it"
     if model.num_hidden_layers % parallel.pp:
         yield "parallel.pp", f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
     try:
@@ -183,3 +186,38 @@ def _memory_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if memory.offload_inputs and kept:
         reason = f"block {kept[0]} keeps more than its input (recompute {memory.recompute_of(kept[0])})"
         yield "memory.offload_inputs", f"{reason}; set memory.recompute to full"
+
+
+def _expert_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    model, parallel, moe = recipe.model, recipe.parallel, recipe.model.moe
+    with_experts = [name for name, block in model.layers.blocks.items() if block.mlp == "moe"]
+    if with_experts and moe is None:
+        yield f"model.layers.blocks.{with_experts[0]}.mlp", "is moe, but model.moe, which says how many experts, is missing"
+    if moe is None:
+        if parallel.ep > 1:
+            yield "parallel.ep", f"{parallel.ep} has no experts to share; set model.moe, or 1"
+        return
+    if not with_experts:
+        yield "model.moe", "is used by no block; set mlp: moe in one, or remove it"
+    if moe.num_experts_per_tok > moe.num_experts:
+        yield "model.moe.num_experts_per_tok", f"{moe.num_experts_per_tok} is more than the {moe.num_experts} experts"
+    if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
+        yield "model.moe.shared_expert_gate", "gates no expert; set model.moe.shared_expert_intermediate_size"
+    for name in with_experts:
+        if model.layers.blocks[name].mlp_activation != "silu":
+            yield f"model.layers.blocks.{name}.mlp_activation", "of experts is silu; remove it"
+    if recipe.memory.mlp_tile and with_experts:
+        reason = f"{recipe.memory.mlp_tile} would balance the experts of {with_experts[0]} tile by tile"
+        yield "memory.mlp_tile", f"{reason}; remove it, and take memory.recompute"
+    if moe.num_experts % parallel.ep:
+        yield "parallel.ep", f"{parallel.ep} does not divide model.moe.num_experts {moe.num_experts}"
+    shared = recipe.launch.processes // parallel.pp // (1 if parallel.ep > 1 else parallel.tp)
+    if shared % parallel.ep:
+        yield (
+            "parallel.ep",
+            f"{parallel.ep} does not divide the {shared} ranks of a pipeline stage, over which experts are shared",
+        )
+    if parallel.ep > 1 and recipe.engine.name == "deepspeed":
+        yield "parallel.ep", f"{parallel.ep} needs engine megatron; use 1 with deepspeed"
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel", f"is needed by model.moe with parallel.tp {parallel.tp}; set it to true"

@@ -24,6 +24,15 @@ class _CudaMeansCpu(TorchFunctionMode):
         return result
 
 
+class _Nothing:
+    """A stream or an event."""
+
+    def __init__(self, *_, **__): ...
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
+
+
 def megatron_on_cpu() -> contextlib.AbstractContextManager:
     """A context in which Megatron-core runs on the CPU; nothing at all where there is CUDA.
 
@@ -40,7 +49,15 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor", "LongTensor", "IntTensor", "ByteTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
 
+    # Experts are given streams and events to overlap; here all is done in order.
+    torch.cuda.Stream = torch.cuda.Event = _Nothing
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.current_stream = lambda device=None: _Nothing()
+
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # without Transformer Engine 0.16.1 does not define it
 
     random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(state)

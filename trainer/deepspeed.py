@@ -1,5 +1,7 @@
 """The engine on DeepSpeed: ZeRO 0 to 3 with offload, and tensor and context parallelism, of the same Megatron-core model."""
 
+import contextlib
+import io
 import logging
 import math
 import os
@@ -103,8 +105,11 @@ class DeepSpeedEngine(Replica):
 
     def _drop_gradients(self) -> None:
         """As the optimizers do with those that are not finite."""
+        from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
         optimizer = self._engine.optimizer
         if self._stage == 3:
+            optimizer._pre_step()
             optimizer._overflow_clean_up(1.0)
         elif hasattr(optimizer, "clear_hp_grads"):
             optimizer.clear_hp_grads()
@@ -112,8 +117,11 @@ class DeepSpeedEngine(Replica):
         elif self._stage:
             optimizer.zero_grad()
             optimizer._release_preflattened_grad_buffers()
+            if optimizer.cpu_offload:
+                optimizer.reset_cpu_buffers()
             for group in optimizer.averaged_gradients:
                 optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
         else:
             self._engine.zero_grad()
 
@@ -174,5 +182,6 @@ def _initialize(model: torch.nn.Module, groups: list[dict], config: dict) -> Any
         from deepspeed.utils.logging import logger
 
         logger.setLevel(logging.WARNING)
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-        return deepspeed.initialize(model=model, model_parameters=groups, mpu=_Groups(), config=config)[0]
+        with contextlib.redirect_stdout(io.StringIO()):  # how much memory is in use, several times
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+            return deepspeed.initialize(model=model, model_parameters=groups, mpu=_Groups(), config=config)[0]

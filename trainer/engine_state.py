@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .shards import Shards, flat_range_boxes
-from .weights import global_parameters, is_second_copy, is_split, local_shape
+from .weights import global_parameters, is_second_copy, is_split, local_shape, split_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -108,8 +108,7 @@ def _placed(flat: Tensor, start: int, parameter: Parameter, owner: bool) -> Shar
         local_shape(parameter),
         parameter.partition_dim if split else None,
         parameter.partition_stride if split else 1,
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
+        *split_ranks(parameter),
     )
     return Shards(shape, boxes, owner)
 

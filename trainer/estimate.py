@@ -9,7 +9,7 @@ from .context_parallel import Choice, choices
 from .data.batches import recipe_layout
 from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
 from .recipe import Recipe
-from .size import flops_per_token, mixer_parameters, padded_vocab_size, parameter_count
+from .size import flops_per_token, mixer_parameters, mlp_parameters, padded_vocab_size, parameter_count
 
 GIB = 2**30
 
@@ -90,7 +90,8 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     total, vocabulary = parameter_count(model, vocab_size), padded_vocab_size(vocab_size)
     replicas = recipe.data_parallel * parallel.cp
-    own = total / (parallel.tp * parallel.pp)
+    experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
+    own = ((total - experts) / parallel.tp + experts / max(parallel.tp, parallel.ep)) / parallel.pp
     tokens = training.micro_batch_size * training.seq_length / parallel.cp
     chosen = {choice.block: choice for choice in choices(recipe, 2)} if parallel.cp > 1 else {}
     kinds = [_kind(recipe, name, chosen.get(name)) for name in dict.fromkeys(model.stack_names)]
@@ -101,13 +102,14 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
         gradients=4 * own,
         optimizer=12 * own / replicas,
         activations=2 * tokens * saved * in_flight,
-        logits=tokens * vocabulary / parallel.tp * (2 + 4),
+        logits=min(tokens, recipe.memory.loss_tile) * vocabulary / parallel.tp * (2 + 4),
         key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
     )
     head = 2.0 * model.hidden_size * vocabulary
     forward = head + sum(kind.layers * kind.slowest_flops for kind in kinds)
     tokens_per_step = training.global_batch_size * training.seq_length
-    compute = 3 * forward * tokens_per_step / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
+    recomputed = sum(kind.layers * kind.slowest_flops for kind in kinds if recipe.memory.recompute_of(kind.name) == "full")
+    compute = (3 * forward + recomputed) * tokens_per_step / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
     speed = (device.link_gb_s if parallel.cp * parallel.tp <= PER_NODE else device.network_gb_s) * 1e9 * BANDWIDTH
     sequences = training.global_batch_size / recipe.data_parallel / training.micro_batch_size / parallel.pp
     messages = sequences * sum(kind.layers * kind.received for kind in kinds) / speed
@@ -118,11 +120,12 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
 def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     model = recipe.model
     layer = model.stack_names.index(name)
+    block = model.stack[layer]
     received = choice.received[choice.schedule] if choice else _state_bytes_moved(recipe, layer)
     work = choice.work[choice.schedule] if choice else 1.0
-    mixer, mlp = flops_per_token(model, recipe.training.seq_length, layer), 6.0 * model.hidden_size * model.intermediate_size
+    mixer, mlp = flops_per_token(model, recipe.training.seq_length, layer), 2.0 * mlp_parameters(model, block, per_token=True)
     slowest = mixer + mlp + (work - 1) * (mixer - 2.0 * mixer_parameters(model, layer))
-    return LayerKind(name, model.stack[layer].mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, choice)
+    return LayerKind(name, block.mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, choice)
 
 
 def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
@@ -146,12 +149,19 @@ def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
 
 def _saved_numbers(recipe: Recipe, layer: int) -> float:
     """For each token, what a layer keeps for its backward pass on one tensor-parallel rank: inputs of its norms, projections,
-    attention and MLP.
+    attention and MLP, or of those that are not recomputed.
     """
     model, tp = recipe.model, recipe.parallel.tp
+    hidden = model.hidden_size / (tp if recipe.parallel.sequence_parallel else 1)
+    mode = recipe.memory.recompute_of(model.stack_names[layer])
+    if mode == "full":
+        return 0 if recipe.memory.offload_inputs else hidden
     width = model.num_attention_heads * model.kv_channels
     projected = mixer_parameters(model, layer) / model.hidden_size - width
-    return 4 * model.hidden_size + (projected + 2 * width + 3 * model.intermediate_size) / tp
+    if mode == "selective":
+        return 3 * hidden + (projected + width) / tp
+    wide = 0 if recipe.memory.mlp_tile else mlp_parameters(model, model.stack[layer], per_token=True) / model.hidden_size
+    return 4 * hidden + (projected + 2 * width + wide) / tp
 
 
 def _buffer(recipe: Recipe, choice: Choice) -> float:

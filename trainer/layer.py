@@ -17,6 +17,7 @@ from ..parallel import Sequence
 from .blocks import Block
 from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
 from .mixers import GatedConvolution, LinearAttention, SoftmaxAttention
+from .moe import moe_spec
 from .norm import RMSNorm
 from .recompute import LayerMemory, OnHost, in_tiles, recomputed
 
@@ -47,18 +48,21 @@ def hybrid_stack_spec(
     schedules, memory = schedules or ["auto"] * len(stack), memory or [LayerMemory()] * len(stack)
     layers = zip(stack[mine], schedules[mine], memory[mine], strict=True)
     return TransformerBlockSubmodules(
-        [_layer_spec(block, rope_theta, schedule, kept) for block, schedule, kept in layers], layer_norm=RMSNorm
+        [_layer_spec(config, block, rope_theta, schedule, kept) for block, schedule, kept in layers], layer_norm=RMSNorm
     )
 
 
-def _layer_spec(block: Block, rope_theta: float, schedule: str, memory: LayerMemory) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, block: Block, rope_theta: float, schedule: str, memory: LayerMemory) -> ModuleSpec:
     if isinstance(block, ConvolutionBlock):
         mixer = ModuleSpec(GatedConvolution, params={"block": block})
     elif isinstance(block, LinearAttentionBlock):
         mixer = ModuleSpec(LinearAttention, params={"block": block, "rope_theta": rope_theta})
     else:
         mixer = ModuleSpec(SoftmaxAttention, params={"block": block, "rope_theta": rope_theta, "schedule": schedule})
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    if block.mlp == "moe":
+        mlp = moe_spec(config.num_moe_experts)
+    else:
+        mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(HybridLayer, params={"block": block, "memory": memory}, submodules=HybridLayerSubmodules(mixer, mlp))
 
 
@@ -92,7 +96,10 @@ class HybridLayer(MegatronModule):
         if block.mlp_activation == "identity":
             config = copy.copy(config)
             config.activation_func, config.bias_activation_fusion = _identity, False
-        self.mlp = submodules.mlp(config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
+        if block.mlp == "moe":
+            self.mlp = submodules.mlp(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
+        else:
+            self.mlp = submodules.mlp(config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp)
         norms = {"input_layernorm", "pre_mlp_layernorm"} if block.norm != "reordered" else set()
         if block.norm in ("sandwich", "reordered"):
             norms |= {"post_mixer_layernorm", "post_mlp_layernorm"}

@@ -88,10 +88,12 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 raise UserError(f"{folder.checkpoints}: step {step} is not saved: {saved.error}" if rank == 0 else "")
             report(step, saved)
 
-        since, logged = time.monotonic(), done
+        since, logged, waited = time.monotonic(), done, 0.0
         for step in range(done + 1, steps + 1):
             lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
+            began = time.monotonic()
             taken = list(_agreed(control, batches.step(step - 1)))
+            waited += time.monotonic() - began
             result = engine.step(taken, lr)
             try:
                 updated = policy.check(step, result, taken, rank)
@@ -122,11 +124,12 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             "train/tokens": tokens,
                             "data/padding_ratio": result.padding / recipe.tokens_per_step,
                             "perf/step_time_s": seconds,
+                            "perf/data_time_s": waited / (step - logged),
                             "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
                             **_memory(),
                         },
                     )
-                since, logged = time.monotonic(), step
+                since, logged, waited = time.monotonic(), step, 0.0
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
                 held_out = _agreed(control, batches.evaluation(sequences))
@@ -135,7 +138,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
                     display.say(f"step {step}: {summary}")
-                since, logged = time.monotonic(), step
+                since, logged, waited = time.monotonic(), step, 0.0
             report(step, checkpointer.poll())
             if control.any(stop.asked()) and not last:
                 save_and_wait(step)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .blocks import SoftmaxBlock
 from .layer import hybrid_stack_spec
 from .loss import cross_entropy_sum
+from .moe import moe_config
 from .recipe import Recipe
 from .recompute import LayerMemory
 from .size import padded_vocab_size
@@ -70,6 +71,9 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         tensor_model_parallel_size=recipe.parallel.tp,
         pipeline_model_parallel_size=recipe.parallel.pp,
         context_parallel_size=recipe.parallel.cp,
+        sequence_parallel=recipe.parallel.sequence_parallel,
+        expert_model_parallel_size=recipe.parallel.ep,
+        expert_tensor_parallel_size=expert_tensor_parallel(recipe),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -81,7 +85,13 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
         cuda_graph_scope=[],
+        **moe_config(model),
     )
+
+
+def expert_tensor_parallel(recipe: Recipe) -> int:
+    """Over how many ranks the matrices of an expert are split: where experts are spread over ranks, each is whole."""
+    return 1 if recipe.parallel.ep > 1 else recipe.parallel.tp
 
 
 def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridModel:

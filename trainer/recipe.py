@@ -64,6 +64,25 @@ class Layers(Section):
     """Names of blocks in order, repeated to the model's depth."""
 
 
+class MoE(Section):
+    """The experts of blocks with mlp: moe."""
+
+    num_experts: Annotated[int, Field(ge=2)]
+    num_experts_per_tok: Positive = 2
+    """Experts that a token goes to."""
+    intermediate_size: Positive | None = None
+    """Of an expert; defaults to the model's."""
+    shared_expert_intermediate_size: Positive | None = None
+    """Of an expert that all tokens go to as well; null for none."""
+    shared_expert_gate: bool = False
+    """Multiply the shared expert's output by a sigmoid of a projection of its input (Qwen)."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts add up to 1: the softmax is then over these alone."""
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of the loss that asks for equally many tokens at each expert (Switch Transformer, arXiv 2101.03961), reckoned over
+    a microbatch."""
+
+
 class Model(Section):
     hidden_size: Positive
     num_hidden_layers: Positive
@@ -80,6 +99,7 @@ class Model(Section):
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of initial weights; output projections take it divided by sqrt(2 * num_hidden_layers)."""
     tie_word_embeddings: bool = True
+    moe: MoE | None = None
     layers: Layers
 
     @property
@@ -191,6 +211,10 @@ class Parallel(Section):
     """Pipeline parallel: layers."""
     cp: Positive = 1
     """Context parallel: the tokens of a sequence."""
+    ep: Positive = 1
+    """Expert parallel: experts, over ranks that otherwise hold other sequences or other tokens."""
+    sequence_parallel: bool = False
+    """Whether tensor-parallel ranks also share the tokens of norms and residuals (Megatron's sequence parallel)."""
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     """Which tokens a context-parallel rank holds: zigzag is the r-th part from either end, which balances causal work."""
     schedule: str = "auto"

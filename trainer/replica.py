@@ -12,7 +12,7 @@ from ..parallel import Sequence
 from . import weights
 from .cpu import megatron_on_cpu
 from .data.batches import Microbatch, Share
-from .model import build_model
+from .model import build_model, expert_tensor_parallel
 from .recipe import Recipe
 from .size import parameter_count
 
@@ -28,6 +28,8 @@ class Replica:
             tensor_model_parallel_size=recipe.parallel.tp,
             pipeline_model_parallel_size=recipe.parallel.pp,
             context_parallel_size=recipe.parallel.cp,
+            expert_model_parallel_size=recipe.parallel.ep,
+            expert_tensor_parallel_size=expert_tensor_parallel(recipe),
         )
         self.resources.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(recipe.training.seed)

@@ -14,8 +14,19 @@ def padded_vocab_size(vocab_size: int) -> int:
 def parameter_count(model: Model, vocab_size: int) -> int:
     """Parameters of the whole model, with its padded vocabulary."""
     embeddings = padded_vocab_size(vocab_size) * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    layers = sum(_norms(model, block) + 3 * model.hidden_size * model.intermediate_size for block in model.stack)
+    layers = sum(_norms(model, block) + mlp_parameters(model, block) for block in model.stack)
     return embeddings + layers + model.hidden_size + sum(mixer_parameters(model, layer) for layer in range(len(model.stack)))
+
+
+def mlp_parameters(model: Model, block: Block, per_token: bool = False) -> int:
+    """Of the MLP of one layer, or of its experts and their router; ``per_token`` of those alone that a token goes through."""
+    hidden, moe = model.hidden_size, model.moe
+    if block.mlp == "dense":
+        return 3 * hidden * model.intermediate_size
+    experts = moe.num_experts_per_tok if per_token else moe.num_experts
+    routed = experts * 3 * hidden * (moe.intermediate_size or model.intermediate_size) + moe.num_experts * hidden
+    shared = 3 * hidden * (moe.shared_expert_intermediate_size or 0)
+    return routed + shared + (hidden if moe.shared_expert_gate else 0)
 
 
 def _norms(model: Model, block: Block) -> int:

@@ -11,21 +11,31 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.")
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """This rank's parameters by their names in the whole model: layers are numbered over all pipeline stages.
+    """This rank's parameters by their names in the whole model: layers are numbered over all pipeline stages, experts over all
+    expert-parallel ranks.
 
     The tied output matrix of a last stage has the embedding's name.
     """
     for name, parameter in model.named_parameters():
         if match := _LAYER.match(name):
             number = model.decoder.layers[int(match[1])].layer_number - 1
-            name = f"decoder.layers.{number}.{name[match.end() :]}"
+            name = f"decoder.layers.{number}.{_whole_experts(name[match.end() :], model.decoder.layers[int(match[1])])}"
         elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
         yield name, parameter
+
+
+def _whole_experts(name: str, layer: nn.Module) -> str:
+    match = _EXPERT.match(name)
+    if not match:
+        return name
+    number = layer.mlp.local_expert_indices[int(match[1])]
+    return f"mlp.experts.local_experts.{number}.{name[match.end() :]}"
 
 
 def is_second_copy(model: GPTModel, parameter: nn.Parameter) -> bool:
@@ -43,7 +53,7 @@ def initialise(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     for name, parameter in global_parameters(model):
         shape = list(parameter.shape)
         if is_split(parameter):
-            shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+            shape[parameter.partition_dim] *= split_ranks(parameter)[1]
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         if hasattr(parameter, "initial"):
@@ -66,23 +76,23 @@ def gather(
     group, here = parallel_state.get_tensor_model_parallel_group(), {}
     for name, parameter in global_parameters(model):
         part = of(parameter).contiguous()
-        if is_split(parameter) and group.size() > 1:
+        if is_split(parameter) and split_ranks(parameter)[1] > 1:
             parts = [torch.empty_like(part) for _ in range(group.size())]
             dist.all_gather(parts, part, group=group)
             part = _unsplit(parts, parameter)
         here[name] = part.cpu().clone()
-    stages: list = [here] * parallel_state.get_pipeline_model_parallel_world_size()
-    if len(stages) > 1:
-        dist.all_gather_object(stages, here, group=parallel_state.get_pipeline_model_parallel_group())
-    if dist.get_rank() != 0:
-        return None
-    return {name: whole for stage in stages for name, whole in stage.items()}
+    for group in (parallel_state.get_expert_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        parts: list = [here] * group.size()
+        if len(parts) > 1:
+            dist.all_gather_object(parts, here, group=group)
+        here = {name: whole for part in parts for name, whole in part.items()}
+    return here if dist.get_rank() == 0 else None
 
 
 @torch.no_grad()
 def _load(parameter: nn.Parameter, whole: Tensor) -> None:
     if is_split(parameter):
-        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        rank, size = split_ranks(parameter)
         # A partition stride of 2 is [gate; up] in one matrix: a rank holds its part of each.
         slabs = whole.chunk(parameter.partition_stride, parameter.partition_dim)
         whole = torch.cat([slab.chunk(size, parameter.partition_dim)[rank] for slab in slabs], parameter.partition_dim)
@@ -103,3 +113,10 @@ def local_shape(parameter: nn.Parameter) -> torch.Size:
 def is_split(parameter: nn.Parameter) -> bool:
     """Whether each tensor-parallel rank holds a slice of it."""
     return getattr(parameter, "tensor_model_parallel", False)
+
+
+def split_ranks(parameter: nn.Parameter) -> tuple[int, int]:
+    """This rank among those that hold slices of it, and how many these are: the experts of a rank may be whole."""
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    return parallel_state.get_expert_tensor_parallel_rank(), parallel_state.get_expert_tensor_parallel_world_size()

@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 from longspan.launch.cli import main
 from longspan.trainer import checkpointer
-from longspan.trainer.megatron import MegatronEngine
 from torch.distributed.checkpoint import filesystem
 
 RECIPE, *ARGUMENTS = sys.argv[1:]
 RANK = int(os.environ["RANK"])
 FAULTS = {name: int(step) for name, _, step in (argument.partition("=") for argument in ARGUMENTS) if "." not in name}
+if "engine.name=deepspeed" in ARGUMENTS:
+    from longspan.trainer.deepspeed import DeepSpeedEngine as Engine
+else:
+    from longspan.trainer.megatron import MegatronEngine as Engine
 OVERRIDES = [argument for argument in ARGUMENTS if "." in argument.partition("=")[0]]
 
 
@@ -33,7 +36,7 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def tokens_hash(engine: MegatronEngine, batches) -> str:
+def tokens_hash(engine: Engine, batches) -> str:
     """Of the global batch, put together from all ranks' parts in the order of its samples."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (engine.share, [(b.tokens, b.sequence.layout) for b in batches]))
@@ -52,7 +55,7 @@ class Run:
     step = 0
 
 
-real_step, real_restore = MegatronEngine.step, checkpointer.Checkpointer.restore
+real_step, real_restore = Engine.step, checkpointer.Checkpointer.restore
 real_sha256, real_prune, real_write_item = checkpointer.sha256, checkpointer.prune, filesystem._write_item
 
 
@@ -93,7 +96,7 @@ def step(self, batches, lr):
     return result
 
 
-def fingerprint(engine: MegatronEngine) -> str:
+def fingerprint(engine: Engine) -> str:
     """Of this rank's weights, moments and what the model computes with, bit by bit."""
     digest = hashlib.sha256()
     for name, shards in engine.state().items():
@@ -133,6 +136,6 @@ def prune(folder: Path, keep: int) -> None:
     real_prune(folder, keep)
 
 
-MegatronEngine.step, checkpointer.Checkpointer.restore = step, restored
+Engine.step, checkpointer.Checkpointer.restore = step, restored
 checkpointer.sha256, checkpointer.prune, filesystem._write_item = sha256, prune, write_item
 main(["train", RECIPE, *OVERRIDES])

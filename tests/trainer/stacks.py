@@ -45,6 +45,27 @@ MIXED = _stack(
 )
 """One of each family; the delta rule has a short convolution."""
 
+EXPERTS = [
+    _stack({"lightning": {"mixer": "lightning", "norm": "post", "mlp": "moe"}, "full": {"mixer": "full", "mlp": "moe"}}),
+    "model.moe=" + json.dumps({"num_experts": 4, "intermediate_size": 48, "router_aux_loss_coef": 0.1}),
+]
+"""A hybrid like MiniMax-01."""
+
+SHARED_EXPERT = [
+    _stack({"delta": {"mixer": "gated_deltanet"}, "full": {"mixer": "full", "mlp": "moe"}}),
+    "model.moe="
+    + json.dumps(
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 32,
+            "shared_expert_gate": True,
+            "norm_topk_prob": False,
+        }
+    ),
+]
+"""Like Qwen3-Next, every second layer with experts."""
+
 LINEAR = [
     "model.num_hidden_layers=8",
     _stack(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .stacks import LINEAR, LINEAR_MORE, MIXED, PATTERNS
+from .stacks import EXPERTS, LINEAR, LINEAR_MORE, MIXED, PATTERNS, SHARED_EXPERT
 
 WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
@@ -40,6 +40,24 @@ MORE_ZERO = {
     "zero-3-memory": (2, zero(3, "parallel.cp=2", "memory.recompute=full", "memory.mlp_tile=17")),
     "zero-3-selective": (2, zero(3, "memory.recompute=selective", "memory.recompute_blocks={full: none}")),
 }
+SEQUENCE = {"sp": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"])}
+MORE_SEQUENCE = {
+    "sp-cp": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.cp=2"]),
+    "sp-pp": (4, ["parallel.tp=2", "parallel.sequence_parallel=true", "parallel.pp=2"]),
+    "sp-memory": (2, [*SEQUENCE["sp"][1], "memory.recompute=full", "memory.mlp_tile=11"]),
+}
+EP = {"cp-ep": (2, ["parallel.cp=2", "parallel.ep=2"])}
+MORE_EP = {
+    "dp": PAIRS["dp"],
+    "dp-ep": (2, ["parallel.ep=2"]),
+    "cp-ep-dp": (4, ["parallel.cp=2", "parallel.ep=4"]),
+    "sp": SEQUENCE["sp"],
+    "sp-ep": (2, [*SEQUENCE["sp"][1], "parallel.ep=2"]),
+    "sp-cp-ep": (4, [*SEQUENCE["sp"][1], "parallel.cp=2", "parallel.ep=2"]),
+    "pp-ep": (4, ["parallel.pp=2", "parallel.ep=2"]),
+    "ep-memory": (2, ["parallel.ep=2", "memory.recompute=full"]),
+    "zero-2-cp": (2, zero(2, "parallel.cp=2")),
+}
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
 FEWER = "training.steps=8"  # eight layers of mixers that are slow on a CPU
@@ -65,12 +83,31 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], ZERO),
         pytest.param(["model.tie_word_embeddings=false"], MORE_ZERO, marks=pytest.mark.wide),
         pytest.param(["model.tie_word_embeddings=true"], {**MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
-        pytest.param([PATTERNS], HEADS, marks=pytest.mark.wide),
+        pytest.param(["model.tie_word_embeddings=true"], {**SEQUENCE, **MORE_SEQUENCE}, marks=pytest.mark.wide),
+        (EXPERTS, EP),
+        pytest.param(EXPERTS, MORE_EP, marks=pytest.mark.wide),
+        pytest.param(SHARED_EXPERT, {**EP, **MORE_EP}, marks=pytest.mark.wide),
+        pytest.param([PATTERNS], {**HEADS, **SEQUENCE}, marks=pytest.mark.wide),
         ([MIXED], {"cp": PAIRS["cp"], "cp-4": SCHEDULES["cp-4"]}),
-        pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES}, marks=pytest.mark.wide),
+        pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES, **SEQUENCE}, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
-    ids=["tied", "untied", "context", "zero", "more zero", "schedules", "patterns", "mixed", "linear", "more linear"],
+    ids=[
+        "tied",
+        "untied",
+        "context",
+        "zero",
+        "more zero",
+        "schedules",
+        "sequence",
+        "experts",
+        "more experts",
+        "shared expert",
+        "patterns",
+        "mixed",
+        "linear",
+        "more linear",
+    ],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
     alone = train("alone", 1, *model)

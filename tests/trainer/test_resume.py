@@ -179,6 +179,44 @@ def test_linear_mixers_go_on_bit_by_bit_and_on_other_ranks(go, run, stack):
         assert float.fromhex(seen(run)[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
 
 
+def zero(stage):
+    return [*PAIR, "engine.name=deepspeed", f"engine.zero_stage={stage}"]
+
+
+@pytest.mark.parametrize("stage", [wide(0), wide(1), wide(2), 3])
+def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, stage):
+    go(2, *zero(stage))
+    alone = seen(run)
+    shutil.rmtree(run)
+    go(2, "stop-file=6", *zero(stage), status=75)
+    stopped = shutil.copytree(run, run.with_name("stopped"))
+    go(2, *zero(stage))
+    assert seen(run) == alone
+    shutil.rmtree(run)
+    stopped.rename(run)
+    go(2, *PAIR)  # by Megatron
+    for other in (alone, seen(run)):
+        for step, (loss, tokens) in expected.items():
+            assert other[step][1] == tokens
+            assert float.fromhex(other[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("fault", ["nan-loss=6", "inf-gradient=6"])
+def test_zero_makes_no_update_that_is_not_finite(go, run, stage, fault):
+    """The worker compares all weights and moments before and after."""
+    first, _ = go(2, fault, *zero(stage), "training.on_nonfinite=skip")
+    assert first[0].count("skipped, without an update") == 1
+
+
+def test_a_run_of_megatron_goes_on_under_zero(go, stopped, expected):
+    go(2, *zero(2))
+    for step, (loss, tokens) in expected.items():
+        assert seen(stopped)[step][1] == tokens
+        assert float.fromhex(seen(stopped)[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
+
+
 @pytest.mark.parametrize("request_to_stop", ["term=6", wide("usr1=6")])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(go, run, longspan, expected, request_to_stop):
     first, _ = go(2, request_to_stop, *PAIR, status=75)

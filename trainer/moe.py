@@ -1,0 +1,52 @@
+"""Mixtures of experts: Megatron-core's layer, as this project's layers take it."""
+
+import torch
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from .recipe import Model
+
+
+def moe_spec(num_experts: int) -> ModuleSpec:
+    """Routed experts and, where the config has its size, a shared one."""
+    spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
+    spec.submodules.router = BalancedRouter
+    return spec
+
+
+def moe_config(model: Model) -> dict:
+    """What Megatron's config says of the experts; nothing where the model has none."""
+    moe = model.moe
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.num_experts_per_tok,
+        "moe_ffn_hidden_size": moe.intermediate_size or model.intermediate_size,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss" if moe.router_aux_loss_coef else "none",
+        "moe_aux_loss_coeff": moe.router_aux_loss_coef,
+        "moe_router_dtype": "fp32",
+        # Gloo takes no tensors as sizes, which Megatron's all-to-all hands it.
+        "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
+    }
+
+
+class BalancedRouter(TopKRouter):
+    """Megatron's, whose balance loss weighs the same on any number of context-parallel ranks.
+
+    Each of them has its part of the loss. Where losses are summed over tokens, as here, Megatron-core 0.16.1 weighs the part by
+    the rank's tokens instead of by those of all ranks.
+    """
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, valid_token_count, **others
+    ) -> Tensor:
+        tokens = valid_token_count * reduce_group.size()
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, valid_token_count=tokens, **others
+        )
