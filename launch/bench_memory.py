@@ -1,5 +1,5 @@
-"""``longspan bench memory``: what a training step of a Llama needs beside its weights, and the longest sequence within a budget,
-with each of the memory options, and beside plain PyTorch and ``transformers``.
+"""``longspan bench memory``: what a step of a Llama's training needs beside its weights, and the longest sequence within a
+budget, with each of the memory options, and beside plain PyTorch and ``transformers``.
 """
 
 import json

@@ -56,9 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     build = data.add_parser(
         "build",
         help="tokenize text to a .bin/.idx corpus",
-        description="Tokenize text files, folders of them and .jsonl files (key: text) to Megatron's .bin/.idx.",
+        description="Tokenize text files, .jsonl and .parquet files, and folders of them to Megatron's .bin/.idx.",
     )
     build.add_argument("sources", nargs="+", metavar="SOURCE")
+    build.add_argument(
+        "--key", default="text", help="of the text in a line of .jsonl, or its column in .parquet (default text)"
+    )
+    build.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     build.add_argument("--tokenizer", default="bytes", help="bytes (default), or the path of a tokenizer.json")
     build.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")
     build.set_defaults(run=_data_build)
@@ -264,9 +268,9 @@ def _data_build(options: argparse.Namespace) -> None:
     from ..trainer.data.build import build_corpus
     from ..trainer.data.tokenizer import load_tokenizer
 
-    record = build_corpus(
-        [Path(source) for source in options.sources], load_tokenizer(options.tokenizer, "--tokenizer"), options.out
-    )
+    tokenizer, sources = load_tokenizer(options.tokenizer, "--tokenizer"), [Path(source) for source in options.sources]
+    workers = max(1, options.workers)
+    record = build_corpus(sources, tokenizer, options.out, workers=workers, key=options.key)
     print(f"{options.out}: {record.documents:,} documents, {record.tokens:,} tokens, {record.bytes:,} bytes of text")
 
 

@@ -23,6 +23,7 @@ def impossible(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     yield from _memory_problems(recipe)
     yield from deepspeed_problems(recipe)
     yield from _expert_problems(recipe)
+    yield from _stage_problems(recipe)
 
 
 def _model_problems(model: "Model"):
@@ -83,7 +84,11 @@ def _data_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if task is None:
         if data.sources is None:
             yield "data.sources", "is required, or data.mqar in its place"
+        if data.packing == "buckets":
+            yield from _bucket_problems(recipe)
         return
+    if data.packing != "concat":
+        yield "data.packing", "means nothing to data.mqar, whose examples are no documents; remove it"
     if data.sources is not None:
         yield "data.mqar", "is given beside data.sources; set one of the two to null"
     most = max(task.pairs)
@@ -117,6 +122,14 @@ def _linear_splits(block: Block, model: "Model") -> Iterator[tuple[str, int]]:
         yield "decay_rank" if isinstance(block, GLABlock) else "value_head_dim", design.decay_rank
 
 
+def _parts(recipe: "Recipe") -> int:
+    """Equal parts of a sequence: zigzag has two a rank; Megatron splits each rank's tokens over tp, and its pipeline needs
+    equal shapes.
+    """
+    parallel = recipe.parallel
+    return parallel.cp * parallel.tp * (2 if parallel.layout == "zigzag" and parallel.cp > 1 else 1)
+
+
 def _training_problems(recipe: "Recipe"):
     model, training, parallel = recipe.model, recipe.training, recipe.parallel
     splits = {
@@ -144,8 +157,7 @@ def _training_problems(recipe: "Recipe"):
     if recipe.evaluation.ngram_baseline and (recipe.data.mqar or recipe.data.tokenizer != "bytes" or model.vocab_size):
         needs = "data.sources of data.tokenizer bytes, and no model.vocab_size"
         yield "evaluation.ngram_baseline", f"counts bytes: needs {needs}; set it to false"
-    # Zigzag has two parts per rank; Megatron splits each rank's tokens over tp, and its pipeline needs equal shapes.
-    parts = parallel.cp * parallel.tp * (2 if parallel.layout == "zigzag" and parallel.cp > 1 else 1)
+    parts = _parts(recipe)
     if training.seq_length % parts:
         yield (
             "training.seq_length",
@@ -221,3 +233,50 @@ def _expert_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         yield "parallel.ep", f"{parallel.ep} needs engine megatron; use 1 with deepspeed"
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield "parallel.sequence_parallel", f"is needed by model.moe with parallel.tp {parallel.tp}; set it to true"
+
+
+def _bucket_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    shortest, length, key = recipe.data.buckets.shortest, recipe.training.seq_length, "data.buckets.shortest"
+    times, rest = divmod(length, shortest)
+    if rest or times & (times - 1):
+        yield key, f"{shortest} times a power of two is not training.seq_length {length}; use {_halved(length)}"
+        return
+    try:
+        align = recipe.model.document_alignment
+    except (KeyError, ValueError):
+        return
+    unit = math.lcm(_parts(recipe), align)
+    if shortest % unit:
+        reason = (
+            f"{shortest} is not a multiple of {unit}, by which context and tensor parallel ranks and patterns divide sequences"
+        )
+        yield key, f"{reason}; use a greater one"
+
+
+def _halved(length: int) -> int:
+    """The greatest of its halves, quarters and so on that is at most 256, or the last that is whole."""
+    while length > 256 and length % 2 == 0:
+        length //= 2
+    return length
+
+
+def _stage_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    """What is wrong with the recipe of a stage, but not with the one before it."""
+    before, known = 0, set(_of_stage(recipe))
+    for number, stage in enumerate(recipe.stages):
+        key = f"stages.{number}"
+        if not before < stage.from_step < recipe.training.steps:
+            reason = f"{stage.from_step} is not between {before} and training.steps {recipe.training.steps}"
+            yield f"{key}.from_step", f"{reason}; stages stand in their order"
+        before = stage.from_step
+        if stage.data is not None and (stage.data.mqar, stage.data.tokenizer) != (recipe.data.mqar, recipe.data.tokenizer):
+            yield f"{key}.data.tokenizer", "and mqar must be those of the recipe: the vocabulary stays"
+            continue
+        for problem, reason in _of_stage(recipe.at(stage.from_step)):
+            if (problem, reason) not in known:
+                yield f"{key}.{problem}", reason
+
+
+def _of_stage(recipe: "Recipe") -> Iterator[tuple[str, str]]:
+    yield from _data_problems(recipe)
+    yield from _training_problems(recipe)

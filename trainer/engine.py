@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .data.batches import Microbatch, Share
+from .recipe import Recipe
 from .shards import Shards
 
 
@@ -40,6 +41,10 @@ class Engine(Protocol):
     """How they are arranged; random states fit no other arrangement."""
     share: Share
     """Of a global batch, on this rank."""
+
+    def begin_stage(self, recipe: Recipe) -> None:
+        """Go on as this recipe says, which is that of a stage of the run."""
+        ...
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         """One update, if all is finite; the loss is the mean over the global batch's labels, wherever they are."""

@@ -23,7 +23,6 @@ from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
 from .recipe import Recipe
 from .run_folder import RunFolder
-from .schedule import learning_rate
 from .stop import StopRequest
 
 
@@ -51,7 +50,6 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
         stop = stack.enter_context(StopRequest(folder.stop_file))
         engine = build_engine(recipe)
         stack.callback(engine.close)
-        batches = Batches(recipe, data, recipe_vocab_size(recipe), engine.share, engine.device)
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
@@ -88,9 +86,16 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 raise UserError(f"{folder.checkpoints}: step {step} is not saved: {saved.error}" if rank == 0 else "")
             report(step, saved)
 
+        now, batches = recipe, None
         since, logged, waited = time.monotonic(), done, 0.0
         for step in range(done + 1, steps + 1):
-            lr = learning_rate(step - 1, steps, recipe.optimizer.lr, recipe.lr_scheduler)
+            lr = recipe.learning_rate(step - 1)
+            if batches is None or step - 1 in recipe.stage_starts:
+                now, first = recipe.at(step - 1), max(s for s in recipe.stage_starts if s < step)
+                batches = Batches(now, data, recipe_vocab_size(recipe), engine.share, engine.device, first)
+                engine.begin_stage(now)
+                if display and first:
+                    display.say(f"step {step}: {_stage(now)}")
             began = time.monotonic()
             taken = list(_agreed(control, batches.step(step - 1)))
             waited += time.monotonic() - began
@@ -107,7 +112,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             last = step == steps
             if display:
                 seconds = (time.monotonic() - since) / (step - logged)
-                speed = recipe.tokens_per_step / seconds
+                speed = now.tokens_per_step / seconds
                 display.step(step, result.loss, _bits_per_byte(result.loss, batches.training.bytes_per_token), speed)
                 if not updated:
                     what = f"loss {result.loss}, gradient norm {result.grad_norm}"
@@ -122,7 +127,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             "train/grad_norm": result.grad_norm,
                             "train/lr": lr,
                             "train/tokens": tokens,
-                            "data/padding_ratio": result.padding / recipe.tokens_per_step,
+                            "data/padding_ratio": result.padding / now.tokens_per_step,
                             "perf/step_time_s": seconds,
                             "perf/data_time_s": waited / (step - logged),
                             "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
@@ -157,6 +162,14 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                     folder.write_weights(weights, steps)
                     plot_loss(folder)
         return True
+
+
+def _stage(recipe: Recipe) -> str:
+    training, rotary = recipe.training, recipe.model.rope_theta
+    return (
+        f"a stage of {training.global_batch_size} sequences of {training.seq_length:,} tokens a step, rope_theta {rotary:g}, "
+        f"lr {recipe.optimizer.lr:g}"
+    )
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:

@@ -107,8 +107,8 @@ class MegatronEngine(Replica):
             data_iterator=iter(batches),
             model=[self._ddp],
             num_microbatches=len(batches),
-            seq_length=self.recipe.training.seq_length,
-            micro_batch_size=self.recipe.training.micro_batch_size,
+            seq_length=batches[0].sequence.layout.length,
+            micro_batch_size=len(batches[0].tokens),
             **{"forward_only": False, **options},
         )
         # Only the last pipeline stage has any.

@@ -33,6 +33,7 @@ from .linear_blocks import (
     RetentionBlock,
     SimpleGLABlock,
 )
+from .schedule import learning_rate
 
 AnyBlock = Annotated[
     FullBlock
@@ -153,6 +154,18 @@ class MQAR(Section):
         return self.vocab_size - self.vocab_size // 2
 
 
+class Buckets(Section):
+    """Of packing buckets: sequences of one document each, of several lengths (Dataset Decomposition, arXiv 2405.13226)."""
+
+    shortest: Positive = 256
+    """Tokens; the lengths are this times powers of two, up to training.seq_length."""
+    odds: Literal["uniform", "grow_linear", "grow_p2", "grow_p100", "shrink_p100"] = "grow_p2"
+    """How likely a step takes a length of those that its cycle still has to give: grow_p2 a length twice as likely as that of
+    twice as many tokens."""
+    cycle_steps: Positive = 256
+    """Steps of a cycle, which has every length in proportion to its tokens."""
+
+
 class Data(Section):
     """Text, as ``sources``, or a task that is made as it is asked for: exactly one of them."""
 
@@ -164,6 +177,10 @@ class Data(Section):
     """Prefix of held-out data; python-stdlib brings its own."""
     tokenizer: str = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
+    packing: Literal["concat", "best_fit", "buckets"] = "concat"
+    """How documents become sequences. concat: end to end, cut where a sequence ends. best_fit: cut only where they are longer
+    than one. buckets: each sequence of one document, in several lengths."""
+    buckets: Buckets = Buckets()
 
 
 class Training(Section):
@@ -307,6 +324,33 @@ class Launch(Section):
     """CPU threads per process; by default the cores divided by the processes."""
 
 
+class StageTraining(Section):
+    seq_length: Positive | None = None
+    global_batch_size: Positive | None = None
+    micro_batch_size: Positive | None = None
+
+
+class StageModel(Section):
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+
+
+class StageOptimizer(Section):
+    lr: Annotated[float, Field(gt=0)] | None = None
+
+
+class Stage(Section):
+    """What is different from a step on; all else stays as it is."""
+
+    from_step: Positive
+    """Steps that come before it."""
+    training: StageTraining = StageTraining()
+    model: StageModel = StageModel()
+    optimizer: StageOptimizer = StageOptimizer()
+    lr_scheduler: Scheduler | None = None
+    """Begins anew with this stage; without it the schedule before goes on, with this stage's optimizer.lr as its peak."""
+    data: Data | None = None
+
+
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
@@ -324,6 +368,32 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     metrics: Metrics = Metrics()
     launch: Launch = Launch()
+    stages: list[Stage] = Field(default_factory=list)
+    """In the order of their from_step."""
+
+    @property
+    def stage_starts(self) -> list[int]:
+        """The step (from 0) at which each stage begins, the recipe's own before all."""
+        return [0, *(stage.from_step for stage in self.stages)]
+
+    def at(self, step: int) -> "Recipe":
+        """The recipe of the stage that step ``step`` (from 0) is in."""
+        now = self
+        for stage in self.stages:
+            if stage.from_step <= step:
+                changed = {
+                    name: getattr(now, name).model_copy(update=getattr(stage, name).model_dump(exclude_none=True))
+                    for name in ("training", "model", "optimizer")
+                }
+                whole = {name: value for name in ("data", "lr_scheduler") if (value := getattr(stage, name))}
+                now = now.model_copy(update=changed | whole)
+        return now
+
+    def learning_rate(self, step: int) -> float:
+        """Of step ``step`` (from 0)."""
+        now, starts = self.at(step), [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)]
+        first, last = max(s for s in starts if s <= step), min((s for s in starts if s > step), default=self.training.steps)
+        return learning_rate(step - first, last - first, now.optimizer.lr, now.lr_scheduler)
 
     @property
     def data_parallel(self) -> int:

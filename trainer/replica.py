@@ -48,6 +48,12 @@ class Replica:
         """The ranks that have the same weights and other tokens."""
         weights.initialise(self.model, recipe.training.seed, recipe.model.initializer_range, self.model.config.num_layers)
 
+    def begin_stage(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        for module in self.model.modules():
+            if hasattr(module, "rope_theta"):
+                module.rope_theta = recipe.model.rope_theta
+
     def summed(self, *numbers: Tensor | float) -> list[float]:
         """Over the ranks of :attr:`data_group`."""
         totals = torch.stack([torch.as_tensor(number, device=self.device).double() for number in numbers])

@@ -1,11 +1,13 @@
 """Learning rate as a function of the step."""
 
 import math
+from typing import TYPE_CHECKING
 
-from .recipe import Scheduler
+if TYPE_CHECKING:
+    from .recipe import Scheduler
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: Scheduler) -> float:
+def learning_rate(step: int, steps: int, peak: float, schedule: "Scheduler") -> float:
     """Of step ``step`` (from 0) of ``steps``: linear warmup, then cosine, or constant with a linear decay at the end (wsd)."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

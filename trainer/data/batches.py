@@ -37,28 +37,32 @@ class Microbatch:
     """Tokens of the batch that are only padding; 0 but on the first context-parallel rank, so that they add up."""
 
 
-def recipe_layout(recipe: Recipe) -> Layout:
-    """Of the sequence over the context-parallel ranks."""
+def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
+    """Of a sequence over the context-parallel ranks, of ``length`` tokens or as many as the recipe says."""
     make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
-    return make(recipe.training.seq_length, recipe.parallel.cp)
+    return make(length or recipe.training.seq_length, recipe.parallel.cp)
 
 
 class Batches:
-    """Training and held-out batches of a recipe, as one rank sees them."""
+    """Training and held-out batches of a recipe, as one rank sees them.
 
-    def __init__(self, recipe: Recipe, data: PreparedData, vocab_size: int, share: Share, device: torch.device):
-        self.recipe, self.share, self.device = recipe, share, device
-        self.layout = recipe_layout(recipe)
+    Args:
+        first: the step (from 0) at which the recipe begins, as a stage of a run may.
+    """
+
+    def __init__(self, recipe: Recipe, data: PreparedData, vocab_size: int, share: Share, device: torch.device, first: int = 0):
+        self.recipe, self.share, self.device, self.first = recipe, share, device, first
         self.micro = recipe.training.micro_batch_size
         self.training, self.held_out = data.samples(recipe, vocab_size)
 
     def step(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of training step ``step`` (from 0)."""
         rank, ranks, _ = self.share
-        first = step * self.recipe.training.global_batch_size
-        last = first + self.recipe.training.global_batch_size
-        for start in range(first + rank * self.micro, last, self.micro * ranks):
-            yield self._batch([self.training.sample(n) for n in range(start, start + self.micro)])
+        step -= self.first
+        shorter = self.recipe.training.seq_length // self.training.length(step)
+        micro, sequences = self.micro * shorter, self.recipe.training.global_batch_size * shorter
+        for start in range(rank * micro, sequences, micro * ranks):
+            yield self._batch([self.training.sample(step, number) for number in range(start, start + micro)])
 
     def evaluation(self, sequences: int | None) -> Iterator[Microbatch]:
         """The first ``sequences`` held-out sequences (all for None); every rank gets equally many, short ones empty."""
@@ -78,7 +82,7 @@ class Batches:
             torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
             for name in ("tokens", "labels", "weights", "documents")
         )
-        rank = self.share.context_rank
-        own = (self.layout.shard(x, rank).to(self.device) for x in (tokens, labels, weights))
+        rank, layout = self.share.context_rank, recipe_layout(self.recipe, tokens.shape[1])
+        own = (layout.shard(x, rank).to(self.device) for x in (tokens, labels, weights))
         padding = sum(s.padding for s in samples) if rank == 0 else 0
-        return Microbatch(*own, Sequence(self.layout, rank, documents.to(self.device)), padding)
+        return Microbatch(*own, Sequence(layout, rank, documents.to(self.device)), padding)

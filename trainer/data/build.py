@@ -1,23 +1,35 @@
-"""Text files, folders and JSONL to a tokenized corpus."""
+"""Text files, folders, JSONL and Parquet to a tokenized corpus."""
 
-import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ..errors import UserError
 from ..progress import track
 from .corpus import Record, files, write_record
+from .documents import NotTextError, Part, grouped, parts
 from .tokenizer import Tokenizer
 
 
-def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, description: str = "Tokenizing") -> Record:
+def build_corpus(
+    sources: list[Path],
+    tokenizer: Tokenizer,
+    prefix: str,
+    description: str = "Tokenizing",
+    workers: int = 1,
+    key: str = "text",
+) -> Record:
     """Tokenize every document of ``sources`` to ``prefix`` and return the record.
 
-    A text file is a document; a folder is all its text files, by name (what is not UTF-8 is left out, and counted); each
-    line of a ``.jsonl`` is an object whose ``text`` is a document. Written beside the target and renamed, the index last:
-    a corpus is whole or not there.
+    A text file is a document; a folder is all its files, by name (what is not UTF-8 is left out, and counted); each line of a
+    ``.jsonl`` and each row of a ``.parquet`` has a document under ``key``. Written beside the target and renamed, the index
+    last: a corpus is whole or not there, and the same whatever the number of ``workers``.
 
     Raises:
         UserError: the target exists, a source does not, a named file is not UTF-8, a .jsonl is not JSONL.
@@ -25,23 +37,31 @@ def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, descrip
     for target in files(prefix):
         if target.exists():
             raise UserError(f"{target}: exists already; remove it or choose another --out")
-    texts = {path: source == path for source in sources for path in _files(source)}
-    if not texts:
+    found = [part for source in sources for part in parts(source, key)]
+    if not found:
         raise UserError(f"no text found in {', '.join(map(str, sources))}")
 
-    import numpy as np
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     building = f"{prefix}.building-{os.getpid()}"
     data, index, record_file = files(building)
-    documents = tokens = size = 0
+    documents, tokens, size, left_out = 0, 0, 0, []
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
     try:
-        builder = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        for text in _documents(texts, description):
-            ids = [*tokenizer.encode(text), tokenizer.end_of_document]
-            builder.add_document(np.array(ids), [len(ids)])
-            documents, tokens, size = documents + 1, tokens + len(ids), size + len(text)
+        builder = IndexedDatasetBuilder(str(data), dtype=dtype)
+        with (
+            track(description, total=sum(part.size for part in found)) as advance,
+            _tokenizing(tokenizer, dtype, workers) as run,
+        ):
+            for group in run(grouped(found)):
+                builder.data_file.write(group.ids.tobytes())
+                builder.sequence_lengths.extend(group.lengths)
+                ends = range(len(builder.document_indices), len(builder.document_indices) + len(group.lengths))
+                builder.document_indices.extend(ends)
+                documents, tokens = documents + len(group.lengths), tokens + len(group.ids)
+                size, left_out = size + group.text_bytes, left_out + group.left_out
+                advance(group.size)
         builder.finalize(str(index))
         if not documents:
             raise UserError(f"no document found in {', '.join(map(str, sources))}")
@@ -52,47 +72,56 @@ def build_corpus(sources: list[Path], tokenizer: Tokenizer, prefix: str, descrip
     finally:
         for path in (data, index, record_file):
             path.unlink(missing_ok=True)
+    if left_out:
+        print(f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}", file=sys.stderr)
     return record
 
 
-def _files(source: Path) -> list[Path]:
-    """The file itself, or all in a folder by name, but for what is hidden or a cache of Python's."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise UserError(f"{source}: no such file or folder")
-    inside = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
-    kept = (path for path in inside if not any(part.startswith(".") or part == "__pycache__" for part in path.parts))
-    return [source / path for path in kept]
+class _Tokenized(NamedTuple):
+    """What came of some parts."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    """Of the documents, with their ends."""
+    text_bytes: int
+    size: int
+    """Of the parts on the disk."""
+    left_out: list[str]
 
 
-def _documents(texts: dict[Path, bool], description: str) -> Iterator[bytes]:
-    """The text of each document; ``texts`` says of each file whether it was named itself rather than found in a folder."""
-    left_out = []
-    with track(description, total=sum(path.stat().st_size for path in texts)) as advance:
-        for path, named in texts.items():
-            if path.suffix == ".jsonl":
-                yield from _lines(path, advance)
-                continue
-            text = path.read_bytes()
-            try:
-                text.decode("utf-8")
-            except UnicodeDecodeError as error:
-                if named:
-                    raise UserError(f"{path}: not UTF-8 text (byte {error.start}); leave it out or convert it") from None
-                left_out.append(path)
-            else:
-                yield text
-            advance(len(text))
-    if left_out:
-        print(f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}", file=sys.stderr)
+@contextmanager
+def _tokenizing(tokenizer: Tokenizer, dtype: type, workers: int) -> Iterator:
+    """``run(groups of parts)`` gives what came of each, in their order."""
+    if workers == 1:
+        _Worker.tokenizer, _Worker.dtype = tokenizer, dtype
+        yield lambda groups: map(_tokenize, groups)
+        return
+    # Not forked: the process may have threads of torch's by now.
+    with multiprocessing.get_context("spawn").Pool(workers, _begin, (tokenizer, dtype)) as pool:
+        yield lambda groups: pool.imap(_tokenize, groups)
 
 
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                yield json.loads(line)["text"].encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{path}:{number}: not a JSON object with a string under the key text") from None
-            advance(len(line))
+class _Worker:
+    """Of a process."""
+
+    tokenizer: Tokenizer
+    dtype: type
+
+
+def _begin(tokenizer: Tokenizer, dtype: type) -> None:
+    _Worker.tokenizer, _Worker.dtype = tokenizer, dtype
+
+
+def _tokenize(group: list[Part]) -> _Tokenized:
+    tokenizer, ids, lengths, text_bytes, left_out = _Worker.tokenizer, [], [], 0, []
+    for part in group:
+        try:
+            for text in part.documents():
+                own = np.array([*tokenizer.encode(text), tokenizer.end_of_document], _Worker.dtype)
+                ids.append(own)
+                lengths.append(len(own))
+                text_bytes += len(text)
+        except NotTextError as file:
+            left_out.append(str(file))
+    whole = np.concatenate(ids) if ids else np.zeros(0, _Worker.dtype)
+    return _Tokenized(whole, lengths, text_bytes, sum(part.size for part in group), left_out)

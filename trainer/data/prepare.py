@@ -5,11 +5,13 @@ from functools import cached_property
 from typing import Protocol
 
 from ..errors import UserError
-from ..recipe import Recipe
+from ..recipe import Data, Recipe
+from .buckets import Buckets
 from .corpus import Corpus, check_corpus, fingerprint
 from .mqar import MQARData
-from .packing import HeldOutSamples, Mixture, PackedCorpus, Samples
+from .packing import BestFitCorpus, HeldOutSamples, Mixture, PackedCorpus
 from .stdlib import NAME, python_stdlib
+from .steps import SameLength, Steps
 from .tokenizer import recipe_tokenizer, recipe_vocab_size
 
 
@@ -21,8 +23,8 @@ class PreparedData(Protocol):
         """Of each part of it, by its name: what a run in the same folder must have again to go on."""
         ...
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Samples, HeldOutSamples | None]:
-        """What is trained on, and what is held out."""
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, HeldOutSamples | None]:
+        """What is trained on, and what is held out; of a recipe that has this data, as a stage of a run may."""
         ...
 
 
@@ -40,14 +42,34 @@ class DataPaths:
         """Of each source, by its name."""
         return {name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)}
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Mixture, PackedCorpus | None]:
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, PackedCorpus | None]:
         length, alignment, seed = recipe.training.seq_length, recipe.model.document_alignment, recipe.training.seed
+        sequences, weights = recipe.training.global_batch_size, list(self.sources.values())
         corpora = [Corpus(prefix, vocab_size) for prefix in self.sources]
-        packed = [PackedCorpus(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
         held_out = None
         if self.validation:
             held_out = PackedCorpus(Corpus(self.validation, vocab_size), length, alignment, None)
-        return Mixture(packed, list(self.sources.values())), held_out
+        if recipe.data.packing == "buckets":
+            chosen, mixed = recipe.data.buckets, list(zip(corpora, weights, strict=True))
+            shape = length, chosen.shortest, sequences, alignment
+            return Buckets(mixed, *shape, chosen.odds, chosen.cycle_steps, (seed,)), held_out
+        kind = BestFitCorpus if recipe.data.packing == "best_fit" else PackedCorpus
+        packed = [kind(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
+        return SameLength(Mixture(packed, weights), length, sequences), held_out
+
+
+@dataclass(frozen=True)
+class StagedData:
+    """Of a run whose stages have data of their own."""
+
+    stages: list[tuple[Data, "PreparedData"]]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: digest for _, data in self.stages for name, digest in data.fingerprints.items()}
+
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, HeldOutSamples | None]:
+        return next(data for section, data in self.stages if section == recipe.data).samples(recipe, vocab_size)
 
 
 def prepare_data(recipe: Recipe) -> PreparedData:
@@ -56,6 +78,12 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     Raises:
         UserError: naming the key or file.
     """
+    if any(stage.data for stage in recipe.stages):
+        return StagedData([(now.data, _prepare(now)) for now in map(recipe.at, recipe.stage_starts)])
+    return _prepare(recipe)
+
+
+def _prepare(recipe: Recipe) -> PreparedData:
     if recipe.data.mqar:
         return MQARData(recipe.data.mqar)
     tokenizer, vocab_size = recipe_tokenizer(recipe), recipe_vocab_size(recipe)
