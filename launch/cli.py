@@ -59,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Tokenize text files, .jsonl and .parquet files, and folders of them to Megatron's .bin/.idx.",
     )
     build.add_argument("sources", nargs="+", metavar="SOURCE")
-    build.add_argument(
-        "--key", default="text", help="of the text in a line of .jsonl, or its column in .parquet (default text)"
-    )
+    build.add_argument("--key", default="text", help="of the text in a .jsonl line, or its .parquet column (default text)")
     build.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     build.add_argument("--tokenizer", default="bytes", help="bytes (default), or the path of a tokenizer.json")
     build.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx and PREFIX.json")

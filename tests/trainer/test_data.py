@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from longspan.trainer.data import documents as document_parts
+from longspan.trainer.data.buckets import BucketCorpus, Buckets
 from longspan.trainer.data.build import build_corpus
 from longspan.trainer.data.corpus import Corpus, check_corpus, read_record
-from longspan.trainer.data.packing import Mixture, PackedCorpus
+from longspan.trainer.data.packing import BestFitCorpus, Mixture, PackedCorpus
 from longspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 from longspan.trainer.errors import UserError
 
@@ -301,3 +303,128 @@ def test_held_out_files_are_not_trained_on():
     train, held_out = set(_sources(False)), set(_sources(True))
     assert not train & held_out
     assert not any("test" in path.parts for path in train | held_out)
+
+
+def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
+    """Of lines that are cut to many parts, rows of a Parquet file and small files."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    source = tmp_path / "in"
+    source.mkdir()
+    lines = [json.dumps({"content": text}) for text in texts]
+    (source / "a.jsonl").write_text("\n".join(lines))
+    parquet.write_table(pa.table({"content": texts[:30]}), source / "b.parquet", row_group_size=7)
+    for n, text in enumerate(texts[:5]):
+        (source / f"c{n}.txt").write_text(text)
+    monkeypatch.setattr(document_parts, "PART", 100)
+    made = []
+    for workers in (1, 3):
+        record = build_corpus([source], ByteTokenizer(), str(tmp_path / f"{workers}"), workers=workers, key="content")
+        assert record.documents == len(texts) + 30 + 5
+        made.append([(tmp_path / f"{workers}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")])
+    assert made[0] == made[1]
+    corpus = Corpus(str(tmp_path / "1"), 257)
+    read = [ByteTokenizer().decode(corpus.read(d, 0, int(corpus.lengths[d])).tolist()) for d in range(len(corpus))]
+    assert read == [*texts, *texts[:30], *texts[:5]]
+
+
+def test_a_bad_line_is_numbered_from_the_start_of_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(document_parts, "PART", 10)
+    lines = ['{"text": "one"}'] * 5 + ["no"] + ['{"text": "one"}'] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"a.jsonl:6: not a JSON object with a string under the key text"):
+        build_corpus([tmp_path / "a.jsonl"], ByteTokenizer(), str(tmp_path / "out"))
+
+
+def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"id": [1, 2], "text": ["a", None]}), tmp_path / "a.parquet")
+    wrong = {"body": "has no column body; its columns are id, text", "text": "row 1 of row group 0 has no text"}
+    for key, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            build_corpus([tmp_path / "a.parquet"], ByteTokenizer(), str(tmp_path / "out"), key=key)
+    (tmp_path / "b.parquet").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"b.parquet: not a Parquet file"):
+        build_corpus([tmp_path / "b.parquet"], ByteTokenizer(), str(tmp_path / "out"))
+
+
+def seen_pieces(sample):
+    """(document's own ids, labels that count) of each document in a sample."""
+    for number in range(sample.documents.max() + 1):
+        inside = sample.documents == number
+        counted = sample.weights[inside] > 0
+        count = int(counted.sum())
+        yield inside, sample.tokens[inside], sample.labels[inside][:count], count
+
+
+def texts_of(corpus):
+    return [corpus.read(d, 0, int(corpus.lengths[d])).tolist() for d in range(len(corpus))]
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+@pytest.mark.parametrize("length", [64, 256, 1024])
+def test_best_fit_cuts_only_what_is_too_long_and_wastes_little(corpus, alignment, length):
+    ours = Corpus(corpus, 257)
+    packed = BestFitCorpus(ours, length, alignment, (3,))
+    concat = PackedCorpus(ours, length, alignment, (3,))
+    orders = []
+    for epoch in range(2):
+        pieces = [list(packed.pieces(epoch, n)) for n in range(packed.samples_per_epoch)]
+        orders.append(pieces)
+        flat = [piece for sample in pieces for piece in sample]
+        whole = {}
+        for document, start, count in flat:
+            assert start % length == 0
+            assert count == min(length, ours.lengths[document] - start)
+            whole[document] = whole.get(document, 0) + count
+        assert whole == dict(enumerate(ours.lengths.tolist()))
+        assert all(sum(-(-p.count // alignment) * alignment for p in sample) <= length for sample in pieces)
+    assert orders[0] != orders[1]
+    room = int((-(-ours.lengths // alignment) * alignment).sum())
+    assert packed.samples_per_epoch <= 1.25 * max(concat.samples_per_epoch, room / length) + 1
+    sample = packed.sample(packed.samples_per_epoch + 1)
+    for (inside, tokens, labels, count), piece in zip(seen_pieces(sample), orders[1][1], strict=True):
+        ids = ours.read(piece.document, piece.start, int(ours.lengths[piece.document]) - piece.start)
+        assert np.flatnonzero(inside)[0] % alignment == 0
+        assert tokens[: piece.count].tolist() == ids[: piece.count].tolist()
+        assert labels.tolist() == ids[1 : count + 1].tolist()
+        assert count == min(piece.count, len(ids) - 1)
+
+
+def test_buckets_hold_every_token_once_in_sequences_of_one_document(corpus):
+    ours = Corpus(corpus, 257)
+    buckets = [BucketCorpus(ours, length, 128, 16, 8, (5,)) for length in (16, 32, 64, 128)]
+    covered = [np.zeros(length, int) for length in ours.lengths]
+    for bucket in buckets:
+        for number in range(bucket.samples_per_epoch):
+            (piece,) = bucket.pieces(0, number)
+            covered[piece.document][piece.start : piece.start + piece.count] += 1
+            assert piece.count == bucket.seq_length or bucket.seq_length == 16
+            sample = bucket.sample(number)
+            assert set(sample.documents) == {0}
+            assert sample.padding == bucket.seq_length - piece.count
+    assert all((counts == 1).all() for counts in covered)
+
+
+@pytest.mark.parametrize("odds", ["uniform", "grow_p2", "grow_p100", "shrink_p100"])
+def test_a_cycle_of_steps_has_every_length_in_proportion(corpus, odds):
+    ours = Corpus(corpus, 257)
+    made = Buckets([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
+    lengths = [made.length(step) for step in range(150)]
+    again = Buckets([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
+    assert [again.length(step) for step in reversed(range(150))] == lengths[::-1]
+    assert lengths[:50] != lengths[50:100]
+    tokens = {length: BucketCorpus(ours, length, 128, 16, 8, (0,)).tokens for length in (16, 32, 64, 128)}
+    for length, own in tokens.items():
+        for cycle in (lengths[:50], lengths[50:100]):
+            assert abs(cycle.count(length) - 50 * own / sum(tokens.values())) <= 1
+    first, last = np.mean(lengths[:10]), np.mean(lengths[40:50])
+    assert {"uniform": True, "grow_p2": first < last, "grow_p100": first < last, "shrink_p100": first > last}[odds]
+    # A step of a length takes the samples after those of the steps before it.
+    steps = [step for step in range(150) if lengths[step] == 64]
+    seen = [made.sample(step, number).tokens.tolist() for step in steps[:3] for number in range(4 * 2)]
+    own = BucketCorpus(ours, 64, 128, 16, 8, (1, 0))
+    assert seen == [own.sample(number).tokens.tolist() for number in range(len(seen))]
