@@ -14,7 +14,7 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
         "full",
         "S2(64, 16, 16)",
         "Window(1024)",
-        "full, against unfused",
+        "full (256 tokens) / unfused",
         "lightning",
         "gated_deltanet",
     }
