@@ -279,6 +279,6 @@ def _draw(settings: Settings, rows: list[Row], path: Path) -> None:
     axes.barh(names, [100 * row.speedup / settings.ranks for row in rows])
     axes.invert_yaxis()
     axes.axvline(100, color="0.6", linewidth=1)
-    axes.set_xlabel(f"% of {settings.ranks} times one rank's speed, forward and backward of {settings.length:,} tokens")
+    axes.set_xlabel(f"% of {settings.ranks} times one rank's speed")
     figure.savefig(path, dpi=130)
     plt.close(figure)
