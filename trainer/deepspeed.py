@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -89,6 +90,7 @@ class DeepSpeedEngine(Replica):
         """(Sum of token losses, labels, padding) over all ranks, whose mean gradients are left to DeepSpeed's optimizer."""
         tokens, padding = self.summed(sum(batch.weights.sum() for batch in batches), sum(batch.padding for batch in batches))
         scale, total = self.data_group.size() / max(1.0, tokens), torch.zeros((), dtype=torch.float64, device=self.device)
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))  # balance losses join in backward
         for n, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
             loss = forward(self._engine, batch)

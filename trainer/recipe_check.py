@@ -62,9 +62,11 @@ def _at(content: Any, path: list[str]) -> dict | None:
 
 
 def _key(loc: tuple) -> str:
-    """The dotted key of an error; pydantic's location also names the chosen kind of a block, which is no key."""
+    """The dotted key of an error; pydantic's location also names the chosen kind of a block or engine, which is no key."""
     if loc[:3] == ("model", "layers", "blocks"):  # and then a block's name and its kind
         loc = (*loc[:4], *loc[5:])
+    if loc[0] == "engine":
+        loc = (*loc[:1], *loc[2:])
     return ".".join(map(str, loc))
 
 
@@ -75,10 +77,11 @@ def _reason(item: dict) -> str:
     if item["type"] == "missing":
         return "is required"
     if item["type"] == "union_tag_invalid":
-        kinds = item["ctx"]["expected_tags"].replace("'", "")
-        return f"unknown mixer {item['ctx']['tag']!r}{suggest(item['ctx']['tag'], kinds.split(', '))}; known: {kinds}"
+        kinds, what = item["ctx"]["expected_tags"].replace("'", ""), item["ctx"]["discriminator"].strip("'")
+        return f"unknown {what} {item['ctx']['tag']!r}{suggest(item['ctx']['tag'], kinds.split(', '))}; known: {kinds}"
     if item["type"] == "union_tag_not_found":
-        return "names no mixer; as in {mixer: full}"
+        what = item["ctx"]["discriminator"].strip("'")
+        return f"has no {what}; as in {{{what}: {'full' if what == 'mixer' else 'deepspeed'}}}"
     reason = item["msg"].removeprefix("Input ")
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 

@@ -19,12 +19,13 @@ from torch.distributed.checkpoint import filesystem
 
 RECIPE, *ARGUMENTS = sys.argv[1:]
 RANK = int(os.environ["RANK"])
-FAULTS = {name: int(step) for name, _, step in (argument.partition("=") for argument in ARGUMENTS) if "." not in name}
+GIVEN = [(argument, *argument.partition("=")[::2]) for argument in ARGUMENTS]
+FAULTS = {name: int(step) for _, name, step in GIVEN if "." not in name and name != "stages"}
 if "engine.name=deepspeed" in ARGUMENTS:
     from longspan.trainer.deepspeed import DeepSpeedEngine as Engine
 else:
     from longspan.trainer.megatron import MegatronEngine as Engine
-OVERRIDES = [argument for argument in ARGUMENTS if "." in argument.partition("=")[0]]
+OVERRIDES = [argument for argument, name, _ in GIVEN if name not in FAULTS]
 
 
 def die() -> None:
@@ -104,7 +105,8 @@ def fingerprint(engine: Engine) -> str:
             for _, data in shards.boxes:
                 digest.update(data.contiguous().numpy().tobytes())
     for parameter in engine.model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
+        whole = engine._whole(parameter) if hasattr(engine, "_whole") else parameter.detach()  # of ZeRO-3
+        digest.update(whole.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -29,8 +29,8 @@ WORKER = Path(__file__).parent / "run_worker.py"
         ),
         (["launch.processes=2", "parallel.pp=2"], "parallel.pp: 2 needs engine megatron"),
         (["engine.zero_stage=0", "training.dtype=bfloat16"], "engine.zero_stage: 0 adds up gradients in bfloat16; use 1"),
-        (["engine.zero_stage=4"], "engine.zero_stage"),
-        (["engine.name=deepsped"], "engine"),
+        (["engine.zero_stage=4"], "engine.zero_stage: should be less than or equal to 3, got 4"),
+        (["engine.name=deepsped"], "engine: unknown name 'deepsped' (did you mean deepspeed?); known: megatron, deepspeed"),
     ],
 )
 def test_conflicts_are_told_before_any_process_starts(tiny_recipe, overrides, message):

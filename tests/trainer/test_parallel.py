@@ -126,7 +126,7 @@ def test_every_arrangement_trains_the_same_model(train, model, arrangements):
         assert sums[0] == pytest.approx(sums[1], rel=1e-5)
         if "cp" in name:
             assert min(several["edges"].values()) > 0, "documents should start on the edges of shards and inside them"
-        if count > 2 or name in ("dp", "cp"):
+        if "cp" in name or "dp" in name:
             assert any(len(set(counts)) > 1 for counts in zip(*several["local_tokens"], strict=True)), "ranks should differ"
     assert alone["steps"][-1].loss < 0.9 * alone["steps"][0].loss
 

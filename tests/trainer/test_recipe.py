@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,6 +6,7 @@ import pytest
 import yaml
 from longspan.trainer.errors import UserError
 from longspan.trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes, to_yaml
+from longspan.trainer.schedule import learning_rate
 
 
 def problems(recipe, *overrides) -> list[str]:
@@ -80,7 +82,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names no block: 'spares'"),
         ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
         ("model.layers.blocks.linear.mixer=lihgtning", "unknown mixer 'lihgtning' (did you mean lightning?)"),
-        ("model.layers.blocks.linear={}", "names no mixer"),
+        ("model.layers.blocks.linear={}", "has no mixer; as in {mixer: full}"),
         ("model.layers.blocks.sparse.block=12", "sparse.block: must be a power of two, got 12; 8 and 16 are the nearest"),
         ("model.layers.blocks.sparse.dense_heads=3", "blocks.sparse.dense_heads: 3 is more than the 2 KV heads"),
         ("model.layers.blocks.sparse.near=[6, 4]", "blocks.sparse.near: has stride 4, which does not divide the far stride 2"),
@@ -269,3 +271,47 @@ def test_recipes_need_no_torch(tiny_recipe):
         f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+STAGES = """stages=[{from_step: 6, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}},
+    {from_step: 12, optimizer: {lr: 5e-4}, lr_scheduler: {name: wsd, warmup_steps: 2}}]"""
+
+
+def test_stages_add_up(tiny_recipe):
+    recipe = load_recipe(str(tiny_recipe), [STAGES])
+    assert recipe.stage_starts == [0, 6, 12]
+    stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
+    shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
+    assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
+    rates = [recipe.learning_rate(step) for step in range(20)]
+    plain = load_recipe(str(tiny_recipe), [])
+    # The run's schedule goes on to where a stage has its own: its cosine ends there.
+    assert rates[:12] == [learning_rate(step, 12, 1e-3, plain.lr_scheduler) for step in range(12)]
+    assert rates[12:] == [learning_rate(step, 8, 5e-4, recipe.stages[1].lr_scheduler) for step in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{from_step: 30}]", "stages.0.from_step: 30 is not between 0 and training.steps 20"),
+        ("[{from_step: 9}, {from_step: 9}]", "stages.1.from_step: 9 is not between 9 and training.steps 20"),
+        ("[{from_step: 9, training: {seq_length: 100}}]", "stages.0.training.seq_length: 100 is not a multiple of"),
+        ("[{from_step: 9, data: {mqar: {pairs: [4], vocab_size: 64}}}]", "stages.0.data.tokenizer: and mqar must be"),
+        ("[{from_step: 9, training: {steps: 3}}]", "stages.0.training.steps: unknown key"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(tiny_recipe, stages, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(str(tiny_recipe), [f"stages={stages}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "data.buckets.shortest: 256 times a power of two is not training.seq_length 96; use 96"),
+        (["training.seq_length=192", "data.buckets.shortest=12"], "data.buckets.shortest: 12 is not a multiple of 8"),
+    ],
+)
+def test_buckets_that_cannot_be_are_told(tiny_recipe, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(str(tiny_recipe), ["data.packing=buckets", *overrides])

@@ -339,3 +339,27 @@ def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stoppe
     assert "step-00000010: was written by a newer longspan (format 99, this one reads up to 1); upgrade" in done.stderr
     assert "Traceback" not in done.stderr
     assert file.exists()
+
+
+STAGES = "stages=[{from_step: 5, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}}]"
+BUCKETS = ["training.seq_length=192", "data.packing=buckets", "data.buckets.shortest=24", "data.buckets.cycle_steps=12"]
+
+
+@pytest.mark.parametrize(
+    "options", [[STAGES], wide(BUCKETS), wide([STAGES, "data.packing=best_fit"]), wide([STAGES, "parallel.cp=1"])]
+)
+def test_stages_and_packings_go_on_bit_by_bit_and_are_the_same_on_other_ranks(go, run, options):
+    options = [*OPTIONS, "training.steps=10", *options]
+    pair = options if "parallel.cp=1" in options else [*options, "parallel.cp=2"]
+    first = go(2, *pair)[0]
+    assert ("step 6: a stage of 2 sequences of 192 tokens a step, rope_theta 50000" in first[0]) == (STAGES in options)
+    whole = seen(run)
+    shutil.rmtree(run)
+    go(2, "stop-file=7", *pair, status=75)
+    go(2, *pair)
+    assert seen(run) == whole
+    shutil.rmtree(run)
+    go(1, *[option for option in options if not option.startswith("parallel")])
+    for step, (loss, tokens) in seen(run).items():
+        assert whole[step][1] == tokens
+        assert float.fromhex(whole[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
