@@ -111,7 +111,9 @@ def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
     def of(length: int) -> Work:
         tokens = next(random_batches(size, length))
         weights = torch.ones(1, length)
-        batch = Microbatch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, Sequence.single(1, length), 0)
+        batch = Microbatch(
+            tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, Sequence.single(1, length, engine.device), 0
+        )
         return lambda between=None: (process, engine.step([batch], 1e-4))  # the group lasts as long as the work
 
     return of

@@ -63,18 +63,21 @@ def bench_train(options: Namespace) -> None:
 def _turn(row: Row, settings: dict[str, int]) -> None:
     if row.status != "measured":
         return
-    code = "import sys; from longspan.launch.bench_train import print_seconds; print_seconds(*sys.argv[1:])"
-    command = [sys.executable, "-W", "ignore", "-c", code, row.candidate, json.dumps(settings)]
-    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False, capture_output=True, text=True)
-    if done.returncode:
-        row.status = f"cannot run: {done.stderr.strip().splitlines()[-1][:120]}"
-        return
-    found = json.loads(done.stdout.splitlines()[-1])
+    code = "import sys; from longspan.launch.bench_train import write_seconds; write_seconds(*sys.argv[1:])"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.NamedTemporaryFile() as file:  # libraries print
+        command = [sys.executable, "-W", "ignore", "-c", code, row.candidate, json.dumps(settings), file.name]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "Error" in line]
+            row.status = f"cannot run: {lines[-1][:60] if lines else done.returncode}"
+            return
+        found = json.loads(Path(file.name).read_text())
     row.seconds.append(statistics.median(found["seconds"]))
     row.data_share = found.get("data_share", row.data_share)
 
 
-def print_seconds(candidate: str, settings: str) -> None:
+def write_seconds(candidate: str, settings: str, file: str) -> None:
     """The process of a turn: what every step took, after a few others."""
     kind, block = CANDIDATES[candidate]
     given = json.loads(settings)
@@ -84,13 +87,13 @@ def print_seconds(candidate: str, settings: str) -> None:
 
     size = Size(**given)
     run = {"longspan": _longspan, "plain": _plain, "transformers": _transformers}[kind]
-    print("\n" + json.dumps(run(size, block, length, batch, steps + WARMUP)))
+    Path(file).write_text(json.dumps(run(size, block, length, batch, steps + WARMUP)))
 
 
 def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
     import yaml
 
-    from .cli import main
+    from .train import train
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = {"log_interval": 1}
@@ -99,7 +102,7 @@ def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
         recipe["training"]["steps"] = steps
         file = Path(folder, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))
-        assert main(["train", str(file)]) in (None, 0)
+        assert train(str(file), [], dry_run=False) == 0
         records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record.get("step", 0) > WARMUP and "perf/step_time_s" in record]
     seconds = [record["perf/step_time_s"] for record in records]
