@@ -17,7 +17,7 @@ from ..trainer.progress import track
 from . import measure
 from .measure import Work
 from .plain_model import PlainLlama, Size, random_batches, transformers_llama
-from .process import process_group
+from .process import process_group, quiet_libraries
 from .table import table
 
 OURS = {
@@ -103,6 +103,7 @@ def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
     from ..trainer.loop import build_engine
     from ..trainer.recipe_check import check_recipe
 
+    quiet_libraries()
     recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=OURS[candidate]), candidate)
     process = ExitStack()
     process.enter_context(process_group(torch.get_num_threads()))
