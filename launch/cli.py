@@ -215,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--kv-heads", type=int, default=2, help="(default 2)")
         command.add_argument("--intermediate", type=int, default=768, help="of the MLPs (default %(default)s)")
         command.add_argument("--vocabulary", type=int, default=vocabulary, help="(default %(default)s)")
-        name = command.prog.rsplit(" ", 1)[1]
-        command.add_argument("--out", default="bench", metavar="FOLDER", help=f"gets {name}.json and .png (default bench)")
+        files = "memory.json and .png" if command is memory else "train.json"
+        command.add_argument("--out", default="bench", metavar="FOLDER", help=f"gets {files} (default bench)")
     memory.add_argument("--budget-mib", type=int, default=1024, help="that a step may take (default 1024)")
     memory.set_defaults(run=_bench_memory)
     train.add_argument("--length", type=int, default=2048, help="tokens of a sequence (default 2048)")

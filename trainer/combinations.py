@@ -221,6 +221,9 @@ def _expert_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if recipe.memory.mlp_tile and with_experts:
         reason = f"{recipe.memory.mlp_tile} would balance the experts of {with_experts[0]} tile by tile"
         yield "memory.mlp_tile", f"{reason}; remove it, and take memory.recompute"
+    for size, split in (("intermediate_size", parallel.ep == 1), ("shared_expert_intermediate_size", True)):
+        if split and (getattr(moe, size) or 0) % parallel.tp:
+            yield "parallel.tp", f"{parallel.tp} does not divide model.moe.{size} {getattr(moe, size)}"
     if moe.num_experts % parallel.ep:
         yield "parallel.ep", f"{parallel.ep} does not divide model.moe.num_experts {moe.num_experts}"
     shared = recipe.launch.processes // parallel.pp // (1 if parallel.ep > 1 else parallel.tp)
@@ -246,6 +249,11 @@ def _bucket_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     except (KeyError, ValueError):
         return
     unit = math.lcm(_parts(recipe), align)
+    for name, block in recipe.model.layers.blocks.items():
+        shard = shortest * recipe.parallel.tp // _parts(recipe)
+        if isinstance(block, MoBABlock) and recipe.parallel.cp > 1 and shard % block.block:
+            reason = f"{shortest} gives context-parallel ranks parts of {shard} tokens, which are not whole blocks of"
+            yield key, f"{reason} model.layers.blocks.{name}; use a greater one"
     if shortest % unit:
         reason = (
             f"{shortest} is not a multiple of {unit}, by which context and tensor parallel ranks and patterns divide sequences"
@@ -270,8 +278,10 @@ def _stage_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
             yield f"{key}.from_step", f"{reason}; stages stand in their order"
         before = stage.from_step
         if stage.data is not None and (stage.data.mqar, stage.data.tokenizer) != (recipe.data.mqar, recipe.data.tokenizer):
-            yield f"{key}.data.tokenizer", "and mqar must be those of the recipe: the vocabulary stays"
+            yield f"{key}.data", "must have the tokenizer and the mqar of the recipe's data, whose section it replaces"
             continue
+        if stage.data is not None and recipe.evaluation.ngram_baseline:
+            yield "evaluation.ngram_baseline", f"counts the data of the whole run, and {key} has others; set it to false"
         for problem, reason in _of_stage(recipe.at(stage.from_step)):
             if (problem, reason) not in known:
                 yield f"{key}.{problem}", reason

@@ -55,9 +55,6 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     torch.cuda.current_stream = lambda device=None: _Nothing()
 
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None  # without Transformer Engine 0.16.1 does not define it
 
     random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(state)

@@ -13,12 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from . import weights
 from .data.batches import Microbatch
 from .deepspeed_config import deepspeed_config
 from .deepspeed_state import DeepSpeedState
 from .engine import StepResult
+from .errors import UserError
 from .recipe import Recipe
 from .replica import Replica, forward
 from .shards import Shards
@@ -34,7 +36,7 @@ class DeepSpeedEngine(Replica):
     def __init__(self, recipe: Recipe, vocab_size: int):
         super().__init__(recipe, vocab_size)
         self._stage = recipe.engine.zero_stage
-        self._sum_over_heads()
+        self._sum_over_parts()
         matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
         vectors = [parameter for parameter in self.model.parameters() if parameter.ndim < 2]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -93,7 +95,9 @@ class DeepSpeedEngine(Replica):
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))  # balance losses join in backward
         for n, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
-            loss = forward(self._engine, batch)
+            # ZeRO-3 counts the modules that a recomputed layer goes through: it must come to its end.
+            with set_checkpoint_early_stop(self._stage < 3):
+                loss = forward(self._engine, batch)
             total += loss.detach()
             # An infinite loss may have finite gradients: they must not be taken for those of a step.
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), scale, torch.nan), scale_wrt_gas=False)
@@ -136,8 +140,10 @@ class DeepSpeedEngine(Replica):
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
 
-    def _sum_over_heads(self) -> None:
-        """Tensor-parallel ranks have their heads' part of the gradient of a norm that all heads share."""
+    def _sum_over_parts(self) -> None:
+        """Tensor-parallel ranks have their heads' part of the gradient of a norm that all heads share, and under sequence
+        parallel their tokens' part of that of any norm.
+        """
         group = parallel_state.get_tensor_model_parallel_group()
         if group.size() == 1:
             return
@@ -148,7 +154,7 @@ class DeepSpeedEngine(Replica):
             return gradient
 
         for name, parameter in self.model.named_parameters():
-            if "q_layernorm" in name or "k_layernorm" in name:
+            if getattr(parameter, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name:
                 parameter.register_hook(summed)
 
 
@@ -186,4 +192,8 @@ def _initialize(model: torch.nn.Module, groups: list[dict], config: dict) -> Any
         logger.setLevel(logging.WARNING)
         with contextlib.redirect_stdout(io.StringIO()):  # how much memory is in use, several times
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-            return deepspeed.initialize(model=model, model_parameters=groups, mpu=_Groups(), config=config)[0]
+            try:
+                return deepspeed.initialize(model=model, model_parameters=groups, mpu=_Groups(), config=config)[0]
+            except (AssertionError, ValueError) as error:  # of its own checks
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"engine.config: DeepSpeed refuses it: {reason}") from None

@@ -11,15 +11,26 @@ if TYPE_CHECKING:
 _PASSED_ON = (
     "aio",
     "communication_data_type",
-    "comms_logger",
-    "dump_state",
-    "flops_profiler",
     "gradient_predivide_factor",
     "prescale_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
     "zero_force_ds_cpu_optimizer",
     "zero_optimization",
+)
+_ZERO_PASSED_ON = (  # all that leaves parameters, gradients and moments where the checkpoints look for them
+    "allgather_bucket_size",
+    "allgather_partitions",
+    "contiguous_gradients",
+    "offload_optimizer",
+    "offload_param",
+    "overlap_comm",
+    "reduce_bucket_size",
+    "reduce_scatter",
+    "round_robin_gradients",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_param_persistence_threshold",
+    "stage3_prefetch_bucket_size",
+    "sub_group_size",
 )
 _OURS = {
     "train_batch_size": "training.global_batch_size",
@@ -51,8 +62,8 @@ def deepspeed_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         return
     if parallel.pp > 1:
         yield "parallel.pp", f"{parallel.pp} needs engine megatron: DeepSpeed's pipeline takes other models; use tp, cp or ZeRO"
-    if engine.zero_stage == 0 and recipe.training.dtype == "bfloat16":
-        yield "engine.zero_stage", "0 adds up gradients in bfloat16; use 1, which keeps them in fp32, or training.dtype float32"
+    if engine.zero_stage == 0 and recipe.training.dtype != "float32":
+        yield "engine.zero_stage", "0 adds up gradients in the weights' dtype; use 1, or set training.dtype to float32"
     for key in engine.config:
         if key in _OURS:
             yield f"engine.config.{key}", f"is {_OURS[key]} of the recipe; remove it"
@@ -62,8 +73,13 @@ def deepspeed_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     if not isinstance(zero, dict):
         yield "engine.config.zero_optimization", f"must be a section, got {zero!r}"
         return
-    if "stage" in zero:
-        yield "engine.config.zero_optimization.stage", "is engine.zero_stage of the recipe; remove it"
+    for key in zero:
+        if key == "stage":
+            yield "engine.config.zero_optimization.stage", "is engine.zero_stage of the recipe; remove it"
+        elif key not in _ZERO_PASSED_ON:
+            known = ", ".join(_ZERO_PASSED_ON)
+            reason = f"is not passed on{suggest(key, list(_ZERO_PASSED_ON))}; passed on are {known}"
+            yield f"engine.config.zero_optimization.{key}", reason
     for key, stages in {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}.items():
         offload = zero.get(key)
         if offload is not None and engine.zero_stage not in stages:
@@ -87,7 +103,7 @@ def deepspeed_config(recipe: "Recipe", bf16: bool) -> dict:
     passed = dict(engine.config)
     zero = {"stage": engine.zero_stage, **passed.pop("zero_optimization", {})}
     return {
-        "steps_per_print": None,
+        "steps_per_print": None,  # the loop prints
         **passed,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // training.micro_batch_size // recipe.data_parallel,

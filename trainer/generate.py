@@ -6,7 +6,7 @@ from .data.tokenizer import recipe_tokenizer
 from .engine import Engine
 from .errors import UserError
 from .loop import build_engine
-from .recipe import Parallel
+from .recipe import Launch, MegatronEngine, Memory, Parallel
 from .run_folder import RunFolder
 
 
@@ -21,7 +21,8 @@ def load_for_inference(folder: RunFolder) -> Engine:
         weights = load_file(folder.weights)
     except SafetensorError as error:
         raise UserError(f"{folder.weights}: is damaged ({error})") from None
-    engine = build_engine(folder.recipe.model_copy(update={"parallel": Parallel()}))
+    alone = {"parallel": Parallel(), "engine": MegatronEngine(), "memory": Memory(), "launch": Launch()}
+    engine = build_engine(folder.recipe.at(folder.recipe.training.steps - 1).model_copy(update=alone))
     engine.load_weights(weights)
     return engine
 

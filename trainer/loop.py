@@ -91,11 +91,12 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
         for step in range(done + 1, steps + 1):
             lr = recipe.learning_rate(step - 1)
             if batches is None or step - 1 in recipe.stage_starts:
-                now, first = recipe.at(step - 1), max(s for s in recipe.stage_starts if s < step)
+                now, first = recipe.at(step - 1), recipe.data_start(step - 1)
                 batches = Batches(now, data, recipe_vocab_size(recipe), engine.share, engine.device, first)
                 engine.begin_stage(now)
-                if display and first:
+                if display and now != recipe:
                     display.say(f"step {step}: {_stage(now)}")
+                since, logged, waited = time.monotonic(), step - 1, 0.0  # packing takes its time
             began = time.monotonic()
             taken = list(_agreed(control, batches.step(step - 1)))
             waited += time.monotonic() - began

@@ -37,6 +37,8 @@ def cross_entropy_sum(
     Returns:
         A scalar, fp32 (fp64 for fp64), the same on every rank of ``group``.
     """
+    if not torch.is_grad_enabled():  # autograd would still ask for the gradient of what has one otherwise
+        hidden, weight = hidden.detach(), weight.detach()
     local, rank = weight.shape[0], group.rank() if group else 0
     real = local if vocab_size is None else max(0, min(vocab_size - rank * local, local))
     return _CrossEntropySum.apply(hidden, weight, labels - rank * local, token_weights, group, real, tile)

@@ -68,11 +68,9 @@ class MegatronEngine(Replica):
         for group in self._optimizer.param_groups:  # Megatron's scheduler, not its optimizer, applies the multipliers
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
-        most = self.recipe.training.max_grad_norm
-        for optimizer in (
-            getattr(self._optimizer, "chained_optimizers", [self._optimizer]) if most else ()
-        ):  # experts' are apart
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), most, grad_norm)
+        if most := self.recipe.training.max_grad_norm:
+            for optimizer in self._state.optimizers:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), most, grad_norm)
         self._optimizer.step_with_ready_grads()
         return StepResult(loss_sum, tokens, padding, grad_norm)
 

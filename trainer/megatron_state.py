@@ -17,14 +17,15 @@ class MegatronState(EngineState):
     def __init__(self, model: GPTModel, ddp: DistributedDataParallel, optimizer: MegatronOptimizer):
         super().__init__(model)
         self._ddp = ddp
-        self._optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-        for each in self._optimizers:
+        self.optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
+        """One, or two where experts have their own."""
+        for each in self.optimizers:
             if not isinstance(each.optimizer, torch.optim.AdamW):
                 kind = f"{type(each.optimizer).__module__}.{type(each.optimizer).__name__}"
                 raise RuntimeError(f"Megatron chose {kind}, whose state is not known here: remove Transformer Engine and Apex")
 
     def part(self, parameter: Parameter) -> Part | None:
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             if parameter in optimizer.model_param_group_index_map:
                 start = optimizer._get_model_param_range_map(parameter)["param"].start
                 group, place = optimizer.model_param_group_index_map[parameter]
@@ -34,9 +35,9 @@ class MegatronState(EngineState):
         return None
 
     def states(self) -> list[dict]:
-        return [state for optimizer in self._optimizers for state in optimizer.optimizer.state.values() if state]
+        return [state for optimizer in self.optimizers for state in optimizer.optimizer.state.values() if state]
 
     def publish(self) -> None:
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             optimizer._copy_main_params_to_model_params()
         self._ddp.start_param_sync()

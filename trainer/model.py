@@ -120,8 +120,7 @@ def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridMo
 def layer_memory(recipe: Recipe, block: str) -> LayerMemory:
     """Of the layers of one block."""
     memory = recipe.memory
-    tile = memory.mlp_tile and -(-memory.mlp_tile // recipe.training.micro_batch_size)  # along time
-    return LayerMemory(memory.recompute_of(block), tile, memory.offload_inputs)
+    return LayerMemory(memory.recompute_of(block), memory.mlp_tile, memory.offload_inputs)
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -34,6 +35,10 @@ def moe_config(model: Model) -> dict:
         # Gloo takes no tensors as sizes, which Megatron's all-to-all hands it.
         "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
     }
+
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    moe_utils.te_general_gemm = None  # which Megatron-core 0.16.1 reads, and without Transformer Engine does not define
 
 
 class BalancedRouter(TopKRouter):

@@ -349,6 +349,12 @@ class Stage(Section):
     lr_scheduler: Scheduler | None = None
     """Begins anew with this stage; without it the schedule before goes on, with this stage's optimizer.lr as its peak."""
     data: Data | None = None
+    """Replaces the whole section."""
+
+    @property
+    def changes_data(self) -> bool:
+        """Whether its sequences are others than those that would have come next; they then have an order of their own."""
+        return bool(self.data or self.training.seq_length or self.training.global_batch_size)
 
 
 class Recipe(Section):
@@ -379,15 +385,21 @@ class Recipe(Section):
     def at(self, step: int) -> "Recipe":
         """The recipe of the stage that step ``step`` (from 0) is in."""
         now = self
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages, 1):
             if stage.from_step <= step:
                 changed = {
                     name: getattr(now, name).model_copy(update=getattr(stage, name).model_dump(exclude_none=True))
                     for name in ("training", "model", "optimizer")
                 }
+                if stage.changes_data:  # its data begin anew, and must not be those of step 0
+                    changed["training"] = changed["training"].model_copy(update={"seed": self.training.seed + number})
                 whole = {name: value for name in ("data", "lr_scheduler") if (value := getattr(stage, name))}
                 now = now.model_copy(update=changed | whole)
         return now
+
+    def data_start(self, step: int) -> int:
+        """The step (from 0) at which the data of step ``step`` begin: where a stage last changed them."""
+        return max([0, *(stage.from_step for stage in self.stages if stage.from_step <= step and stage.changes_data)])
 
     def learning_rate(self, step: int) -> float:
         """Of step ``step`` (from 0)."""

@@ -57,6 +57,8 @@ def _combination_problems(content: dict, faulty: set[str]) -> list[tuple[str, st
 
 def _at(content: Any, path: list[str]) -> dict | None:
     for part in path:
+        if isinstance(content, list):
+            content = dict(zip(map(str, range(len(content))), content, strict=True))
         content = content.get(part) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else None
 
@@ -98,6 +100,8 @@ def _fields(loc: tuple) -> list[str]:
     for part in loc:
         if part in node.get("properties", {}):
             node = followed(node["properties"][part])
+        elif isinstance(part, int):
+            node = followed(node.get("items", {}))
         elif "discriminator" in node:
             node = followed({"$ref": node["discriminator"]["mapping"][part]})
         else:
@@ -106,7 +110,9 @@ def _fields(loc: tuple) -> list[str]:
 
 
 def _without(content: Any, keys: set[str], prefix: str = "") -> Any:
-    """A copy of nested mappings without those dotted keys."""
+    """A copy of nested mappings, in lists as well, without those dotted keys."""
+    if isinstance(content, list):
+        return [_without(value, keys, f"{prefix}{place}.") for place, value in enumerate(content)]
     if not isinstance(content, dict):
         return content
     return {k: _without(v, keys, f"{prefix}{k}.") for k, v in content.items() if f"{prefix}{k}" not in keys}

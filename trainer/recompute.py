@@ -29,10 +29,10 @@ def recomputed(function: Callable, *inputs):
 
 
 def in_tiles(function: Callable[[Tensor], Tensor], x: Tensor, tile: int | None) -> Tensor:
-    """``function(x)`` a part of its first dim at a time; each part is computed again in the backward pass."""
-    if tile is None or len(x) <= tile:
+    """``function(x)`` of ``[time, batch, ...]``, ``tile`` tokens at a time, which are computed again in the backward pass."""
+    if tile is None or x.shape[0] * x.shape[1] <= tile:
         return function(x)
-    return torch.cat([recomputed(function, part) for part in x.split(tile)])
+    return torch.cat([recomputed(function, part) for part in x.split(max(1, tile // x.shape[1]))])
 
 
 class OnHost(saved_tensors_hooks):

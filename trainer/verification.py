@@ -45,8 +45,12 @@ def small(recipe: Recipe, cp: int) -> Recipe:
     content["data"] = {"sources": {"python-stdlib": 1.0}}
     content["evaluation"] = {}
     content["launch"] = {"processes": cp, "threads": 1}
-    content["parallel"] |= {"cp": cp, "tp": 1, "pp": 1}
+    content["parallel"] |= {"cp": cp, "tp": 1, "pp": 1, "ep": 1, "sequence_parallel": False}
+    content |= {"engine": {"name": "megatron"}, "stages": []}
     model |= {"vocab_size": None, "intermediate_size": 64, "initializer_range": 0.1}
+    if model["moe"]:
+        shared = model["moe"]["shared_expert_intermediate_size"]
+        model["moe"] |= {"intermediate_size": 64, "shared_expert_intermediate_size": shared and 64}
     sizes = sorted({64, 128, 256, 512, recipe.model.hidden_size})
     dims = sorted({8, 16, 32, 64, recipe.model.kv_channels})
     for hidden in sizes:

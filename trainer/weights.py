@@ -81,12 +81,17 @@ def gather(
             dist.all_gather(parts, part, group=group)
             part = _unsplit(parts, parameter)
         here[name] = part.cpu().clone()
-    for group in (parallel_state.get_expert_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
-        parts: list = [here] * group.size()
-        if len(parts) > 1:
-            dist.all_gather_object(parts, here, group=group)
-        here = {name: whole for part in parts for name, whole in part.items()}
+    experts = {name: whole for name, whole in here.items() if ".mlp.experts." in name}
+    here |= _of_all(experts, parallel_state.get_expert_model_parallel_group())
+    here = _of_all(here, parallel_state.get_pipeline_model_parallel_group())
     return here if dist.get_rank() == 0 else None
+
+
+def _of_all(here: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
+    parts: list = [here] * group.size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, here, group=group)
+    return {name: whole for part in parts for name, whole in part.items()}
 
 
 @torch.no_grad()

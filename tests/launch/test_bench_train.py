@@ -20,13 +20,14 @@ def test_memory_is_searched_for_every_candidate(longspan, tmp_path):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.wide
 def test_every_trainer_takes_its_turns(longspan, tmp_path):
     turns = ["--length", "256", "--batch", "1", "--steps", "2", "--repeats", "1"]
     done = longspan("bench", "train", *SMALL, *turns, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {row["candidate"]: row for row in json.loads((tmp_path / "train.json").read_text())["rows"]}
     for name, row in rows.items():
-        assert len(row["seconds"]) == 1 or (name.startswith("transformers") and "accelerate" in row["status"]), row
+        assert len(row["seconds"]) == 1 or (name.startswith("transformers") and "ImportError" in row["status"]), row
     assert 0 < rows["longspan, full"]["data_share"] < 1
 
 

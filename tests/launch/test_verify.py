@@ -19,6 +19,7 @@ def test_the_quickstart_is_what_it_is_on_one_rank(longspan):
     assert "sparse        s2         stripes" in done.stdout
 
 
+@pytest.mark.wide
 def test_what_is_wrong_ends_with_status_1(longspan, tmp_path):
     """A rank whose convolution takes one token too few of its neighbour."""
     (tmp_path / "sitecustomize.py").write_text(

@@ -22,13 +22,17 @@ WORKER = Path(__file__).parent / "run_worker.py"
             "engine.config.zero_optimisation: unknown (did you mean zero_optimization?)",
         ),
         (["engine.config={zero_optimization: {stage: 3}}"], "engine.config.zero_optimization.stage: is engine.zero_stage of"),
+        (
+            ["engine.config={zero_optimization: {overlap_com: true}}"],
+            "overlap_com: is not passed on (did you mean overlap_comm?)",
+        ),
         (["engine.config={zero_optimization: 3}"], "engine.config.zero_optimization: must be a section, got 3"),
         (
             ["engine.config={zero_optimization: {offload_param: {device: cpu}}}"],
             "engine.config.zero_optimization.offload_param: needs engine.zero_stage 3, it is 1",
         ),
         (["launch.processes=2", "parallel.pp=2"], "parallel.pp: 2 needs engine megatron"),
-        (["engine.zero_stage=0", "training.dtype=bfloat16"], "engine.zero_stage: 0 adds up gradients in bfloat16; use 1"),
+        (["engine.zero_stage=0", "training.dtype=bfloat16"], "engine.zero_stage: 0 adds up gradients in the weights' dtype"),
         (["engine.zero_stage=4"], "engine.zero_stage: should be less than or equal to 3, got 4"),
         (["engine.name=deepsped"], "engine: unknown name 'deepsped' (did you mean deepspeed?); known: megatron, deepspeed"),
     ],

@@ -29,8 +29,10 @@ def zero(stage, *overrides):
     return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *overrides]
 
 
-ZERO = {"zero-2-cp": (2, zero(2, "parallel.cp=2")), "zero-3-dp": (2, zero(3))}
+ZERO = {"zero-2-cp": (2, zero(2, "parallel.cp=2"))}
 MORE_ZERO = {
+    "zero-1-sp": (2, zero(1, "parallel.tp=2", "parallel.sequence_parallel=true")),
+    "zero-3-dp": (2, zero(3)),
     "zero-0-dp": (2, zero(0)),
     "zero-0-tp": (2, zero(0, "parallel.tp=2")),
     "zero-1-tp": (2, zero(1, "parallel.tp=2")),
@@ -57,6 +59,7 @@ MORE_EP = {
     "pp-ep": (4, ["parallel.pp=2", "parallel.ep=2"]),
     "ep-memory": (2, ["parallel.ep=2", "memory.recompute=full"]),
     "zero-2-cp": (2, zero(2, "parallel.cp=2")),
+    "zero-3-sp": (2, zero(3, "parallel.tp=2", "parallel.sequence_parallel=true")),
 }
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
@@ -88,7 +91,8 @@ def train(ranks, tiny_recipe, tmp_path):
         pytest.param(EXPERTS, MORE_EP, marks=pytest.mark.wide),
         pytest.param(SHARED_EXPERT, {**EP, **MORE_EP}, marks=pytest.mark.wide),
         pytest.param([PATTERNS], {**HEADS, **SEQUENCE}, marks=pytest.mark.wide),
-        ([MIXED], {"cp": PAIRS["cp"], "cp-4": SCHEDULES["cp-4"]}),
+        ([MIXED], {"cp": PAIRS["cp"]}),
+        pytest.param([MIXED], {"cp-4": SCHEDULES["cp-4"], **ZERO}, marks=pytest.mark.wide),
         pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES, **SEQUENCE}, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
@@ -105,6 +109,7 @@ def train(ranks, tiny_recipe, tmp_path):
         "shared expert",
         "patterns",
         "mixed",
+        "mixed, more ranks",
         "linear",
         "more linear",
     ],

@@ -296,8 +296,11 @@ def test_stages_add_up(tiny_recipe):
         ("[{from_step: 30}]", "stages.0.from_step: 30 is not between 0 and training.steps 20"),
         ("[{from_step: 9}, {from_step: 9}]", "stages.1.from_step: 9 is not between 9 and training.steps 20"),
         ("[{from_step: 9, training: {seq_length: 100}}]", "stages.0.training.seq_length: 100 is not a multiple of"),
-        ("[{from_step: 9, data: {mqar: {pairs: [4], vocab_size: 64}}}]", "stages.0.data.tokenizer: and mqar must be"),
-        ("[{from_step: 9, training: {steps: 3}}]", "stages.0.training.steps: unknown key"),
+        ("[{from_step: 9, data: {mqar: {pairs: [4], vocab_size: 64}}}]", "stages.0.data: must have the tokenizer and"),
+        (
+            "[{from_step: 9, training: {steps: 3}}]",
+            "stages.0.training.steps: unknown key; known here: seq_length, global_batch_size",
+        ),
     ],
 )
 def test_a_stage_that_cannot_be_is_named(tiny_recipe, stages, message):

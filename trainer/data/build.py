@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -50,11 +51,12 @@ def build_corpus(
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     try:
         builder = IndexedDatasetBuilder(str(data), dtype=dtype)
+        groups = list(grouped(found))
         with (
             track(description, total=sum(part.size for part in found)) as advance,
-            _tokenizing(tokenizer, dtype, workers) as run,
+            _tokenizing(tokenizer, dtype, min(workers, len(groups))) as run,
         ):
-            for group in run(grouped(found)):
+            for group in run(groups):
                 builder.data_file.write(group.ids.tobytes())
                 builder.sequence_lengths.extend(group.lengths)
                 ends = range(len(builder.document_indices), len(builder.document_indices) + len(group.lengths))
@@ -97,8 +99,9 @@ def _tokenizing(tokenizer: Tokenizer, dtype: type, workers: int) -> Iterator:
         yield lambda groups: map(_tokenize, groups)
         return
     # Not forked: the process may have threads of torch's by now.
-    with multiprocessing.get_context("spawn").Pool(workers, _begin, (tokenizer, dtype)) as pool:
-        yield lambda groups: pool.imap(_tokenize, groups)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(tokenizer, dtype)) as pool:
+        yield lambda groups: pool.map(_tokenize, groups)
 
 
 class _Worker:

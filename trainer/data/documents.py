@@ -66,11 +66,13 @@ def parts(source: Path, key: str) -> Iterator[Part]:
 def grouped(all_parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Small ones together."""
     group: list[Part] = []
+    size = 0
     for part in all_parts:
         group.append(part)
-        if sum(each.size for each in group) >= PART:
+        size += part.size
+        if size >= PART:
             yield group
-            group = []
+            group, size = [], 0
     if group:
         yield group
 
