@@ -13,7 +13,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from . import weights
 from .data.batches import Microbatch
@@ -95,12 +94,14 @@ class DeepSpeedEngine(Replica):
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))  # balance losses join in backward
         for n, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(n == len(batches) - 1)
-            # ZeRO-3 counts the modules that a recomputed layer goes through: it must come to its end.
-            with set_checkpoint_early_stop(self._stage < 3):
-                loss = forward(self._engine, batch)
+            loss = forward(self._engine, batch)
             total += loss.detach()
             # An infinite loss may have finite gradients: they must not be taken for those of a step.
             self._engine.backward(loss * torch.where(loss.detach().isfinite(), scale, torch.nan), scale_wrt_gas=False)
+        if self._stage == 3:
+            from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+            FWD_MODULE_STACK.clear()  # of modules that recomputation entered and, having what it needs, never left
         return self.summed(total)[0], int(tokens), int(padding)
 
     def _clip(self) -> float:
