@@ -92,6 +92,8 @@ def deepspeed_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
 
 def offloads(recipe: "Recipe") -> bool:
     """Whether Adam runs on the CPU."""
+    if recipe.engine.name != "deepspeed":
+        return False
     offload = recipe.engine.config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
 

@@ -7,6 +7,7 @@ from ..parallel.linear import scan_steps
 from .blocks import SoftmaxBlock
 from .context_parallel import Choice, choices
 from .data.batches import recipe_layout
+from .deepspeed_config import offloads
 from .linear_blocks import ConvolutionBlock, LinearAttentionBlock
 from .recipe import Recipe
 from .size import flops_per_token, mixer_parameters, mlp_parameters, padded_vocab_size, parameter_count
@@ -50,7 +51,7 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float
-    logits: float
+    loss: float
     key_buffers: float
 
 
@@ -70,6 +71,8 @@ class LayerKind:
     """Of its attention, that of the rank with most over the mean."""
     slowest_flops: float
     """A token, forward, of mixer and MLP on that rank."""
+    recomputed_flops: float
+    """Of these, what the backward pass does again."""
     choice: Choice | None
 
 
@@ -89,26 +92,28 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     """Of a training step on ``launch.processes`` GPUs, in bf16 with fp32 gradients and a distributed optimizer."""
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     total, vocabulary = parameter_count(model, vocab_size), padded_vocab_size(vocab_size)
-    replicas = recipe.data_parallel * parallel.cp
-    experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
-    own = ((total - experts) / parallel.tp + experts / max(parallel.tp, parallel.ep)) / parallel.pp
     tokens = training.micro_batch_size * training.seq_length / parallel.cp
     chosen = {choice.block: choice for choice in choices(recipe, 2)} if parallel.cp > 1 else {}
     kinds = [_kind(recipe, name, chosen.get(name)) for name in dict.fromkeys(model.stack_names)]
     saved = sum(_saved_numbers(recipe, layer) for layer in range(model.num_hidden_layers)) / parallel.pp
     in_flight = min(parallel.pp, training.global_batch_size // (recipe.data_parallel * training.micro_batch_size))
+    # What is recomputed is there again for one layer at a time.
+    modes = [recipe.memory.recompute_of(name) for name in model.stack_names]
+    again = [_saved_numbers(recipe, layer, "none") for layer, mode in enumerate(modes) if mode != "none"]
+    loss = min(tokens, recipe.memory.loss_tile) * vocabulary / parallel.tp * (2 + 4)
+    loss += 2 * tokens * model.hidden_size + 4 * model.hidden_size * vocabulary / parallel.tp  # gradients made with it
     memory = Memory(
-        weights=2 * own,
-        gradients=4 * own,
-        optimizer=12 * own / replicas,
-        activations=2 * tokens * saved * in_flight,
-        logits=min(tokens, recipe.memory.loss_tile) * vocabulary / parallel.tp * (2 + 4),
+        weights=_held(recipe, total, 2, 3),
+        gradients=_held(recipe, total, 4, 2),
+        optimizer=0.0 if offloads(recipe) else _held(recipe, total, 12, 1),
+        activations=2 * tokens * (saved * in_flight + max(again, default=0)),
+        loss=loss,
         key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
     )
     head = 2.0 * model.hidden_size * vocabulary
     forward = head + sum(kind.layers * kind.slowest_flops for kind in kinds)
     tokens_per_step = training.global_batch_size * training.seq_length
-    recomputed = sum(kind.layers * kind.slowest_flops for kind in kinds if recipe.memory.recompute_of(kind.name) == "full")
+    recomputed = sum(kind.layers * kind.recomputed_flops for kind in kinds)
     compute = (3 * forward + recomputed) * tokens_per_step / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
     speed = (device.link_gb_s if parallel.cp * parallel.tp <= PER_NODE else device.network_gb_s) * 1e9 * BANDWIDTH
     sequences = training.global_batch_size / recipe.data_parallel / training.micro_batch_size / parallel.pp
@@ -124,8 +129,11 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     received = choice.received[choice.schedule] if choice else _state_bytes_moved(recipe, layer)
     work = choice.work[choice.schedule] if choice else 1.0
     mixer, mlp = flops_per_token(model, recipe.training.seq_length, layer), 2.0 * mlp_parameters(model, block, per_token=True)
-    slowest = mixer + mlp + (work - 1) * (mixer - 2.0 * mixer_parameters(model, layer))
-    return LayerKind(name, block.mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, choice)
+    projections = 2.0 * mixer_parameters(model, layer)
+    slowest = mixer + mlp + (work - 1) * (mixer - projections)
+    again = {"full": slowest, "selective": projections + mlp, "none": mlp if recipe.memory.mlp_tile else 0.0}
+    mode = recipe.memory.recompute_of(name)
+    return LayerKind(name, block.mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, again[mode], choice)
 
 
 def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
@@ -147,13 +155,27 @@ def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
     return 2 * batch * segments * (4 * steps * numbers + 2 * (parallel.cp - 1) * halo)
 
 
-def _saved_numbers(recipe: Recipe, layer: int) -> float:
+def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
+    """Bytes of a rank that has ``each`` for every parameter, which ZeRO shares among ranks from ``stage`` on (Megatron's
+    distributed optimizer is the first).
+    """
+    model, parallel = recipe.model, recipe.parallel
+    shared = (recipe.engine.zero_stage if recipe.engine.name == "deepspeed" else 1) >= stage
+    replicas = recipe.data_parallel * parallel.cp
+    experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
+    of_dense = (total - experts) / parallel.tp / (replicas if shared else 1)
+    copies = replicas * parallel.tp / parallel.ep if parallel.ep > 1 else replicas
+    of_experts = experts / (parallel.ep if parallel.ep > 1 else parallel.tp) / (copies if shared else 1)
+    return each * (of_dense + of_experts) / parallel.pp
+
+
+def _saved_numbers(recipe: Recipe, layer: int, mode: str | None = None) -> float:
     """For each token, what a layer keeps for its backward pass on one tensor-parallel rank: inputs of its norms, projections,
     attention and MLP, or of those that are not recomputed.
     """
     model, tp = recipe.model, recipe.parallel.tp
     hidden = model.hidden_size / (tp if recipe.parallel.sequence_parallel else 1)
-    mode = recipe.memory.recompute_of(model.stack_names[layer])
+    mode = mode or recipe.memory.recompute_of(model.stack_names[layer])
     if mode == "full":
         return 0 if recipe.memory.offload_inputs else hidden
     width = model.num_attention_heads * model.kv_channels

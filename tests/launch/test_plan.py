@@ -90,3 +90,26 @@ def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_engines_and_options_change_what_is_held():
+    device, options = DEVICES["h100"], {"engine.name=deepspeed"}
+    total = parameter_count(large(8).model, 257)
+    for stage, weights, gradients in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
+        made = estimate(large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32"), 257, device)
+        assert (made.memory.weights, made.memory.gradients) == (2 * total / weights, 4 * total / gradients)
+        assert made.memory.optimizer == 12 * total / (8 if stage else 1)
+    kept, selective, full = (
+        estimate(large(8, f"memory.recompute={mode}"), 257, device) for mode in ("none", "selective", "full")
+    )
+    assert kept.memory.activations > selective.memory.activations > full.memory.activations
+    assert kept.compute_s < selective.compute_s < full.compute_s < 1.34 * kept.compute_s
+
+
+def test_experts_are_spread_over_their_ranks():
+    experts = ["model.moe={num_experts: 8}", *(f"model.layers.blocks.{name}.mlp=moe" for name in ("full", "sparse", "linear"))]
+    one, spread = (estimate(large(8, *experts, f"parallel.ep={ep}"), 257, DEVICES["h100"]) for ep in (1, 8))
+    assert one.parameters == spread.parameters
+    assert spread.memory.weights < 0.3 * one.memory.weights
+    assert spread.memory.optimizer == pytest.approx(one.memory.optimizer)  # all of it is shared either way
+    assert spread.compute_s == pytest.approx(one.compute_s)

@@ -186,6 +186,8 @@ class Mixture:
         self._counts = np.zeros(len(corpora), np.int64)
 
     def sample(self, number: int) -> Sample:
+        if len(self.corpora) == 1:
+            return self.corpora[0].sample(number)
         while len(self._taken) <= number:
             corpus = int(np.argmax(self._shares * (len(self._taken) + 1) - self._counts))
             self._taken.append((corpus, int(self._counts[corpus])))
