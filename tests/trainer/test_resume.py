@@ -69,7 +69,7 @@ def whole_steps(longspan, run):
     return [int(step) for step in re.findall(r"^(\d+) .* whole$", listed, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("fault", ["kill=7", "kill-in-write=8", wide("kill-in-save=8"), "kill-before-clean-up=8"])
+@pytest.mark.parametrize("fault", ["kill=7", "kill-in-write=8", wide("kill-in-save=8"), wide("kill-before-clean-up=8")])
 def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     go(2, fault, *PAIR, status=None)
     assert len(seen(run)) < 14
@@ -183,7 +183,8 @@ def zero(stage):
     return [*PAIR, "engine.name=deepspeed", f"engine.zero_stage={stage}"]
 
 
-@pytest.mark.parametrize("stage", [wide(0), wide(1), wide(2), 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.wide
 def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, stage):
     go(2, *zero(stage))
     alone = seen(run)
@@ -275,6 +276,7 @@ def test_a_step_that_is_not_finite_stops_the_run_before_the_update(go, run, long
     assert seen(run) == expected
 
 
+@pytest.mark.wide
 def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(go, run):
     skip = [*PAIR, "training.on_nonfinite=skip", "training.max_skipped_steps=2"]
     first, _ = go(2, "nan-loss=6", "times=2", *skip)
