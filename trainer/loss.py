@@ -52,10 +52,11 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
         total, rows = hidden.new_zeros((), dtype=exact), weight[:real]
+        buffer = hidden.new_empty(min(tile, len(hidden)), real)  # of all tiles: new memory costs a CPU as much as the product
         for start in range(0, len(hidden), tile):
             part = slice(start, start + tile)
             x, scale = hidden[part], token_weights[part].to(exact)
-            logits = (x @ rows.T).to(exact)
+            logits = torch.mm(x, rows.T, out=buffer[: len(x)]).to(exact)
             mine = (labels[part] >= 0) & (labels[part] < real)
             where = labels[part].clamp(0, max(real - 1, 0))[:, None]
             most = logits.amax(1) if real else logits.new_full((len(x),), -torch.inf)
