@@ -16,7 +16,7 @@ from ..trainer.errors import UserError
 from ..trainer.progress import track
 from . import measure
 from .measure import Work
-from .plain_model import PlainLlama, Size, random_batches, transformers_llama
+from .plain_model import PlainLlama, Size, random_batches, size_of, transformers_llama
 from .process import process_group, quiet_libraries
 from .table import table
 
@@ -47,11 +47,8 @@ def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
     if measure.device() == "cuda":
         raise UserError("bench memory measures the growth of CPU processes; hide the GPUs (CUDA_VISIBLE_DEVICES=)")
-    counted = measure.counts(options, "hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "budget_mib")
-    budget = counted.pop("budget_mib") * 2**20
-    size, out = Size(**counted), measure.out_folder(options)
-    if size.hidden % size.heads or size.heads % size.kv_heads:
-        raise UserError(f"--heads: {size.heads} must divide --hidden {size.hidden}, and --kv-heads {size.kv_heads} it")
+    size, budget = size_of(options), measure.counts(options, "budget_mib")["budget_mib"] * 2**20
+    out = measure.out_folder(options)
     rows = [Row(name) for name in (*OURS, *THEIRS)]
     with track("lengths", 6 * len(rows), of_bytes=False) as advance:
         for row in rows:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..trainer.errors import UserError
 from ..trainer.progress import track
 from . import measure
+from .plain_model import Size, size_of
 from .table import table
 
 FULL, S2 = {"mixer": "full"}, {"mixer": "s2", "block": 64, "local_blocks": 4, "stride": 8}
@@ -45,10 +45,8 @@ class Row:
 
 def bench_train(options: Namespace) -> None:
     """Print a table, and write ``train.json`` to the folder ``options.out``."""
-    names = ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocabulary", "length", "batch", "steps", "repeats")
-    settings, out = measure.counts(options, *names), measure.out_folder(options)
-    if settings["hidden"] % settings["heads"] or settings["heads"] % settings["kv_heads"]:
-        raise UserError(f"--heads: {settings['heads']} must divide --hidden, and --kv-heads it")
+    settings = {**asdict(size_of(options)), **measure.counts(options, "length", "batch", "steps", "repeats")}
+    out = measure.out_folder(options)
     rows = [Row(name) for name in CANDIDATES]
     with track("turns", settings["repeats"] * len(rows), of_bytes=False) as advance:
         for _ in range(settings["repeats"]):
@@ -83,8 +81,6 @@ def write_seconds(candidate: str, settings: str, file: str) -> None:
     given = json.loads(settings)
     length, batch, steps = (given.pop(name) for name in ("length", "batch", "steps"))
     given.pop("repeats")
-    from .plain_model import Size
-
     size = Size(**given)
     run = {"longspan": _longspan, "plain": _plain, "transformers": _transformers}[kind]
     Path(file).write_text(json.dumps(run(size, block, length, batch, steps + WARMUP)))

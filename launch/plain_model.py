@@ -1,7 +1,8 @@
 """What trainers are measured against: the same Llama in plain PyTorch, and that of ``transformers``."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from ..attention import apply_rotary
 from ..attention.rotary import rotary_tables
+from ..trainer.errors import UserError
+from . import measure
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,18 @@ class Size:
             "optimizer": {"lr": 1e-3},
             **others,
         }
+
+
+def size_of(options: Namespace) -> Size:
+    """That of a command's options.
+
+    Raises:
+        UserError: naming the option that does not fit.
+    """
+    size = Size(**measure.counts(options, *(field.name for field in fields(Size))))
+    if size.hidden % size.heads or size.heads % size.kv_heads:
+        raise UserError(f"--heads: {size.heads} must divide --hidden {size.hidden}, and --kv-heads {size.kv_heads} it")
+    return size
 
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -4,21 +4,23 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..attention.patterns import Causal, Ruled
+from ..attention.patterns import Causal, Pattern, Ruled
 from ..attention.rules import Rule
+from ..attention.selection import Selector
 from .layout import Layout
 from .schedule import Schedule
 
 
 @lru_cache(maxsize=256)
-def balance(schedule: Schedule, layout: Layout, pattern: Ruled | None, heads: int, kv_heads: int) -> float:
+def balance(schedule: Schedule, layout: Layout, pattern: Pattern | Selector | None, heads: int, kv_heads: int) -> float:
     """Pairs of query and key that the rank with most computes, over the mean of all ranks, for a sequence of one document.
 
     Args:
-        pattern: None where blocks are chosen at run time: reckoned as if all earlier keys were seen.
+        pattern: None for lists of blocks; these, and blocks that are chosen from the content, are reckoned as if all earlier
+            keys were seen.
         heads, kv_heads: of the whole attention.
     """
-    pairs = _pairs(pattern or Causal(), layout, kv_heads)
+    pairs = _pairs(pattern if isinstance(pattern, Ruled) else Causal(), layout, kv_heads)
     rows = pairs.reshape(kv_heads, -1, schedule.heads).sum(-1)  # ranks in a row share their tokens,
     per_query_head = np.repeat(rows, heads // kv_heads, 0)
     work = per_query_head.reshape(schedule.heads, -1, rows.shape[1]).sum(1)  # and each takes some of the query heads

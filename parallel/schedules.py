@@ -45,8 +45,7 @@ def choose_schedule(
         raise ValueError(f"schedule {schedule} cannot do this: {reason}")
     if len(able) == 1:
         return able[0]
-    closed_form = pattern if isinstance(pattern, Ruled) else None
-    work = {one: balance(one, layout, closed_form, heads, kv_heads) for one in able}
+    work = {one: balance(one, layout, pattern, heads, kv_heads) for one in able}
     even = [one for one in able if work[one] <= _EVEN * min(work.values())]
     return min(even, key=lambda one: cost(one, layout, pattern, heads, kv_heads, dims))
 

@@ -5,7 +5,6 @@ until it is reckoned.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..attention.patterns import Ruled
 from ..parallel.schedule import Schedule, named, refusal
 from .blocks import SoftmaxBlock
 from .errors import suggest
@@ -84,7 +83,6 @@ def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
         bytes_of = bytes_per_number * recipe.training.micro_batch_size
         costs = {one: cost(one, layout, pattern, heads, kv_heads, dims) for one in {chosen, *able}}
         moved = {one: each.received * bytes_of for one, each in costs.items()}
-        closed_form = pattern if isinstance(pattern, Ruled) else None
-        work = {one: balance(one, layout, closed_form, heads, kv_heads) for one in costs}
+        work = {one: balance(one, layout, pattern, heads, kv_heads) for one in costs}
         found.append(Choice(name, chosen, moved, work, costs[chosen].buffer * bytes_of))
     return found

@@ -22,7 +22,6 @@ from .engine import StepResult
 from .errors import UserError
 from .recipe import Recipe
 from .replica import Replica, forward
-from .shards import Shards
 
 
 class DeepSpeedEngine(Replica):
@@ -59,12 +58,6 @@ class DeepSpeedEngine(Replica):
             updated = self._engine.was_step_applied()
         return StepResult(loss_sum, tokens, padding, grad_norm, updated)
 
-    def state(self) -> dict[str, Shards]:
-        return self._state.shards()
-
-    def restored(self, state: dict[str, Shards]) -> None:
-        self._state.restored(state)
-
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._engine.eval()
         with torch.no_grad():
@@ -83,9 +76,6 @@ class DeepSpeedEngine(Replica):
 
     def weights(self) -> dict[str, Tensor] | None:
         return weights.gather(self.model, self._whole)
-
-    def load_weights(self, whole: dict[str, Tensor]) -> None:
-        self._state.load_weights(whole)
 
     def _backward(self, batches: list[Microbatch]) -> tuple[float, int, int]:
         """(Sum of token losses, labels, padding) over all ranks, whose mean gradients are left to DeepSpeed's optimizer."""

@@ -21,7 +21,6 @@ from .engine import StepResult
 from .megatron_state import MegatronState
 from .recipe import Recipe
 from .replica import Replica, forward
-from .shards import Shards
 
 
 class MegatronEngine(Replica):
@@ -74,12 +73,6 @@ class MegatronEngine(Replica):
         self._optimizer.step_with_ready_grads()
         return StepResult(loss_sum, tokens, padding, grad_norm)
 
-    def state(self) -> dict[str, Shards]:
-        return self._state.shards()
-
-    def restored(self, state: dict[str, Shards]) -> None:
-        self._state.restored(state)
-
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._ddp.eval()
         with torch.no_grad():
@@ -97,9 +90,6 @@ class MegatronEngine(Replica):
 
     def weights(self) -> dict[str, Tensor] | None:
         return weights.gather(self.model)
-
-    def load_weights(self, whole: dict[str, Tensor]) -> None:
-        self._state.load_weights(whole)
 
     def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:
         """Forward (and backward) over the microbatches; (sum of token losses, labels, padding) over all ranks."""

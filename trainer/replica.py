@@ -12,13 +12,18 @@ from ..parallel import Sequence
 from . import weights
 from .cpu import megatron_on_cpu
 from .data.batches import Microbatch, Share
+from .engine_state import EngineState
 from .model import build_model, expert_tensor_parallel
 from .recipe import Recipe
+from .shards import Shards
 from .size import parameter_count
 
 
 class Replica:
     """Base of the engines (:class:`~longspan.trainer.engine.Engine`). One per process: Megatron's groups are global."""
+
+    _state: EngineState
+    """Of the engine's optimizer."""
 
     def __init__(self, recipe: Recipe, vocab_size: int):
         self.recipe = recipe
@@ -53,6 +58,15 @@ class Replica:
         for module in self.model.modules():
             if hasattr(module, "rope_theta"):
                 module.rope_theta = recipe.model.rope_theta
+
+    def state(self) -> dict[str, Shards]:
+        return self._state.shards()
+
+    def restored(self, state: dict[str, Shards]) -> None:
+        self._state.restored(state)
+
+    def load_weights(self, whole: dict[str, Tensor]) -> None:
+        self._state.load_weights(whole)
 
     def summed(self, *numbers: Tensor | float) -> list[float]:
         """Over the ranks of :attr:`data_group`."""

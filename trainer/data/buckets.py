@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from .corpus import Corpus
-from .packing import Mixture, Packing, Piece, Sample
+from .packing import Mixture, Packing, Piece, Sample, places
 
 ODDS = {
     "uniform": lambda rank, count: 1.0,
@@ -29,8 +29,7 @@ class BucketCorpus(Packing):
         lengths, documents = corpus.lengths, np.arange(len(corpus))
         if seq_length == longest:
             counts = lengths // longest
-            places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            found = [(np.repeat(documents, counts), places * longest, np.full(counts.sum(), longest))]
+            found = [(np.repeat(documents, counts), places(counts) * longest, np.full(counts.sum(), longest))]
         else:
             kept = documents[lengths // seq_length % 2 == 1]
             found = [(kept, lengths[kept] // (2 * seq_length) * 2 * seq_length, np.full(len(kept), seq_length))]

@@ -134,9 +134,9 @@ class BestFitCorpus(Packing):
         whole, rest = np.divmod(corpus.lengths, seq_length)
         counts = whole + (rest > 0)
         documents = np.repeat(np.arange(len(corpus)), counts)
-        starts = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_length
+        starts = places(counts) * seq_length
         self._pieces = np.stack([documents, starts, np.minimum(corpus.lengths[documents] - starts, seq_length)], 1)
-        self.samples_per_epoch = len(self._bins(np.arange(len(self._pieces))))
+        self.samples_per_epoch = len(self._epoch(0))  # as many in any order
 
     def pieces(self, epoch: int, number: int) -> Iterable[Piece]:
         return [Piece(*map(int, self._pieces[index])) for index in self._epoch(epoch)[number]]
@@ -168,6 +168,11 @@ class BestFitCorpus(Packing):
                     insort(sizes, free - size)
                 left.setdefault(free - size, []).append(number)
         return bins
+
+
+def places(counts: np.ndarray) -> np.ndarray:
+    """``0 .. count`` for each of ``counts``, one after another."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 class Mixture:
