@@ -4,7 +4,9 @@ attention, and by the ``Trainer`` of ``transformers``, each in processes of its 
 
 import json
 import os
+import random
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -89,12 +91,19 @@ def write_seconds(candidate: str, settings: str, file: str) -> None:
 def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
     import yaml
 
+    from ..trainer.data.build import build_corpus
+    from ..trainer.data.tokenizer import ByteTokenizer
     from .train import train
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = {"log_interval": 1}
         recipe = size.recipe(length, batch, block, metrics=metrics, checkpoint={"interval": 0})
         recipe["run_dir"] = f"{folder}/run"
+        # One document, as the others have it: several in a sequence are less work, and other work.
+        text = Path(folder, "text")
+        text.write_text("".join(random.Random(0).choices(string.ascii_letters, k=length * batch * (steps + 1))))
+        build_corpus([text], ByteTokenizer(), f"{folder}/corpus")
+        recipe["data"] = {"sources": {f"{folder}/corpus": 1.0}}
         recipe["training"]["steps"] = steps
         file = Path(folder, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))

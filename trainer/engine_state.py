@@ -68,7 +68,8 @@ class EngineState(ABC):
         step = float(shards["optimizer.step"].boxes[0].data)
         for state in self.states():
             if torch.is_tensor(state["step"]):
-                state["step"] = torch.tensor(step)  # each its own: Adam counts them up one by one
+                # Each its own, as Adam counts them up one by one, and where the fused Adam reads it.
+                state["step"] = torch.tensor(step, device=state["exp_avg"].device)
             else:
                 state["step"] = int(step)
         self.publish()

@@ -35,6 +35,9 @@ class MegatronEngine(Replica):
             DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
             inner,
         )
+        for buckets in self._ddp.bucket_groups + self._ddp.expert_parallel_bucket_groups:
+            if buckets.intra_distributed_optimizer_instance_size == 1:  # gloo would copy all through new memory, each step
+                buckets.start_grad_sync = buckets.start_param_sync = _nothing_to_share
         config.finalize_model_grads_func = finalize_model_grads
         config.no_sync_func = self._ddp.no_sync
         chosen = recipe.optimizer
@@ -54,6 +57,9 @@ class MegatronEngine(Replica):
         )
         config.grad_scale_func = self._optimizer.scale_loss
         self._state = MegatronState(self.model, self._ddp, self._optimizer)
+        for optimizer in self._state.optimizers:
+            for group in optimizer.optimizer.param_groups:
+                group["fused"] = True  # which Megatron does not ask of torch's AdamW
         self._forward_backward = get_forward_backward_func()
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
@@ -110,6 +116,10 @@ class MegatronEngine(Replica):
             dist.broadcast(totals, src=last, group=parallel_state.get_pipeline_model_parallel_group())
             loss_sum, tokens, padding = totals.tolist()
         return loss_sum, int(tokens), int(padding)
+
+
+def _nothing_to_share(**options) -> None:
+    """In place of a collective of one rank."""
 
 
 def _forward_step(batches, model):

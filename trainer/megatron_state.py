@@ -30,7 +30,7 @@ class MegatronState(EngineState):
                 start = optimizer._get_model_param_range_map(parameter)["param"].start
                 group, place = optimizer.model_param_group_index_map[parameter]
                 main = optimizer.optimizer.param_groups[group]["params"][place]
-                state = fresh(optimizer.optimizer.state[main], main, torch.tensor(0.0))
+                state = fresh(optimizer.optimizer.state[main], main, torch.zeros((), device=main.device))
                 return Part(start, main.detach(), {key: state[key] for key in MOMENTS})
         return None
 

@@ -1,9 +1,11 @@
 """Mixtures of experts: Megatron-core's layer, as this project's layers take it."""
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -14,6 +16,7 @@ def moe_spec(num_experts: int) -> ModuleSpec:
     """Routed experts and, where the config has its size, a shared one."""
     spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
     spec.submodules.router = BalancedRouter
+    spec.submodules.experts.module = GroupedExperts
     return spec
 
 
@@ -39,6 +42,24 @@ def moe_config(model: Model) -> dict:
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # which Megatron-core 0.16.1 reads, and without Transformer Engine does not define
+
+
+class GroupedExperts(SequentialMLP):
+    """Megatron's experts, each with parameters of its own, that multiply their tokens at once (torch's ``grouped_mm``)."""
+
+    def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """``[tokens, hidden]``, sorted by expert, in and out; ``probs [tokens]`` multiply what the experts give."""
+        if tokens.dtype == torch.float64:  # which grouped_mm does not know
+            return super().forward(tokens, tokens_per_expert, probs)
+        ends = tokens_per_expert.to(tokens.device).cumsum(0).int()
+
+        def product(x: Tensor, name: str) -> Tensor:
+            weights = torch.stack([getattr(expert, name).weight for expert in self.local_experts])
+            return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+
+        gate, up = product(tokens, "linear_fc1").chunk(2, -1)
+        inner = self.config.activation_func(gate) * up * probs[:, None]
+        return product(inner.to(tokens.dtype), "linear_fc2"), None
 
 
 class BalancedRouter(TopKRouter):

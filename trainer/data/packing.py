@@ -178,24 +178,37 @@ def places(counts: np.ndarray) -> np.ndarray:
 class Mixture:
     """Samples drawn from several packed corpora in proportion to their weights.
 
-    Sample ``n`` comes from the corpus that is furthest behind its share, as in Megatron's blended datasets, so the order
-    does not depend on how many samples will be asked for.
+    Of every 1,024 samples each corpus has its share, evenly spread: which corpus sample ``n`` comes from needs no others
+    before it.
     """
+
+    _CYCLE = 1024
 
     def __init__(self, corpora: list[Packing], weights: list[float]):
         self.corpora = corpora
         self._shares = np.array(weights) / sum(weights)
+        self._drawn = lru_cache(maxsize=2)(self._draw)
         ratios = [packed.bytes_per_token for packed in corpora]
         self.bytes_per_token = None if None in ratios else float(np.dot(self._shares, ratios))
-        self._taken: list[tuple[int, int]] = []  # (corpus, its own sample number) of every sample so far
-        self._counts = np.zeros(len(corpora), np.int64)
 
     def sample(self, number: int) -> Sample:
         if len(self.corpora) == 1:
             return self.corpora[0].sample(number)
-        while len(self._taken) <= number:
-            corpus = int(np.argmax(self._shares * (len(self._taken) + 1) - self._counts))
-            self._taken.append((corpus, int(self._counts[corpus])))
-            self._counts[corpus] += 1
-        corpus, own = self._taken[number]
-        return self.corpora[corpus].sample(own)
+        cycle, place = divmod(number, self._CYCLE)
+        corpus, own = self._drawn(cycle)[place]
+        return self.corpora[corpus].sample(int(own))
+
+    def _draw(self, cycle: int) -> np.ndarray:
+        """The corpus of each sample of a cycle, and its number there."""
+        first, last = self._before(cycle), self._before(cycle + 1)
+        counts = last - first
+        corpora = np.repeat(np.arange(len(counts)), counts)
+        own = places(counts)
+        order = np.argsort((own + 0.5) / counts[corpora], kind="stable")
+        return np.stack([corpora, own + first[corpora]], 1)[order]
+
+    def _before(self, cycle: int) -> np.ndarray:
+        """Samples of each corpus before a cycle, rounded so that they add up."""
+        edges = np.rint(np.cumsum(self._shares) * cycle * self._CYCLE).astype(np.int64)
+        edges[-1] = cycle * self._CYCLE
+        return np.diff(edges, prepend=0)
