@@ -73,6 +73,22 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a run's model for transformers",
+        description="Write a run's model as a folder that transformers loads: as an architecture that it has where the layers "
+        "are exactly one, else with code that goes with it. Its logits are compared with the run's first.",
+    )
+    export.add_argument("run_dir", metavar="RUN[@STEP]", help="a run's folder; without a step, its newest checkpoint")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: that of training)")
+    export.set_defaults(run=_export)
+
+    check = commands.add_parser("check-export", help="compare an exported model's logits with its run's")
+    check.add_argument("folder", metavar="OUT")
+    check.add_argument("run_dir", metavar="RUN[@STEP]")
+    check.set_defaults(run=_check_export)
+
     verify = commands.add_parser(
         "verify",
         help="check a recipe's layers over ranks against one rank",
@@ -284,6 +300,18 @@ def _generate(options: argparse.Namespace) -> None:
     with process_group(os.cpu_count() or 1):
         engine = load_for_inference(folder)
         print(generate(folder, engine, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export
+
+    export(options.run_dir, options.out, options.dtype, os.cpu_count() or 1)
+
+
+def _check_export(options: argparse.Namespace) -> None:
+    from .export import check
+
+    check(options.folder, options.run_dir, os.cpu_count() or 1)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -77,13 +77,16 @@ def _threads(recipe: Recipe, processes: int) -> int:
 
 def _print_dry_run(recipe: Recipe) -> None:
     from ..trainer.data.tokenizer import recipe_vocab_size
+    from ..trainer.export.native import Source
+    from ..trainer.export.target import describe_target
     from ..trainer.size import parameter_count
 
-    parallel, processes = recipe.parallel, recipe.launch.processes
+    parallel, processes, vocab_size = recipe.parallel, recipe.launch.processes, recipe_vocab_size(recipe)
     print(to_yaml(recipe))
-    print(f"parameters       {parameter_count(recipe.model, recipe_vocab_size(recipe)):,}")
+    print(f"parameters       {parameter_count(recipe.model, vocab_size):,}")
     print(f"tokens per step  {recipe.tokens_per_step:,}")
     print(f"processes        {processes} = dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}")
+    print(f"longspan export  {describe_target(Source(recipe.model, vocab_size, recipe.training.seq_length))}")
 
 
 def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:

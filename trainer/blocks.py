@@ -39,8 +39,8 @@ class Block(Section):
 class SoftmaxBlock(Block):
     """Attention with grouped queries, under some pattern."""
 
-    qk_norm: bool = False
-    """RMSNorm of each query and key head before rotation (Qwen3)."""
+    qk_norm: bool | Literal["all"] = False
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMo 2)."""
     output_gate: bool = False
     """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
     rotary_fraction: Fraction = 1.0

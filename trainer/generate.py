@@ -1,12 +1,13 @@
 """Text from a trained model."""
 
 import torch
+from torch import Tensor
 
 from .data.tokenizer import recipe_tokenizer
 from .engine import Engine
 from .errors import UserError
 from .loop import build_engine
-from .recipe import Launch, MegatronEngine, Memory, Parallel
+from .recipe import Launch, MegatronEngine, Memory, Parallel, Recipe
 from .run_folder import RunFolder
 
 
@@ -21,8 +22,13 @@ def load_for_inference(folder: RunFolder) -> Engine:
         weights = load_file(folder.weights)
     except SafetensorError as error:
         raise UserError(f"{folder.weights}: is damaged ({error})") from None
+    return with_weights(folder.recipe.at(folder.recipe.training.steps - 1), weights)
+
+
+def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:
+    """The recipe's model, whole in this process, with weights by global name; needs a process group of one."""
     alone = {"parallel": Parallel(), "engine": MegatronEngine(), "memory": Memory(), "launch": Launch()}
-    engine = build_engine(folder.recipe.at(folder.recipe.training.steps - 1).model_copy(update=alone))
+    engine = build_engine(recipe.model_copy(update=alone))
     engine.load_weights(weights)
     return engine
 

@@ -67,7 +67,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        qk_layernorm=any(isinstance(block, SoftmaxBlock) and block.qk_norm for block in model.stack),
+        qk_layernorm=any(isinstance(block, SoftmaxBlock) and block.qk_norm is True for block in model.stack),
         tensor_model_parallel_size=recipe.parallel.tp,
         pipeline_model_parallel_size=recipe.parallel.pp,
         context_parallel_size=recipe.parallel.cp,

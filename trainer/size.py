@@ -42,7 +42,8 @@ def mixer_parameters(model: Model, layer: int) -> int:
         return _linear_parameters(hidden, block.design(model, layer))
     assert isinstance(block, SoftmaxBlock)
     projections = (2 if block.output_gate else 1) * width + 2 * model.kv_heads * model.kv_channels + width
-    norms = 2 * model.kv_channels if block.qk_norm else 0
+    heads = model.num_attention_heads + model.kv_heads if block.qk_norm == "all" else 2
+    norms = heads * model.kv_channels if block.qk_norm else 0
     return projections * hidden + norms + (model.num_attention_heads if block.attention_sink else 0)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...attention import apply_rotary
 from ...parallel import Sequence, attend
 from ..blocks import SoftmaxBlock
-from ..norm import RMSNorm
+from ..norm import HeadsRMSNorm, RMSNorm
 from .mixer import Mixer, zeros
 
 
@@ -32,9 +32,13 @@ class SoftmaxAttention(Mixer):
         self.block, self.schedule = block, schedule
         self.rotary_dim, self.rope_theta = int(self.head_dim * block.rotary_fraction), rope_theta
         self.pattern = block.attention_pattern(config.num_query_groups).from_head(self.first_head)
-        if block.qk_norm and pg_collection.tp.size() > 1 and not config.qk_layernorm:
+        if block.qk_norm is True and pg_collection.tp.size() > 1 and not config.qk_layernorm:
             raise ValueError("a block has qk_norm: set qk_layernorm in the TransformerConfig, or its gradients are not summed")
-        if block.qk_norm:  # these names ask Megatron to sum their gradients over the ranks' heads
+        if block.qk_norm == "all":
+            sizes = self.head_dim, 1, config.layernorm_epsilon, self.tp_group
+            self.q_norm = HeadsRMSNorm(config, "all", config.num_attention_heads, *sizes)
+            self.k_norm = HeadsRMSNorm(config, "all", config.num_query_groups, *sizes)
+        elif block.qk_norm:  # these names ask Megatron to sum their gradients over the ranks' heads
             self.q_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
             self.k_layernorm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
         self.sinks = self.per_head(zeros, self.local_heads * self.group) if block.attention_sink else None
@@ -50,7 +54,9 @@ class SoftmaxAttention(Mixer):
         rows = self.project(hidden).unflatten(-1, (-1, self.head_dim))
         q, gate, k, v = rows.split(self.parts, dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
-        if self.block.qk_norm:
+        if self.block.qk_norm == "all":
+            q, k = self.q_norm(q).view_as(q), self.k_norm(k).view_as(k)
+        elif self.block.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
         if self.rotary_dim:
             tables = sequence.rotary(self.rotary_dim, self.rope_theta)

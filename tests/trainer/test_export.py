@@ -1,0 +1,302 @@
+"""Models that leave for transformers: every architecture, our own code and its cache, and what must not be written."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from longspan.launch.process import process_group
+from longspan.trainer.errors import UserError
+from longspan.trainer.recipe_file import load_recipe, to_yaml
+
+STEP = 3
+WIDE = pytest.mark.wide
+
+
+def stack(blocks: dict[str, dict], pattern: list[str] | None = None) -> str:
+    return "model.layers=" + json.dumps({"blocks": blocks, "pattern": pattern or list(blocks)})
+
+
+def mixers(*names: str) -> str:
+    return stack({name: {"mixer": name} for name in names})
+
+
+FULL, WINDOW = {"mixer": "full"}, {"mixer": "window", "window": 37}
+DELTA = {"mixer": "gated_deltanet", "key_head_dim": 16, "value_head_dim": 24}
+GATED = {**FULL, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.25}
+OLMO = {**FULL, "qk_norm": "all", "norm": "reordered"}
+POST = {"norm": "post", "mixer_residual": [1.5, 0.5], "mlp_residual": [2.0, 0.7]}
+S2 = {"mixer": "s2", "block": 16, "local_blocks": 2, "stride": 2}
+HEADS = {
+    "mixer": "pattern",
+    "pattern": "PerHead([Window(5) | Sinks(2), Dilated(2, 3, 4)]) | Stripes(4, 6)",
+    "output_gate": True,
+}
+MOE = 'model.moe={"num_experts": 4, "intermediate_size": 48}'
+SHARED = (
+    'model.moe={"num_experts": 4, "shared_expert_intermediate_size": 32, "shared_expert_gate": true, "norm_topk_prob": false}'
+)
+EPS = "model.rms_norm_eps=1e-6"
+NATIVE = {
+    "llama": [stack({"full": FULL}), "model.head_dim=24", "model.tie_word_embeddings=true"],
+    "mistral": [stack({"w": WINDOW})],
+    "ministral": [stack({"w": WINDOW, "full": FULL})],
+    "qwen3": [stack({"w": {**WINDOW, "qk_norm": True}, "full": {**FULL, "qk_norm": True}})],
+    "minimax": [stack({"l": {"mixer": "lightning", **POST}, "full": {**FULL, **POST}}, ["l", "l", "full"]), EPS],
+    "qwen3_5_text": [stack({"d": {**DELTA, "num_key_heads": 2}, "full": GATED}), "model.head_dim=32"],
+    "olmo_hybrid": [stack({"d": {**DELTA, "allow_negative_eigenvalues": True}, "full": OLMO}), "model.rms_norm_eps=1e-5"],
+    "granitemoehybrid": [stack({"m": {"mixer": "mamba2", "num_key_heads": 2, "key_head_dim": 16}, "full": FULL})],
+}
+MORE_NATIVE = {
+    "minimax, experts": [stack({k: {"mixer": k, "norm": "post", "mlp": "moe"} for k in ("lightning", "full")}), MOE, EPS],
+    "minimax, other decays": [
+        stack({"l": {"mixer": "lightning", "norm": "post", "decay": "paper"}, "full": {**FULL, "norm": "post"}}),
+        EPS,
+    ],
+    "olmo_hybrid, no positions": [stack({"d": DELTA, "full": {**OLMO, "rotary_fraction": 0.0}}), "model.rms_norm_eps=1e-5"],
+    "granitemoehybrid, no positions": [stack({"m": {"mixer": "mamba2"}, "full": {**FULL, "rotary_fraction": 0.0}})],
+}
+CUSTOM = {
+    "s2": [stack({"s2": {**S2, "attention_sink": True}, "full": {**FULL, "norm": "sandwich", "softcap": 5.0}})],
+    "delta": [mixers("deltanet", "gated_deltanet", "kda", "conv")],
+    "patterns": [stack({"a": {"mixer": "streaming", "sinks": 3, "window": 20}, "b": HEADS, "c": {**WINDOW, "qk_norm": "all"}})],
+    "experts": [stack({"s2": {**S2, "mlp": "moe"}, "full": FULL}), SHARED],
+}
+MORE_CUSTOM = {
+    "fixed decays": [mixers("linear", "lightning", "retention", "simple_gla")],
+    "feature maps": [mixers("gla", "based", "hedgehog", "mamba2")],
+    "transnormer": [stack({"t": {"mixer": "lightning", "style": "transnormer", "mlp_activation": "identity"}})],
+}
+NAMES = {"minimax, experts": "minimax", "minimax, other decays": "minimax"}
+
+
+@pytest.fixture
+def saved_run(tiny_recipe, tmp_path):
+    """``saved_run(*overrides)``: the folder of a run with a checkpoint, whose every weight is noise, norms as well."""
+
+    def make(*overrides: str):
+        from longspan.trainer.checkpointer import Checkpointer
+        from longspan.trainer.control import Control
+        from longspan.trainer.loop import build_engine
+        from longspan.trainer.run_folder import RunFolder
+
+        recipe = load_recipe(str(tiny_recipe), ["training.seq_length=192", *overrides])
+        folder = RunFolder(recipe.run_dir)
+        folder.path.mkdir(parents=True)
+        folder.recipe_file.write_text(to_yaml(recipe))
+        with process_group(2), contextlib.closing(build_engine(recipe)) as engine:
+            generator = torch.Generator().manual_seed(1)
+            noise = {1: 0.3, 2: 0.15}
+            weights = engine.weights().items()
+            engine.load_weights({name: w + noise[w.ndim] * torch.randn(w.shape, generator=generator) for name, w in weights})
+            with Checkpointer(folder.checkpoints, 3, Control()) as checkpointer:
+                checkpointer.save(engine, STEP, 100)
+                assert not checkpointer.poll(wait=True).error
+        return folder.path
+
+    return make
+
+
+def exported(run, out, **options):
+    """The model as a user loads it, in fp32, and what the check found."""
+    from longspan.trainer.export import export
+    from transformers import AutoModelForCausalLM
+
+    said, found = [], []
+    with process_group(2), pytest.MonkeyPatch.context() as patch:
+        real = export.check_export
+        patch.setattr(export, "check_export", lambda *arguments: found.append(real(*arguments)) or found[0])
+        export.export_run(str(run), out, options.pop("dtype", None), said.append)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval(), found[0], said
+
+
+def wide(cases: dict) -> list:
+    return [pytest.param(name, overrides, marks=WIDE, id=name) for name, overrides in cases.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [pytest.param(*case, id=case[0]) for case in NATIVE.items()] + wide(MORE_NATIVE)
+)
+def test_native_architectures_need_no_code_of_ours(saved_run, tmp_path, name, overrides):
+    model, found, _ = exported(saved_run(*overrides), tmp_path / "out")
+    assert model.config.model_type == name.split(",")[0]
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert found.whole < 2e-5
+    assert found.cached < 2e-5
+    assert found.greedy == 72
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [pytest.param(*case, id=case[0]) for case in CUSTOM.items()] + wide(MORE_CUSTOM)
+)
+def test_code_of_ours_does_whatever_a_recipe_says(saved_run, tmp_path, name, overrides):
+    model, found, _ = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)
+    assert model.config.model_type == "longspan"
+    assert found.whole < 2e-5
+    assert found.cached < 2e-5
+    _padding_changes_nothing(model)
+    _chunks_change_nothing(model)
+    _beams_are_those_without_a_cache(model)
+
+
+def _padding_changes_nothing(model):
+    """On the left, rows of several lengths; whole prompts and what follows from the cache."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randint(256, (count,), generator=generator) for count in (150, 61, 3)]
+    padded, mask = torch.full((3, 150), 7), torch.zeros(3, 150, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        padded[row, 150 - len(tokens) :], mask[row, 150 - len(tokens) :] = tokens, 1
+    more = torch.randint(256, (3, 40), generator=generator)
+    with torch.no_grad():
+        outputs = model(padded, attention_mask=mask)
+        found = [outputs.logits]
+        for place in range(more.shape[1]):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+            outputs = model(more[:, place : place + 1], attention_mask=mask, past_key_values=outputs.past_key_values)
+            found.append(outputs.logits)
+        found = torch.cat(found, 1)
+        for row, tokens in enumerate(rows):
+            alone = model(torch.cat([tokens, more[row]])[None], use_cache=False).logits[0]
+            assert (found[row, 150 - len(tokens) :] - alone).abs().max() < 2e-5 * alone.abs().max()
+
+
+def _chunks_change_nothing(model):
+    tokens = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        whole, cache, found = model(tokens, use_cache=False).logits, None, []
+        for part in tokens.split([70, 1, 64, 15], 1):
+            outputs = model(part, past_key_values=cache)
+            cache = outputs.past_key_values
+            found.append(outputs.logits)
+    assert (torch.cat(found, 1) - whole).abs().max() < 2e-5 * whole.abs().max()
+
+
+def _beams_are_those_without_a_cache(model):
+    tokens = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(4))
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    cached, anew = (model.generate(tokens, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, anew)
+
+
+def test_the_cache_keeps_what_patterns_still_see(saved_run, tmp_path):
+    """As many numbers as the recipe's model is reckoned to keep."""
+    from longspan.trainer.size import state_bytes
+
+    blocks = {"s2": S2, "window": WINDOW, "streaming": {"mixer": "streaming", "sinks": 3, "window": 20}, "full": FULL}
+    run = saved_run(stack(blocks))
+    model, _, _ = exported(run, tmp_path / "out", trust_remote_code=True)
+    recipe = load_recipe(str(run / "recipe.yaml"), [])
+    for length in (64, 113, 190):
+        with torch.no_grad():
+            cache = model(torch.zeros(1, length, dtype=torch.long)).past_key_values
+        for layer, state in enumerate(cache.states):
+            kept = sum(tensor.numel() for name, tensor in state.items() if name[0] in "kv")
+            # From its query on: one key of each head of a window has left, that the last query saw.
+            reckoned = state_bytes(recipe.model, length + 1, layer, element=1) - 2 * recipe.model.kv_heads * 16
+            assert kept == reckoned, f"layer {layer} after {length} tokens"
+
+
+def test_a_bf16_export_is_as_exact(saved_run, tmp_path):
+    _, found, _ = exported(saved_run(*NATIVE["qwen3_5_text"]), tmp_path / "out", dtype="bfloat16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert found.whole < 2e-5
+
+
+def test_its_tokenizer_is_the_recipes(saved_run, tmp_path):
+    from longspan.trainer.data.tokenizer import ByteTokenizer
+    from transformers import AutoTokenizer
+
+    run = saved_run(*NATIVE["llama"])
+    exported(run, tmp_path / "out")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), ByteTokenizer()
+    for text in ("def f(x):\n\treturn x  # naïve — 漢字 🙂\r\n", " a  b", "\x00\x7f"):
+        assert theirs(text).input_ids == ours.encode(text.encode())
+        assert theirs.decode(theirs(text).input_ids) == text
+    assert theirs.eos_token_id == ours.end_of_document
+    assert theirs.padding_side == "left"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Trained for 3 steps, 100 tokens" in card
+    assert "mixer: full" in card
+
+
+def test_what_differs_is_not_written(saved_run, tmp_path, monkeypatch):
+    """The check sees two rows that changed places in one of a layer's matrices."""
+    from longspan.trainer.export import naming
+
+    run, real = saved_run(*NATIVE["llama"]), naming.softmax
+
+    def swapped(model, layer, gate=False):
+        for rows in real(model, layer, gate):
+            for part in rows.theirs.values():
+                if part is not None and layer == 1:
+                    part[[0, 1]] = part[[1, 0]]
+            yield rows
+
+    monkeypatch.setattr(naming, "softmax", swapped)
+    with pytest.raises(UserError, match=r"logits differ by|greedy text differs"):
+        exported(run, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_input_leaves_nothing_behind(saved_run, tmp_path):
+    run = saved_run(*NATIVE["llama"])
+
+    def refused(source, out, message):
+        with pytest.raises(UserError, match=re.escape(message)):
+            exported(source, out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    refused(f"{run}@5", tmp_path / "out", "has no checkpoint of step 5; there are 3")
+    refused(f"{run}@x", tmp_path / "out", "what follows @ must be the step of a checkpoint")
+    refused(run, run, "exists already; remove it or choose another folder")
+    damaged = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    refused(run, tmp_path / "out", "choose another with")
+    shutil.rmtree(run / "checkpoints")
+    refused(run, tmp_path / "out", "has no checkpoint yet")
+
+
+def test_what_chooses_its_keys_stays_here(saved_run, tmp_path, longspan, tiny_recipe):
+    moba = stack({"moba": {"mixer": "moba", "block": 8, "top_k": 2}})
+    with pytest.raises(UserError, match=r"model.layers.blocks.moba: moba chooses its keys from the content"):
+        exported(saved_run(moba), tmp_path / "out")
+    dry = longspan("train", tiny_recipe, moba, "--dry-run")
+    assert "longspan export  refuses: model.layers.blocks.moba" in dry.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (NATIVE["minimax"], "writes minimax, an architecture of transformers"),
+        (["model.rms_norm_eps=1e-5"], "no architecture of transformers has these layers together"),
+        ([*NATIVE["minimax"][:-1]], "minimax cannot express rms_norm_eps: 1e-05 (its lightning layers have 1e-6)"),
+    ],
+    ids=["native", "mixed", "nearly"],
+)
+def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
+    from longspan.trainer.export.native import Source
+    from longspan.trainer.export.target import describe_target
+
+    recipe = load_recipe(str(tiny_recipe), overrides)
+    assert line in describe_target(Source(recipe.model, 257, 96))
+
+
+def test_from_ranks_to_transformers(longspan, tiny_recipe, tmp_path):
+    """As a user does it: a run on two ranks, its model out, and compared again."""
+    ranks = ["launch.processes=2", "parallel.tp=2", "parallel.sequence_parallel=true", "training.steps=4", *NATIVE["ministral"]]
+    assert longspan("train", tiny_recipe, *ranks).returncode == 0
+    run, out = tmp_path / "run", tmp_path / "model"
+    done = longspan("export", run, out)
+    assert done.returncode == 0, done.stderr
+    assert "writes ministral" in done.stdout
+    again = longspan("check-export", out, f"{run}@4")
+    assert again.returncode == 0, again.stderr
+    assert "72 tokens of greedy text are the same" in again.stdout
+    wrong = longspan("check-export", tmp_path, run)
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        f"longspan: {tmp_path}: has no config.json; name the folder that longspan export wrote\n",
+    )

@@ -1,0 +1,1 @@
+"""Models that leave for Hugging Face's ``transformers`` and come back."""

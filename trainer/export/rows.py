@@ -1,0 +1,76 @@
+"""Which rows of a parameter of ours are which tensor of another model, in both directions."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One of our parameters, by its global name, and what another model calls its rows."""
+
+    ours: str
+    theirs: dict[str, Tensor | None]
+    """Of each of their tensors the rows of ours that it has, in its order: int64; None for all as they are."""
+    shift: float = 0.0
+    """Theirs are ours and this: norms whose weight is one plus theirs."""
+    channels: bool = False
+    """Whether theirs has a dim of one after the first (``Conv1d`` by channel)."""
+    entry: int | None = None
+    """Where theirs is a stack of matrices, the place of this one."""
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """Theirs, of ours."""
+        found = {name: whole if rows is None else whole[rows] for name, rows in self.theirs.items()}
+        return {name: self._as_theirs(part) for name, part in found.items()}
+
+    def join(self, parts: Mapping[str, Tensor], shape: Iterable[int]) -> Tensor:
+        """Ours, of theirs; rows that theirs have not (the vocabulary's padding) are zeros.
+
+        Raises:
+            ValueError: naming one of theirs whose shape is another.
+        """
+        whole = torch.zeros(tuple(shape))
+        for name, rows in self.theirs.items():
+            part = parts[name] if self.entry is None else parts[name][self.entry]
+            place = slice(None) if rows is None else rows
+            expected = self._as_theirs(whole[place]).shape
+            if part.shape != expected:
+                raise ValueError(f"{name} is {list(part.shape)}, the recipe needs {list(expected)}")
+            whole[place] = (part.squeeze(1) if self.channels else part).to(whole.dtype) - self.shift
+        return whole
+
+    def _as_theirs(self, part: Tensor) -> Tensor:
+        part = part + self.shift if self.shift else part
+        return part.unsqueeze(1) if self.channels else part.contiguous()
+
+
+@dataclass
+class Collected:
+    """Their tensors, as ours come one by one."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    stacks: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+    def add(self, rows: Rows, whole: Tensor) -> None:
+        for name, part in rows.split(whole).items():
+            if rows.entry is None:
+                self.tensors[name] = part
+            else:
+                self.stacks.setdefault(name, {})[rows.entry] = part
+
+    def all(self) -> dict[str, Tensor]:
+        while self.stacks:  # one at a time, so that nothing is held twice
+            name, parts = self.stacks.popitem()
+            self.tensors[name] = torch.stack([parts[place] for place in sorted(parts)])
+        return self.tensors
+
+
+def parts_of(groups: int, sizes: Iterable[int]) -> list[Tensor]:
+    """Rows of a fused matrix: of ``groups`` alike, each with parts of ``sizes``; of each part its rows in all groups,
+    ``[groups, size]``.
+    """
+    sizes = list(sizes)
+    return list(torch.arange(groups * sum(sizes)).view(groups, -1).split(sizes, 1))
