@@ -8,12 +8,12 @@ import platform
 import socket
 import sys
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import DamagedError, checkpoints
+from .checkpoint import checkpoints
 from .errors import UserError
 from .recipe import Recipe
 from .recipe_file import load_recipe, to_yaml
@@ -21,7 +21,7 @@ from .recipe_file import load_recipe, to_yaml
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What may differ between the runs that share a folder, one going on where the other stopped: nothing that is learned from.
+# What may differ between the runs that share a folder, one going on where the other stopped: nothing that was learned from.
 _MAY_CHANGE = (
     "description",
     "run_dir",
@@ -74,16 +74,14 @@ class RunFolder:
             raise UserError(
                 f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be read; choose another run_dir"
             ) from None
+        done = max((checkpoint.step for checkpoint in checkpoints(self.checkpoints)), default=0)
         problems = [
             f"{key}: is {new!r}, but the run in {self.path} has {old!r}; set it back, or choose another run_dir"
-            for key, old, new in _differences(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
-            if not any(key == may or key.startswith(f"{may}.") for may in _MAY_CHANGE)
+            for key, old, new in _differences(_learned_from(before, done), _learned_from(recipe, done))
         ]
-        for newest in checkpoints(self.checkpoints)[:1]:
-            with contextlib.suppress(DamagedError):  # told and gone round when it is loaded
-                if newest.manifest().step > recipe.training.steps:
-                    steps = recipe.training.steps
-                    problems.append(f"training.steps: {steps}, but the run in {self.path} has done {newest.step}; raise it")
+        if done > recipe.training.steps:
+            steps = recipe.training.steps
+            problems.append(f"training.steps: {steps}, but the run in {self.path} has done {done}; raise it")
         if problems:
             raise UserError("\n".join(problems))
 
@@ -190,6 +188,18 @@ class RunFolder:
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
         return records
+
+
+def _learned_from(recipe: Recipe, done: int) -> dict:
+    """What of a recipe must stay as it is in a run that has done so many steps."""
+    moe, content = recipe.model.moe, recipe.model_dump(mode="json")
+    balanced = moe is not None and moe.router_aux_loss_coef > 0  # over the sequences of a microbatch
+    for key in _MAY_CHANGE:
+        if key != "training.micro_batch_size" or not balanced:
+            *sections, name = key.split(".")
+            reduce(dict.__getitem__, sections, content).pop(name)
+    content["stages"] = [stage for stage in content["stages"] if stage["from_step"] < done]
+    return content
 
 
 def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:

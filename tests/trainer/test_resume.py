@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from longspan.trainer.errors import UserError
+from longspan.trainer.recipe_file import load_recipe, to_yaml
+from longspan.trainer.run_folder import RunFolder
 
-from .stacks import LINEAR, LINEAR_MORE
+from .stacks import EXPERTS, LINEAR, LINEAR_MORE
 
 WORKER = Path(__file__).parent / "run_worker.py"
 OPTIONS = ["checkpoint.interval=4", "checkpoint.keep_latest_k=2", "training.steps=14"]
@@ -321,6 +324,30 @@ def test_another_recipe_is_refused_with_its_keys(longspan, tiny_recipe, stopped,
     for message in messages:
         assert message.format(stopped) in done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_stage_may_be_added_that_is_still_to_come(stopped, tiny_recipe):
+    folder = RunFolder(stopped)
+
+    def with_stage(step):
+        return load_recipe(
+            str(tiny_recipe), ["launch.processes=2", *PAIR, f"stages=[{{from_step: {step}, optimizer: {{lr: 1e-4}}}}]"]
+        )
+
+    folder.require_usable(with_stage(10))
+    with pytest.raises(UserError, match=r"^stages: is \[.*, but the run in .* has \[\]"):
+        folder.require_usable(with_stage(9))
+
+
+def test_a_microbatch_stays_where_experts_are_balanced_over_it(tiny_recipe):
+    def recipe(*overrides):
+        return load_recipe(str(tiny_recipe), [*EXPERTS, *overrides])
+
+    folder = RunFolder(recipe().run_dir)
+    folder.path.mkdir()
+    folder.recipe_file.write_text(to_yaml(recipe()))
+    with pytest.raises(UserError, match=r"^training.micro_batch_size: is 2, but the run in .* has 1; set it back"):
+        folder.require_usable(recipe("training.micro_batch_size=2"))
 
 
 def test_another_corpus_under_the_same_name_is_refused(go, stopped, corpus):
