@@ -227,8 +227,8 @@ def test_what_differs_is_not_written(saved_run, tmp_path, monkeypatch):
 
     run, real = saved_run(*NATIVE["llama"]), naming.softmax
 
-    def swapped(model, layer, gate=False):
-        for rows in real(model, layer, gate):
+    def swapped(model, layer, *gates, **others):
+        for rows in real(model, layer, *gates, **others):
             for part in rows.theirs.values():
                 if part is not None and layer == 1:
                     part[[0, 1]] = part[[1, 0]]

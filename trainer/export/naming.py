@@ -30,10 +30,15 @@ def norms(layer: int, mixer: str, mlp: str, shift: float = 0.0) -> Iterator[Rows
     yield whole(layer, "pre_mlp_layernorm.weight", f"{mlp}.weight", shift)
 
 
-def softmax(model: Model, layer: int, gate: bool = False) -> Iterator[Rows]:
-    """Projections of softmax attention; with ``gate``, each head's queries and gates in one matrix, as in Qwen3-Next."""
+def softmax(model: Model, layer: int, gate: bool = False, theirs_gated: bool = False) -> Iterator[Rows]:
+    """Projections of softmax attention; where theirs has gates, each head's queries and gates are in one matrix, as in
+    Qwen3-Next. Where one side alone has gates, the output projection is all they share.
+    """
     heads, dim = model.num_attention_heads, model.kv_channels
     queries = heads // model.kv_heads * dim
+    yield whole(layer, "mixer.linear_proj.weight", "self_attn.o_proj.weight")
+    if gate != theirs_gated:
+        return
     q, gates, k, v = parts_of(model.kv_heads, (queries, queries if gate else 0, dim, dim))
     if gate:
         q = torch.stack([q.reshape(heads, dim), gates.reshape(heads, dim)], 1)
@@ -42,7 +47,6 @@ def softmax(model: Model, layer: int, gate: bool = False) -> Iterator[Rows]:
     yield Rows(
         f"decoder.layers.{layer}.mixer.linear_in.weight", {f"{prefix}.{name}.weight": rows for name, rows in theirs.items()}
     )
-    yield whole(layer, "mixer.linear_proj.weight", "self_attn.o_proj.weight")
 
 
 def qk_norms(layer: int, ours: str = "layernorm", shift: float = 0.0) -> Iterator[Rows]:
@@ -78,14 +82,17 @@ def _channels(design: LinearDesign, *parts: str) -> torch.Tensor:
     return torch.cat([found[part].flatten() for part in parts])
 
 
-def gated_delta(design: LinearDesign, layer: int, norm: str, out: str) -> Iterator[Rows]:
-    """All of a gated delta layer but its projections from the hidden state."""
+def gated_delta(
+    design: LinearDesign, layer: int, projections: dict[str, tuple[str, ...]], norm: str, out: str
+) -> Iterator[Rows]:
+    """A gated delta mixer, with their names of the projections from the hidden state and what each is made of."""
     ours, theirs = f"decoder.layers.{layer}.mixer", f"model.layers.{layer}.linear_attn"
+    yield linear(design, layer, {f"linear_attn.{name}": parts for name, parts in projections.items()})
     yield Rows(f"{ours}.conv_weight", {f"{theirs}.conv1d.weight": _channels(design, "q", "k", "v")}, channels=True)
     yield Rows(f"{ours}.decay.rate_log", {f"{theirs}.A_log": None})
     yield Rows(f"{ours}.decay.bias", {f"{theirs}.dt_bias": None})
-    yield whole(layer, "mixer.norm.weight", norm)
-    yield whole(layer, "mixer.linear_proj.weight", out)
+    yield whole(layer, "mixer.norm.weight", f"linear_attn.{norm}.weight")
+    yield whole(layer, "mixer.linear_proj.weight", f"linear_attn.{out}.weight")
 
 
 def mamba2(design: LinearDesign, layer: int) -> Iterator[Rows]:

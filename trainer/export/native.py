@@ -38,6 +38,10 @@ class Native(ABC):
     """Of :func:`kind`, what its layers may be."""
     linear_types: ClassVar[dict[str, str]] = {}
     """What ``layer_types`` calls kinds other than full and window."""
+    qk_norm: ClassVar[bool | str] = False
+    output_gate: ClassVar[bool] = False
+    shift: ClassVar[float] = 0.0
+    """Its norms' weights are ours and this."""
 
     def __init__(self, source: Source):
         self.source, self.model = source, source.model
@@ -48,9 +52,38 @@ class Native(ABC):
     def misfits(self) -> Misfits:
         """Why the model is not exactly this: one reason after another."""
 
-    @abstractmethod
     def rows(self) -> "Iterator[Rows]":
-        """All parameters, layer by layer."""
+        """All parameters, layer by layer; of a model that is not exactly this, those that both have."""
+        from . import naming
+
+        yield from naming.ends(self.model, self.source.vocab_size, self.shift)
+        for layer, block in enumerate(self.stack):
+            yield from self.norm_rows(layer, block)
+            yield from self.softmax_rows(layer, block) if isinstance(block, SoftmaxBlock) else self.linear_rows(layer, block)
+            yield from self.mlp_rows(layer, block)
+
+    def norm_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        from . import naming
+
+        if block.norm != "reordered":
+            yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm", self.shift)
+
+    def softmax_rows(self, layer: int, block: SoftmaxBlock) -> "Iterator[Rows]":
+        from . import naming
+
+        yield from naming.softmax(self.model, layer, block.output_gate, theirs_gated=self.output_gate)
+        if self.qk_norm and block.qk_norm == self.qk_norm:
+            yield from naming.qk_norms(layer, "norm" if self.qk_norm == "all" else "layernorm", self.shift)
+
+    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        """Of its mixers that are no softmax attention; none of those that it has not."""
+        return iter(())
+
+    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        from . import naming
+
+        if block.mlp == "dense":
+            yield from naming.mlp(self.model, layer)
 
     def config(self) -> dict:
         """What ``AutoConfig`` makes its config of, but for the tokenizer's ids."""
@@ -93,13 +126,13 @@ class Native(ABC):
             if block.mlp == "moe" and not moe:
                 yield "mlp: moe"
 
-    def _softmax(self, qk_norm: bool | str, gate: bool, rotary: float | None = 1.0) -> Misfits:
+    def _softmax(self, rotary: float | None = 1.0) -> Misfits:
         """``rotary``: the share that is rotated; None for any, the same in all layers."""
         blocks = self.blocks("full", "window")
         for block in blocks:
-            if block.qk_norm != qk_norm:
+            if block.qk_norm != self.qk_norm:
                 yield f"qk_norm: {str(block.qk_norm).lower()}"
-            if block.output_gate != gate:
+            if block.output_gate != self.output_gate:
                 yield f"output_gate: {str(block.output_gate).lower()}"
             if block.softcap or block.attention_sink:
                 yield "softcap or attention_sink"
@@ -117,23 +150,10 @@ class Native(ABC):
 class LlamaLike(Native):
     """Softmax layers before which a norm stands, and a dense MLP."""
 
-    qk_norm: ClassVar[bool] = False
-
     def misfits(self) -> Misfits:
         yield from self._plain_layers("pre")
-        yield from self._softmax(self.qk_norm, gate=False)
+        yield from self._softmax()
         yield from self._one_window()
-
-    def rows(self) -> "Iterator[Rows]":
-        from . import naming
-
-        yield from naming.ends(self.model, self.source.vocab_size)
-        for layer in range(self.model.num_hidden_layers):
-            yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm")
-            yield from naming.softmax(self.model, layer)
-            if self.qk_norm:
-                yield from naming.qk_norms(layer)
-            yield from naming.mlp(self.model, layer)
 
 
 class Llama(LlamaLike):
@@ -173,7 +193,7 @@ class MiniMax(Native):
     def misfits(self) -> Misfits:
         model = self.model
         yield from self._plain_layers("post", moe=True)
-        yield from self._softmax(qk_norm=False, gate=False)
+        yield from self._softmax()
         if len({block.mlp for block in self.stack}) > 1:
             yield "dense layers among those with experts"
         if len({block.mlp_residual for block in self.stack}) > 1:
@@ -216,21 +236,19 @@ class MiniMax(Native):
             "mlp_beta_factor": beta,
         }
 
-    def rows(self) -> "Iterator[Rows]":
+    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
         from . import naming
 
-        yield from naming.ends(self.model, self.source.vocab_size)
-        for layer, block in enumerate(self.stack):
-            yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm")
-            if isinstance(block, LightningBlock):
-                design = block.design(self.model, layer)
-                names = {"self_attn.qkv_proj": ("qkv",), "self_attn.output_gate": ("gate",)}
-                yield naming.linear(design, layer, names, together=True)
-                yield naming.whole(layer, "mixer.norm.weight", "self_attn.norm.weight")
-                yield naming.whole(layer, "mixer.linear_proj.weight", "self_attn.out_proj.weight")
-            else:
-                yield from naming.softmax(self.model, layer)
-            yield from naming.experts(layer, self.experts if block.mlp == "moe" else None)
+        if isinstance(block, LightningBlock) and block.style == "minimax" and block.output_gate:
+            names = {"self_attn.qkv_proj": ("qkv",), "self_attn.output_gate": ("gate",)}
+            yield naming.linear(block.design(self.model, layer), layer, names, together=True)
+            yield naming.whole(layer, "mixer.norm.weight", "self_attn.norm.weight")
+            yield naming.whole(layer, "mixer.linear_proj.weight", "self_attn.out_proj.weight")
+
+    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        from . import naming
+
+        yield from naming.experts(layer, self.experts if block.mlp == "moe" else None)
 
     def finish(self, built: "nn.Module") -> None:
         import torch
@@ -286,10 +304,11 @@ class Qwen35(_GatedDelta):
     """Dense Qwen3.5: one plus the weight in its norms, an output gate and partial rotary positions in its softmax layers."""
 
     model_type, kinds = "qwen3_5_text", {"full", "gated_deltanet"}
+    qk_norm, output_gate, shift = True, True, -1.0
 
     def misfits(self) -> Misfits:
         yield from self._plain_layers("pre")
-        yield from self._softmax(qk_norm=True, gate=True, rotary=None)
+        yield from self._softmax(rotary=None)
         yield from self._delta(twice=False)
         if any(block.rotary_fraction == 0 for block in self.blocks("full")):
             yield "rotary_fraction: 0"
@@ -299,36 +318,23 @@ class Qwen35(_GatedDelta):
         found["rope_parameters"]["partial_rotary_factor"] = self.blocks("full")[0].rotary_fraction
         return found
 
-    def rows(self) -> "Iterator[Rows]":
+    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
         from . import naming
 
-        yield from naming.ends(self.model, self.source.vocab_size, shift=-1.0)
-        for layer, block in enumerate(self.stack):
-            yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm", shift=-1.0)
-            if isinstance(block, GatedDeltaNetBlock):
-                names = {
-                    "linear_attn.in_proj_qkv": ("q", "k", "v"),
-                    "linear_attn.in_proj_z": ("gate",),
-                    "linear_attn.in_proj_b": ("beta",),
-                    "linear_attn.in_proj_a": ("decay",),
-                }
-                yield naming.linear(self.design, layer, names)
-                yield from naming.gated_delta(self.design, layer, "linear_attn.norm.weight", "linear_attn.out_proj.weight")
-            else:
-                yield from naming.softmax(self.model, layer, gate=True)
-                yield from naming.qk_norms(layer, shift=-1.0)
-            yield from naming.mlp(self.model, layer)
+        if isinstance(block, GatedDeltaNetBlock):
+            parts = {"in_proj_qkv": ("q", "k", "v"), "in_proj_z": ("gate",), "in_proj_b": ("beta",), "in_proj_a": ("decay",)}
+            yield from naming.gated_delta(block.design(self.model, layer), layer, parts, "norm", "out_proj")
 
 
 class OlmoHybrid(_GatedDelta):
     """Norms before the gated delta layers' halves, behind those of softmax layers, whose queries and keys are normed whole."""
 
-    model_type, kinds = "olmo_hybrid", {"full", "gated_deltanet"}
+    model_type, kinds, qk_norm = "olmo_hybrid", {"full", "gated_deltanet"}, "all"
 
     def misfits(self) -> Misfits:
         yield from self._plain_layers("pre", self.blocks("gated_deltanet"))
         yield from self._plain_layers("reordered", self.blocks("full"))
-        yield from self._softmax(qk_norm="all", gate=False, rotary=None)
+        yield from self._softmax(rotary=None)
         yield from self._delta(twice=None)
         if any(block.rotary_fraction not in (0, 1) for block in self.blocks("full")):
             yield "a rotary_fraction other than 0 and 1"
@@ -344,23 +350,22 @@ class OlmoHybrid(_GatedDelta):
             found["rope_parameters"]["rope_theta"] = None  # its config makes the default of no parameters
         return found
 
-    def rows(self) -> "Iterator[Rows]":
+    def norm_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
         from . import naming
 
-        yield from naming.ends(self.model, self.source.vocab_size)
-        for layer, block in enumerate(self.stack):
-            if isinstance(block, GatedDeltaNetBlock):
-                yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm")
-                names = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "g_proj": ("gate",), "b_proj": ("beta",)}
-                names = {f"linear_attn.{name}": parts for name, parts in {**names, "a_proj": ("decay",)}.items()}
-                yield naming.linear(self.design, layer, names)
-                yield from naming.gated_delta(self.design, layer, "linear_attn.o_norm.weight", "linear_attn.o_proj.weight")
-            else:
-                yield naming.whole(layer, "post_mixer_layernorm.weight", "post_attention_layernorm.weight")
-                yield naming.whole(layer, "post_mlp_layernorm.weight", "post_feedforward_layernorm.weight")
-                yield from naming.softmax(self.model, layer)
-                yield from naming.qk_norms(layer, "norm")
-            yield from naming.mlp(self.model, layer)
+        if block.norm == "reordered":
+            yield naming.whole(layer, "post_mixer_layernorm.weight", "post_attention_layernorm.weight")
+            yield naming.whole(layer, "post_mlp_layernorm.weight", "post_feedforward_layernorm.weight")
+        else:
+            yield from super().norm_rows(layer, block)
+
+    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        from . import naming
+
+        if isinstance(block, GatedDeltaNetBlock):
+            names = {"q": "q", "k": "k", "v": "v", "gate": "g", "beta": "b", "decay": "a"}
+            parts = {f"{theirs}_proj": (ours,) for ours, theirs in names.items()}
+            yield from naming.gated_delta(block.design(self.model, layer), layer, parts, "o_norm", "o_proj")
 
 
 class Granite(Native):
@@ -370,7 +375,7 @@ class Granite(Native):
 
     def misfits(self) -> Misfits:
         yield from self._plain_layers("pre")
-        yield from self._softmax(qk_norm=False, gate=False, rotary=None)
+        yield from self._softmax(rotary=None)
         if any(block.rotary_fraction not in (0, 1) for block in self.blocks("full")):
             yield "a rotary_fraction other than 0 and 1"
         designs = {block.design(self.model) for block in self.blocks("mamba2")}
@@ -404,16 +409,16 @@ class Granite(Native):
         del found["head_dim"]
         return found
 
-    def rows(self) -> "Iterator[Rows]":
+    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
         from . import naming
 
-        yield from naming.ends(self.model, self.source.vocab_size)
-        for layer, block in enumerate(self.stack):
-            yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm")
-            if isinstance(block, Mamba2Block):
-                yield from naming.mamba2(block.design(self.model), layer)
-            else:
-                yield from naming.softmax(self.model, layer)
+        if isinstance(block, Mamba2Block):
+            yield from naming.mamba2(block.design(self.model), layer)
+
+    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+        from . import naming
+
+        if block.mlp == "dense":
             yield naming.whole(layer, "mlp.linear_fc1.weight", "shared_mlp.input_linear.weight")
             yield naming.whole(layer, "mlp.linear_fc2.weight", "shared_mlp.output_linear.weight")
 
