@@ -4,8 +4,10 @@ import contextlib
 import os
 import sys
 
+from ..trainer.checkpoint import checkpoints
 from ..trainer.data.prepare import PreparedData, prepare_data
 from ..trainer.errors import STOPPED, UserError
+from ..trainer.initial import require_initial
 from ..trainer.metrics import require_wandb
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
@@ -33,6 +35,8 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
 def _prepare(recipe: Recipe, folder: RunFolder) -> PreparedData:
     """Refuse what can be seen to be wrong before any model is built."""
     folder.require_usable(recipe)
+    if not checkpoints(folder.checkpoints):
+        require_initial(recipe)
     data = prepare_data(recipe)
     folder.require_same_data(data.fingerprints)
     if LIFELINE not in os.environ:  # the first process of this run: a STOP from before was meant for another

@@ -33,6 +33,12 @@ class Control:
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
+    def same_tensor(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """The first rank's fp32 tensor, on every rank."""
+        tensor = torch.empty(shape) if value is None else value.contiguous()
+        dist.broadcast(tensor, src=0, group=self._group)
+        return tensor
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Bad input met inside by some ranks ends all of them here; those that met none have no message."""

@@ -18,6 +18,7 @@ from .data.tokenizer import recipe_vocab_size
 from .display import Display
 from .engine import Engine
 from .errors import NonFiniteError, UserError
+from .initial import load_initial
 from .metrics import MetricsLog
 from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
@@ -53,6 +54,8 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
+        if recipe.initial and not restored:
+            load_initial(engine, recipe, control)
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
         if rank == 0:
@@ -60,6 +63,8 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
+            if recipe.initial and not done:
+                display.say(f"begins with the weights of {recipe.initial.path}")
             if done:
                 display.say(
                     f"going on from step {done}" if done < steps else f"all {steps} steps are done; raise training.steps"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from .blocks import (
     Block,
@@ -292,6 +292,17 @@ class DeepSpeedEngine(Section):
 AnyEngine = Annotated[MegatronEngine | DeepSpeedEngine, Field(discriminator="name")]
 
 
+class Initial(Section):
+    """Weights to begin with, of a Hugging Face model."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Its folder."""
+    new: list[str] = Field(default_factory=list)
+    """Parameters that it has not and that begin as the seed says: their names, or patterns as decoder.layers.*.mixer.*."""
+    unused: list[str] = Field(default_factory=list)
+    """Parameters of the folder that the recipe's model has no place for."""
+
+
 class Checkpoint(Section):
     interval: Annotated[int, Field(ge=0)] = 500
     """Steps between checkpoints; 0 for only at the end or a stop, which always write one."""
@@ -357,6 +368,10 @@ class Stage(Section):
         return bool(self.data or self.training.seq_length or self.training.global_batch_size)
 
 
+def _path_alone(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
@@ -365,6 +380,8 @@ class Recipe(Section):
     model: Model
     data: Data
     training: Training
+    initial: Annotated[Initial | None, BeforeValidator(_path_alone)] = None
+    """The folder alone, or {path: ..., new: [...], unused: [...]}."""
     optimizer: Optimizer
     lr_scheduler: Scheduler = Scheduler()
     parallel: Parallel = Parallel()

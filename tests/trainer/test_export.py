@@ -1,102 +1,22 @@
 """Models that leave for transformers: every architecture, our own code and its cache, and what must not be written."""
 
-import contextlib
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from longspan.launch.process import process_group
 from longspan.trainer.errors import UserError
-from longspan.trainer.recipe_file import load_recipe, to_yaml
+from longspan.trainer.recipe_file import load_recipe
 
-STEP = 3
-WIDE = pytest.mark.wide
-
-
-def stack(blocks: dict[str, dict], pattern: list[str] | None = None) -> str:
-    return "model.layers=" + json.dumps({"blocks": blocks, "pattern": pattern or list(blocks)})
-
-
-def mixers(*names: str) -> str:
-    return stack({name: {"mixer": name} for name in names})
-
-
-FULL, WINDOW = {"mixer": "full"}, {"mixer": "window", "window": 37}
-DELTA = {"mixer": "gated_deltanet", "key_head_dim": 16, "value_head_dim": 24}
-GATED = {**FULL, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.25}
-OLMO = {**FULL, "qk_norm": "all", "norm": "reordered"}
-POST = {"norm": "post", "mixer_residual": [1.5, 0.5], "mlp_residual": [2.0, 0.7]}
-S2 = {"mixer": "s2", "block": 16, "local_blocks": 2, "stride": 2}
-HEADS = {
-    "mixer": "pattern",
-    "pattern": "PerHead([Window(5) | Sinks(2), Dilated(2, 3, 4)]) | Stripes(4, 6)",
-    "output_gate": True,
-}
-MOE = 'model.moe={"num_experts": 4, "intermediate_size": 48}'
-SHARED = (
-    'model.moe={"num_experts": 4, "shared_expert_intermediate_size": 32, "shared_expert_gate": true, "norm_topk_prob": false}'
-)
-EPS = "model.rms_norm_eps=1e-6"
-NATIVE = {
-    "llama": [stack({"full": FULL}), "model.head_dim=24", "model.tie_word_embeddings=true"],
-    "mistral": [stack({"w": WINDOW})],
-    "ministral": [stack({"w": WINDOW, "full": FULL})],
-    "qwen3": [stack({"w": {**WINDOW, "qk_norm": True}, "full": {**FULL, "qk_norm": True}})],
-    "minimax": [stack({"l": {"mixer": "lightning", **POST}, "full": {**FULL, **POST}}, ["l", "l", "full"]), EPS],
-    "qwen3_5_text": [stack({"d": {**DELTA, "num_key_heads": 2}, "full": GATED}), "model.head_dim=32"],
-    "olmo_hybrid": [stack({"d": {**DELTA, "allow_negative_eigenvalues": True}, "full": OLMO}), "model.rms_norm_eps=1e-5"],
-    "granitemoehybrid": [stack({"m": {"mixer": "mamba2", "num_key_heads": 2, "key_head_dim": 16}, "full": FULL})],
-}
-MORE_NATIVE = {
-    "minimax, experts": [stack({k: {"mixer": k, "norm": "post", "mlp": "moe"} for k in ("lightning", "full")}), MOE, EPS],
-    "minimax, other decays": [
-        stack({"l": {"mixer": "lightning", "norm": "post", "decay": "paper"}, "full": {**FULL, "norm": "post"}}),
-        EPS,
-    ],
-    "olmo_hybrid, no positions": [stack({"d": DELTA, "full": {**OLMO, "rotary_fraction": 0.0}}), "model.rms_norm_eps=1e-5"],
-    "granitemoehybrid, no positions": [stack({"m": {"mixer": "mamba2"}, "full": {**FULL, "rotary_fraction": 0.0}})],
-}
-CUSTOM = {
-    "s2": [stack({"s2": {**S2, "attention_sink": True}, "full": {**FULL, "norm": "sandwich", "softcap": 5.0}})],
-    "delta": [mixers("deltanet", "gated_deltanet", "kda", "conv")],
-    "patterns": [stack({"a": {"mixer": "streaming", "sinks": 3, "window": 20}, "b": HEADS, "c": {**WINDOW, "qk_norm": "all"}})],
-    "experts": [stack({"s2": {**S2, "mlp": "moe"}, "full": FULL}), SHARED],
-}
-MORE_CUSTOM = {
-    "fixed decays": [mixers("linear", "lightning", "retention", "simple_gla")],
-    "feature maps": [mixers("gla", "based", "hedgehog", "mamba2")],
-    "transnormer": [stack({"t": {"mixer": "lightning", "style": "transnormer", "mlp_activation": "identity"}})],
-}
-NAMES = {"minimax, experts": "minimax", "minimax, other decays": "minimax"}
+from .exported import CUSTOM, FULL, MORE_CUSTOM, MORE_NATIVE, NATIVE, S2, WINDOW, default, save_run, stack, wide
 
 
 @pytest.fixture
-def saved_run(tiny_recipe, tmp_path):
-    """``saved_run(*overrides)``: the folder of a run with a checkpoint, whose every weight is noise, norms as well."""
-
-    def make(*overrides: str):
-        from longspan.trainer.checkpointer import Checkpointer
-        from longspan.trainer.control import Control
-        from longspan.trainer.loop import build_engine
-        from longspan.trainer.run_folder import RunFolder
-
-        recipe = load_recipe(str(tiny_recipe), ["training.seq_length=192", *overrides])
-        folder = RunFolder(recipe.run_dir)
-        folder.path.mkdir(parents=True)
-        folder.recipe_file.write_text(to_yaml(recipe))
-        with process_group(2), contextlib.closing(build_engine(recipe)) as engine:
-            generator = torch.Generator().manual_seed(1)
-            noise = {1: 0.3, 2: 0.15}
-            weights = engine.weights().items()
-            engine.load_weights({name: w + noise[w.ndim] * torch.randn(w.shape, generator=generator) for name, w in weights})
-            with Checkpointer(folder.checkpoints, 3, Control()) as checkpointer:
-                checkpointer.save(engine, STEP, 100)
-                assert not checkpointer.poll(wait=True).error
-        return folder.path
-
-    return make
+def saved_run(tiny_recipe):
+    return partial(save_run, tiny_recipe)
 
 
 def exported(run, out, **options):
@@ -112,13 +32,7 @@ def exported(run, out, **options):
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval(), found[0], said
 
 
-def wide(cases: dict) -> list:
-    return [pytest.param(name, overrides, marks=WIDE, id=name) for name, overrides in cases.items()]
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"), [pytest.param(*case, id=case[0]) for case in NATIVE.items()] + wide(MORE_NATIVE)
-)
+@pytest.mark.parametrize(("name", "overrides"), default(NATIVE) + wide(MORE_NATIVE))
 def test_native_architectures_need_no_code_of_ours(saved_run, tmp_path, name, overrides):
     model, found, _ = exported(saved_run(*overrides), tmp_path / "out")
     assert model.config.model_type == name.split(",")[0]
@@ -128,9 +42,7 @@ def test_native_architectures_need_no_code_of_ours(saved_run, tmp_path, name, ov
     assert found.greedy == 72
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides"), [pytest.param(*case, id=case[0]) for case in CUSTOM.items()] + wide(MORE_CUSTOM)
-)
+@pytest.mark.parametrize(("name", "overrides"), default(CUSTOM) + wide(MORE_CUSTOM))
 def test_code_of_ours_does_whatever_a_recipe_says(saved_run, tmp_path, name, overrides):
     model, found, _ = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)
     assert model.config.model_type == "longspan"

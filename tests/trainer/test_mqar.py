@@ -446,6 +446,7 @@ def test_the_table_has_the_best_learning_rate_in_the_hardest_trained_setting(mon
     assert "Chance is 0.0078" in table
 
 
+@pytest.mark.wide
 def test_mqar_smoke(longspan, tmp_path):
     """What a mixer can remember shows within a minute: attention answers, a window that has lost the pairs does not."""
 

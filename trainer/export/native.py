@@ -95,7 +95,7 @@ class Native(ABC):
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.kv_heads,
             "head_dim": model.kv_channels,
-            "intermediate_size": model.intermediate_size,
+            "intermediate_size": self.mlp_width,
             "max_position_embeddings": self.source.seq_length,
             "rms_norm_eps": model.rms_norm_eps,
             "initializer_range": model.initializer_range,
@@ -103,9 +103,17 @@ class Native(ABC):
             "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         }
 
+    def idle(self, name: str) -> bool:
+        """Whether a tensor of theirs changes nothing."""
+        return False
+
     def finish(self, built: "nn.Module") -> None:
         """Set what the model keeps that is no parameter of ours."""
         return
+
+    @property
+    def mlp_width(self) -> int:
+        return self.model.intermediate_size
 
     @property
     def layer_types(self) -> list[str]:
@@ -217,16 +225,17 @@ class MiniMax(Native):
     def experts(self) -> int:
         return self.model.moe.num_experts if self.stack[0].mlp == "moe" else 1
 
+    @property
+    def mlp_width(self) -> int:
+        return (self.experts > 1 and self.model.moe.intermediate_size) or self.model.intermediate_size
+
     def config(self) -> dict:
-        moe, several = self.model.moe, self.experts > 1
-        sizes = {"intermediate_size": moe.intermediate_size} if several and moe.intermediate_size else {}
-        factors = {}
+        moe, several, factors = self.model.moe, self.experts > 1, {}
         for name, some in (("full_attn", "full"), ("linear_attn", "lightning")):
             for block in self.blocks(some)[:1]:
                 factors |= {f"{name}_alpha_factor": block.mixer_residual[0], f"{name}_beta_factor": block.mixer_residual[1]}
         alpha, beta = self.stack[0].mlp_residual
         return super().config() | {
-            **sizes,
             "layer_types": self.layer_types,
             "num_local_experts": self.experts,
             "num_experts_per_tok": moe.num_experts_per_tok if several else 1,
@@ -244,6 +253,9 @@ class MiniMax(Native):
             yield naming.linear(block.design(self.model, layer), layer, names, together=True)
             yield naming.whole(layer, "mixer.norm.weight", "self_attn.norm.weight")
             yield naming.whole(layer, "mixer.linear_proj.weight", "self_attn.out_proj.weight")
+
+    def idle(self, name: str) -> bool:
+        return self.experts == 1 and name.endswith(".mlp.gate.weight")  # with one expert
 
     def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
         from . import naming
