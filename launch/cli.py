@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no positionals after an option: an override may stand anywhere.
-    if options.command in ("train", "verify", "plan") and all(
+    if options.command in ("train", "verify", "plan", "slurm") and all(
         "=" in argument and not argument.startswith("-") for argument in rest
     ):
         options.overrides += rest
@@ -112,6 +112,31 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
     plan.add_argument("-o", "--out", default="plan.png", metavar="PNG", help="bytes against ranks (default %(default)s)")
     plan.set_defaults(run=_plan)
+
+    slurm = commands.add_parser(
+        "slurm",
+        help="write, check and submit a batch script",
+        description="Write a batch script for SLURM that trains a recipe on several nodes: it stops the run before its time is "
+        "up, saves, and puts itself back into the queue. Its degrees are checked first.",
+    )
+    slurm.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
+    slurm.add_argument("overrides", nargs="*", metavar="section.key=value", help="as in parallel.cp=8")
+    slurm.add_argument("--nodes", type=int, required=True, metavar="N")
+    slurm.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="(default 8; 0 for CPUs)")
+    slurm.add_argument("--processes-per-node", type=int, metavar="N", help="(default: one for each GPU)")
+    slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a node that the job has")
+    slurm.add_argument("--time", required=True, metavar="T", help="minutes, HH:MM:SS or D-HH:MM:SS")
+    slurm.add_argument("--notice", type=int, metavar="S", help="seconds before its end to save in (default 300)")
+    for name in ("account", "partition", "qos", "job-name"):
+        slurm.add_argument(f"--{name}", metavar="NAME")
+    slurm.add_argument(
+        "--setup", action="append", default=[], metavar="LINE", help="of shell, as 'source .venv/bin/activate'; repeatable"
+    )
+    slurm.add_argument("--restarts", type=int, default=3, metavar="N", help="within the job where a rank dies (default 3)")
+    slurm.add_argument("--requeues", type=int, default=100, metavar="N", help="of the job at most (default 100)")
+    slurm.add_argument("--out", metavar="FILE", help="(default: slurm/train.sbatch in the run's folder)")
+    slurm.add_argument("--submit", action="store_true")
+    slurm.set_defaults(run=_slurm)
 
     evaluate = commands.add_parser("eval", help="measure what a trained run can do").add_subparsers(
         dest="eval_command", required=True, metavar="COMMAND"
@@ -312,6 +337,12 @@ def _check_export(options: argparse.Namespace) -> None:
     from .export import check
 
     check(options.folder, options.run_dir, os.cpu_count() or 1)
+
+
+def _slurm(options: argparse.Namespace) -> None:
+    from .slurm import slurm
+
+    slurm(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -23,12 +23,23 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
     else:
         torch.set_num_threads(threads)
         keep_freed_memory()
-    single = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone or not under_torchrun() else {}
-    dist.init_process_group("nccl" if cuda else "gloo", **single)
+    where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone or not under_torchrun() else _rendezvous()
+    dist.init_process_group("nccl" if cuda else "gloo", **where)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _rendezvous() -> dict:
+    """Torchrun's store under a name of this attempt: one that it restarts would find the addresses of ranks that are gone."""
+    import torch.distributed as dist
+
+    host, port, rank, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(host, int(port), int(world), is_master=not theirs and rank == "0", wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"longspan-{attempt}", store), "rank": int(rank), "world_size": int(world)}
 
 
 def keep_freed_memory() -> None:

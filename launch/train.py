@@ -8,7 +8,7 @@ from ..trainer.checkpoint import checkpoints
 from ..trainer.data.prepare import PreparedData, prepare_data
 from ..trainer.errors import STOPPED, UserError
 from ..trainer.initial import require_initial
-from ..trainer.metrics import require_wandb
+from ..trainer.metrics import require_loggers
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
@@ -24,8 +24,7 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     if dry_run:
         _print_dry_run(recipe)
         return 0
-    if recipe.metrics.wandb:
-        require_wandb()
+    require_loggers(recipe)
     if under_torchrun():
         return _work(recipe)
     _prepare(recipe, RunFolder(recipe.run_dir))
@@ -83,12 +82,15 @@ def _print_dry_run(recipe: Recipe) -> None:
     from ..trainer.data.tokenizer import recipe_vocab_size
     from ..trainer.export.native import Source
     from ..trainer.export.target import describe_target
-    from ..trainer.size import parameter_count
+    from ..trainer.size import parameter_count, training_flops
 
     parallel, processes, vocab_size = recipe.parallel, recipe.launch.processes, recipe_vocab_size(recipe)
     print(to_yaml(recipe))
     print(f"parameters       {parameter_count(recipe.model, vocab_size):,}")
     print(f"tokens per step  {recipe.tokens_per_step:,}")
+    flops = training_flops(recipe.model, recipe.training.seq_length, vocab_size)
+    shares = ", ".join(f"{name} {part / sum(flops.values()):.0%}" for name, part in flops.items())
+    print(f"MFLOP a token    {sum(flops.values()) / 1e6:,.1f} forward and backward: {shares}")
     print(f"processes        {processes} = dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}")
     print(f"longspan export  {describe_target(Source(recipe.model, vocab_size, recipe.training.seq_length))}")
 

@@ -18,12 +18,14 @@ from .data.tokenizer import recipe_vocab_size
 from .display import Display
 from .engine import Engine
 from .errors import NonFiniteError, UserError
+from .estimate import DEVICES
 from .initial import load_initial
 from .metrics import MetricsLog
 from .nonfinite import NonFinitePolicy
 from .plot import plot_loss
 from .recipe import Recipe
 from .run_folder import RunFolder
+from .size import training_flops
 from .stop import StopRequest
 
 
@@ -99,6 +101,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 now, first = recipe.at(step - 1), recipe.data_start(step - 1)
                 batches = Batches(now, data, recipe_vocab_size(recipe), engine.share, engine.device, first)
                 engine.begin_stage(now)
+                flops = sum(training_flops(now.model, now.training.seq_length, recipe_vocab_size(recipe)).values())
                 if display and now != recipe:
                     display.say(f"step {step}: {_stage(now)}")
                 since, logged, waited = time.monotonic(), step - 1, 0.0  # packing takes its time
@@ -136,7 +139,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             "data/padding_ratio": result.padding / now.tokens_per_step,
                             "perf/step_time_s": seconds,
                             "perf/data_time_s": waited / (step - logged),
-                            "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
+                            **_speed(speed / dist.get_world_size(), flops),
                             **_memory(),
                         },
                     )
@@ -208,6 +211,16 @@ def _agreed(control: Control, batches: Iterator[Microbatch]) -> Iterator[Microba
 
 def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
     return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+
+
+def _speed(tokens: float, flops: float) -> dict[str, float]:
+    """Of each device: tokens and arithmetic a second, and on GPUs of a known peak the share of it (MFU)."""
+    found = {"perf/tokens_per_sec_per_device": tokens, "perf/tflops_per_device": tokens * flops / 1e12}
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    for device in DEVICES.values():
+        if device.name in name:
+            found["perf/mfu"] = found["perf/tflops_per_device"] / device.tflops
+    return found
 
 
 def _memory() -> dict[str, float]:

@@ -97,6 +97,12 @@ class MegatronEngine(Replica):
     def weights(self) -> dict[str, Tensor] | None:
         return weights.gather(self.model)
 
+    def close(self) -> None:
+        # Megatron keeps configs, and with them would stay all weights, and the threads of all process groups.
+        config = self.model.config
+        config.finalize_model_grads_func = config.no_sync_func = config.grad_scale_func = None
+        super().close()
+
     def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:
         """Forward (and backward) over the microbatches; (sum of token losses, labels, padding) over all ranks."""
         outputs = self._forward_backward(

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, W&B where the recipe asks for it."""
+"""Where numbers go: metrics.jsonl always, W&B and TensorBoard where the recipe asks for them."""
 
 import json
 import os
@@ -19,6 +19,11 @@ class MetricsLog:
     def __init__(self, folder: RunFolder, recipe: Recipe):
         self._path, self._failed = folder.metrics, False
         self._wandb = _start_wandb(folder.path, recipe) if recipe.metrics.wandb else None
+        self._tensorboard = None
+        if recipe.metrics.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder.path / "tensorboard"))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A disk that takes no more stops no training: it is told, and the record is lost."""
@@ -33,6 +38,10 @@ class MetricsLog:
             self._failed = True
         if self._wandb:
             self._wandb.log(values, step=step)
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -40,12 +49,15 @@ class MetricsLog:
     def __exit__(self, *error) -> None:
         if self._wandb:
             self._wandb.finish(exit_code=0 if error[0] is None else 1)
+        if self._tensorboard:
+            self._tensorboard.close()
 
 
-def require_wandb() -> None:
-    """Before any process starts: W&B is an extra."""
-    if find_spec("wandb") is None:
-        raise UserError("metrics.wandb: the wandb package is missing; `pip install wandb` or set it to false")
+def require_loggers(recipe: Recipe) -> None:
+    """Before any process starts: W&B and TensorBoard are extras."""
+    for name in ("wandb", "tensorboard"):
+        if getattr(recipe.metrics, name) and find_spec(name) is None:
+            raise UserError(f"metrics.{name}: the {name} package is missing; `pip install {name}` or set it to false")
 
 
 def _start_wandb(folder: Path, recipe: Recipe):

@@ -324,6 +324,8 @@ class Evaluation(Section):
 class Metrics(Section):
     log_interval: Positive = 10
     """Steps between records in metrics.jsonl, and lines where there is no terminal."""
+    tensorboard: bool = False
+    """Also to tensorboard/ in the run folder."""
     wandb: bool = False
     wandb_project: str = "longspan"
 

@@ -71,7 +71,8 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
 
 
 def shipped_recipes() -> list[Path]:
-    return sorted(SHIPPED.rglob("*.yaml"))
+    """All but those that begin with an underscore, which are parts of others."""
+    return sorted(path for path in SHIPPED.rglob("*.yaml") if not path.name.startswith("_"))
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -90,12 +91,13 @@ def _with_bases(path: Path, inside: tuple[Path, ...]) -> dict:
         raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base: must be the path or name of a recipe, got {base!r}")
-    return _merge(_with_bases(find_recipe(base, path.parent), (*inside, path.resolve())), content)
+    bases, merged = content.pop("base", []), {}
+    bases = bases if isinstance(bases, list) else [bases]
+    if not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base: must be the path or name of a recipe, or a list of them, got {bases!r}")
+    for base in bases:
+        merged = _merge(merged, _with_bases(find_recipe(base, path.parent), (*inside, path.resolve())))
+    return _merge(merged, content)
 
 
 def _merge(base: dict, over: dict) -> dict:

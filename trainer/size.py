@@ -105,6 +105,18 @@ def flops_per_token(model: Model, length: int, layer: int) -> float:
     return projections + 4 * width * _pairs(model, block, length) / (model.kv_heads * length)
 
 
+def training_flops(model: Model, length: int, vocab_size: int) -> dict[str, float]:
+    """Of a token in a training step, forward and backward, by block and of the ``output`` matrix: what a sparse pattern shows
+    counts, not what a dense one would. Nothing that is computed again.
+    """
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(model.stack_names):
+        layer = model.stack_names.index(name)
+        forward = flops_per_token(model, length, layer) + 2.0 * mlp_parameters(model, model.stack[layer], per_token=True)
+        found[name] = 3 * forward * model.stack_names.count(name)
+    return {**found, "output": 6.0 * model.hidden_size * padded_vocab_size(vocab_size)}
+
+
 def _pairs(model: Model, block: SoftmaxBlock, length: int) -> int:
     """Of query and key that all KV heads show; blocks that are chosen from the content count as full."""
     pattern = block.attention_pattern(model.kv_heads)

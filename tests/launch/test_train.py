@@ -122,6 +122,19 @@ def wandb_records(file: Path):
             parts = b""
 
 
+def test_tensorboard_holds_the_metrics(longspan, tiny_recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = longspan("train", tiny_recipe, "metrics.tensorboard=true", "training.steps=10")
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/loss", "perf/tflops_per_device"):
+        logged = {record["step"]: record[name] for record in records if name in record}
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(logged, rel=1e-6)
+
+
 def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
     done = longspan(
         "train", tiny_recipe, "metrics.wandb=true", "training.steps=10", HOME=str(tmp_path), WANDB_MODE="", WANDB_API_KEY=""

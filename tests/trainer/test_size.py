@@ -2,7 +2,7 @@
 
 import pytest
 from longspan.trainer.recipe_file import load_recipe
-from longspan.trainer.size import flops_per_token, state_bytes
+from longspan.trainer.size import flops_per_token, parameter_count, state_bytes, training_flops
 
 PROJECTIONS = 2 * 64 * (64 + 2 * 32 + 64)
 SIZES = {
@@ -48,3 +48,21 @@ def test_state_and_cost_of_a_layer(model, block, sizes):
     later, grows = state_bytes(made, 192, 3), "full" in block or "s2" in block
     assert (later > state) == grows, "a window, a state and a convolution stay as they are"
     assert grows or later == state
+
+
+def test_the_arithmetic_of_a_step_is_the_textbooks(tiny_recipe):
+    """Of a dense model ``6 N`` without the input embedding, and 12 layers x width x T for attention, of which causality leaves
+    half; of a window what it shows.
+    """
+    dense = "model.layers={blocks: {full: {mixer: full}}, pattern: [full]}"
+    model = load_recipe(str(tiny_recipe), [dense]).model
+    norms, embedding = (2 * 4 + 1) * 64, 384 * 64
+    matrices = parameter_count(model, 257) - norms - embedding * (1 if model.tie_word_embeddings else 2)
+    length = 96
+    flops = training_flops(model, length, 257)
+    assert flops["output"] == 6 * embedding
+    assert flops["full"] == 6 * matrices + 12 * 4 * 64 * (length + 1) / 2
+    mixed = "model.layers={blocks: {full: {mixer: full}, near: {mixer: window, window: 8}}, pattern: [full, near, near, near]}"
+    shown = sum(min(8, place + 1) for place in range(length)) / length
+    near = training_flops(load_recipe(str(tiny_recipe), [mixed]).model, length, 257)["near"]
+    assert near == pytest.approx(3 * (6 * matrices / 4 + 12 * 64 * shown))

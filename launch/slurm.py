@@ -1,0 +1,108 @@
+"""``longspan slurm RECIPE``: a batch script for a recipe, checked, and where asked for submitted."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+from ..trainer.errors import UserError
+from ..trainer.recipe import Recipe
+from ..trainer.recipe_file import load_recipe
+
+TEMPLATE = Path(__file__).parent.parent / "slurm" / "train.sbatch"
+NOTICE_S = 300
+"""How long before the end of its time a job is told."""
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
+
+
+def slurm(options: Namespace) -> None:
+    """Write the script to the run's folder, and submit it where asked for.
+
+    Raises:
+        UserError: the recipe does not fit the processes, or the time the notice; or there is no Slurm to submit to.
+    """
+    recipe = _checked(options)
+    script = Path(options.out or Path(recipe.run_dir) / "slurm" / "train.sbatch")
+    script.parent.mkdir(parents=True, exist_ok=True)
+    Path(recipe.run_dir, "slurm").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
+    script.write_text(rendered(options, recipe))
+    if not options.submit:
+        print(f"{script}: submit it with sbatch {script}, or with --submit")
+        return
+    if not shutil.which("sbatch"):
+        raise UserError(f"--submit: there is no sbatch here; run it on a login node, or take {script} there")
+    done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--submit: sbatch refuses {script}: {' '.join(done.stderr.split())}")
+    print(done.stdout.strip())
+
+
+def rendered(options: Namespace, recipe: Recipe) -> str:
+    """The script."""
+    asked = {
+        "account": options.account,
+        "partition": options.partition,
+        "qos": options.qos,
+        "gpus-per-node": options.gpus_per_node or None,
+        "cpus-per-task": options.cpus_per_task,
+        "mem": 0 if options.gpus_per_node else None,
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None]
+    if options.gpus_per_node:
+        lines.append("#SBATCH --exclusive")
+    values = {
+        "name": options.job_name or Path(recipe.run_dir).name,
+        "nodes": options.nodes,
+        "time": options.time,
+        "notice": NOTICE_S if options.notice is None else options.notice,
+        "options": "\n".join(lines) or "# no other options were asked for",
+        "setup": "\n".join(options.setup) or ":  # given with --setup",
+        "run_dir": shlex.quote(str(Path(recipe.run_dir).absolute())),
+        "processes": _per_node(options),
+        "restarts": options.restarts,
+        "requeues": options.requeues,
+        "arguments": shlex.join([options.recipe, *options.overrides]),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: str(values[match[1]]), TEMPLATE.read_text())
+
+
+def _per_node(options: Namespace) -> int:
+    return options.processes_per_node or options.gpus_per_node or 1
+
+
+def _checked(options: Namespace) -> Recipe:
+    problems = [
+        f"--{name.replace('_', '-')}: must be at least {least}, got {given}"
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("restarts", 0), ("requeues", 0))
+        if (given := getattr(options, name)) < least
+    ]
+    seconds, notice = _seconds(options.time), NOTICE_S if options.notice is None else options.notice
+    if seconds is None:
+        problems.append(f"--time: {options.time} is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00")
+    elif seconds <= notice:
+        problems.append(f"--time: {options.time} leaves nothing: a job is told {notice} s before its end to save and stop")
+    if problems:
+        raise UserError("\n".join(problems))
+    count = options.nodes * _per_node(options)
+    try:
+        return load_recipe(options.recipe, [*options.overrides, f"launch.processes={count}"])
+    except UserError as error:
+        raise UserError(f"{error}\n--nodes: {options.nodes} with {_per_node(options)} processes each are {count}") from None
+
+
+def _seconds(time: str) -> int | None:
+    """Of minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds."""
+    match = _TIME.fullmatch(time)
+    if not match:
+        return None
+    days, *parts = match.groups()
+    given = [int(part) for part in parts if part is not None]
+    if days is not None:
+        hours, minutes, seconds = [*given, 0, 0][:3]
+    elif len(given) == 3:
+        hours, minutes, seconds = given
+    else:
+        hours, (minutes, seconds) = 0, [*given, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
