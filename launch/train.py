@@ -57,8 +57,8 @@ def _work(recipe: Recipe) -> int:
             if first:
                 stack.enter_context(folder.lock())
         finished = train_loop(recipe, data, control)
-    if not finished:
-        return STOPPED
+    if not finished:  # torchrun takes any status but 0 for a failure, and would start the ranks again
+        return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
     if first:
         _report(recipe, data, folder)
     return 0

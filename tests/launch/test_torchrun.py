@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.wide
 OPTIONS = ["training.steps=60", "metrics.log_interval=1", "parallel.cp=2", "checkpoint.interval=4"]
 
 
