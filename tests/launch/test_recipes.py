@@ -2,6 +2,7 @@
 
 import pytest
 from longspan.trainer.data.tokenizer import recipe_vocab_size
+from longspan.trainer.estimate import DEVICES, GIB, estimate
 from longspan.trainer.export.native import Source
 from longspan.trainer.export.target import choose_target
 from longspan.trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes
@@ -44,6 +45,18 @@ def test_a_recipe_and_its_twin_become_the_same_architecture(name):
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")  # where it comes from
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", TARGETS)
+def test_its_header_has_what_plan_predicts(name):
+    recipe = load_recipe(name)
+    made = estimate(recipe, recipe_vocab_size(recipe), DEVICES["h100"])
+    memory, speed = sum(made.memory) / GIB, made.tokens_per_second / 1e6
+    assert memory < DEVICES["h100"].memory_gib
+    numbers = f"{memory:.1f} GiB, {made.step_s:.2f} s a step, {speed:.2f} M tokens/s (predicted)."
+    header = f"# longspan plan, {recipe.launch.processes} x H100: {numbers}"
+    assert header in SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
 
 
 @pytest.mark.parametrize(

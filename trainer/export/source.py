@@ -1,7 +1,6 @@
 """What is exported of a run: a checkpoint's weights, one after another, and the recipe that they were trained with."""
 
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -74,7 +73,3 @@ def _chosen(folder: RunFolder, step: int | None) -> Checkpoint:
             return checkpoint
     steps = ", ".join(str(checkpoint.step) for checkpoint in reversed(found))
     raise UserError(f"{folder.path}: has no checkpoint of step {step}; there are {steps}")
-
-
-def size_on_disk(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
