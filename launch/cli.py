@@ -155,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     mqar.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
     mqar.set_defaults(run=_eval_mqar)
 
+    doctor = commands.add_parser("doctor", help="show what this machine has for training, and what it lacks")
+    doctor.add_argument("--folder", default="runs", metavar="DIR", help="where runs are kept (default runs)")
+    doctor.add_argument("--between-ranks", action="store_true", help=argparse.SUPPRESS)  # as one of them
+    doctor.set_defaults(run=_doctor)
+
     status = commands.add_parser("status", help="show how far a run is, and which of its checkpoints are whole")
     status.add_argument("run_dir", metavar="RUN")
     status.set_defaults(run=_status)
@@ -337,6 +342,12 @@ def _check_export(options: argparse.Namespace) -> None:
     from .export import check
 
     check(options.folder, options.run_dir, os.cpu_count() or 1)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import between_ranks, doctor
+
+    return between_ranks() if options.between_ranks else doctor(options.folder)
 
 
 def _slurm(options: argparse.Namespace) -> None:
