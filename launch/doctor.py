@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .process import process_group
 from .ranks import run_ranks
-from .table import table
 
 NEEDED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
 OPTIONAL = {
@@ -28,9 +27,9 @@ BYTES = 64 * 2**20
 def doctor(folder: str) -> int:
     """Print it, and measure; ``folder`` is where runs are kept. 0 where a recipe can be trained."""
     lacking = [name for name in NEEDED if _version(name) is None]
-    print(table([(name, _version(name) or "MISSING") for name in ("python", *NEEDED)]))
+    print(_lines([(name, _version(name) or "MISSING") for name in ("python", *NEEDED)]))
     costs = [(name, _version(name) or f"not there: {cost}") for name, cost in OPTIONAL.items()]
-    print(f"\n{table(costs)}\n")
+    print(f"\n{_lines(costs)}\n")
     if lacking:
         print(f"cannot train without {', '.join(lacking)}: pip install {' '.join(lacking)}")
         return 1
@@ -44,7 +43,7 @@ def doctor(folder: str) -> int:
     else:
         rows.append(("GPU", "none: training runs on the CPU, over gloo, in fp32 (training.dtype: auto)"))
     rows.append(("disk", _disk(Path(folder))))
-    print(table(rows), flush=True)
+    print(_lines(rows), flush=True)
     ranks = len(gpus) or min(2, os.cpu_count() or 1)
     if ranks < 2:
         print("\none device: nothing to measure between ranks")
@@ -75,6 +74,11 @@ def between_ranks() -> int:
             speed = moved / sorted(seconds[1:])[2] / 1e9
             print(f"between {count} ranks over {dist.get_backend()}: {speed:.2f} GB/s out of each, all at once (all-to-all)")
     return 0
+
+
+def _lines(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {what}" for name, what in rows)
 
 
 def _version(name: str) -> str | None:
