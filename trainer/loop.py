@@ -27,6 +27,7 @@ from .recipe import Recipe
 from .run_folder import RunFolder
 from .size import training_flops
 from .stop import StopRequest
+from .watchdog import Watchdog
 
 
 def build_engine(recipe: Recipe) -> Engine:
@@ -51,6 +52,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
     folder, steps, rank = RunFolder(recipe.run_dir), recipe.training.steps, dist.get_rank()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest(folder.stop_file))
+        watchdog = stack.enter_context(Watchdog(recipe.launch.hang_timeout_s))
         engine = build_engine(recipe)
         stack.callback(engine.close)
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
@@ -105,9 +107,11 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 if display and now != recipe:
                     display.say(f"step {step}: {_stage(now)}")
                 since, logged, waited = time.monotonic(), step - 1, 0.0  # packing takes its time
+            watchdog.phase(f"the data of step {step}")
             began = time.monotonic()
             taken = list(_agreed(control, batches.step(step - 1)))
             waited += time.monotonic() - began
+            watchdog.phase(f"step {step}")
             result = engine.step(taken, lr)
             try:
                 updated = policy.check(step, result, taken, rank)
@@ -147,12 +151,14 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
                 held_out = _agreed(control, batches.evaluation(sequences))
+                watchdog.phase(f"the evaluation after step {step}")
                 evaluated = evaluate(engine, held_out, batches.held_out.bytes_per_token)
                 if log:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
                     display.say(f"step {step}: {summary}")
                 since, logged, waited = time.monotonic(), step, 0.0
+            watchdog.phase(f"the end of step {step}")
             report(step, checkpointer.poll())
             if control.any(stop.asked()) and not last:
                 save_and_wait(step)
@@ -163,6 +169,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
                 report(step, checkpointer.save(engine, step, tokens))
 
+        watchdog.phase("the last checkpoint")
         save_and_wait(steps)
         if control.any(rank == 0 and folder.weights_step() != steps):
             weights = engine.weights()

@@ -335,6 +335,9 @@ class Launch(Section):
     """Processes to start on this machine; under torchrun, all that it has started."""
     threads: Positive | None = None
     """CPU threads per process; by default the cores divided by the processes."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Where data, a step, an evaluation or the writing of a checkpoint takes longer than this, the ranks say which of them
+    is where, and end."""
 
 
 class StageTraining(Section):
