@@ -1,5 +1,6 @@
 """Whether an exported model gives the run's logits: whole prompts, token by token from its cache, and greedy text."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,14 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
 
 
 def quiet() -> None:
-    """The library draws bars for moments, and warns that it computes without kernels that a CPU has not."""
+    """The library draws bars for moments, and warns that it computes without kernels that a CPU has not; DeepSpeed, which it
+    looks for, that there is no GPU.
+    """
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
