@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument("--processes-per-node", type=int, metavar="N", help="(default: one for each GPU)")
     slurm.add_argument("--cpus-per-task", type=int, metavar="N", help="cores of a node that the job has")
     slurm.add_argument("--time", required=True, metavar="T", help="minutes, HH:MM:SS or D-HH:MM:SS")
-    slurm.add_argument("--notice", type=int, metavar="S", help="seconds before its end to save in (default 300)")
+    slurm.add_argument("--notice", type=int, default=300, metavar="S", help="seconds before its end to save in (default 300)")
     for name in ("account", "partition", "qos", "job-name"):
         slurm.add_argument(f"--{name}", metavar="NAME")
     slurm.add_argument(

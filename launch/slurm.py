@@ -12,8 +12,6 @@ from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "train.sbatch"
-NOTICE_S = 300
-"""How long before the end of its time a job is told."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
 
 
@@ -56,7 +54,7 @@ def rendered(options: Namespace, recipe: Recipe) -> str:
         "name": options.job_name or Path(recipe.run_dir).name,
         "nodes": options.nodes,
         "time": options.time,
-        "notice": NOTICE_S if options.notice is None else options.notice,
+        "notice": options.notice,
         "options": "\n".join(lines) or "# no other options were asked for",
         "setup": "\n".join(options.setup) or ":  # given with --setup",
         "run_dir": shlex.quote(str(Path(recipe.run_dir).absolute())),
@@ -78,11 +76,13 @@ def _checked(options: Namespace) -> Recipe:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("restarts", 0), ("requeues", 0))
         if (given := getattr(options, name)) < least
     ]
-    seconds, notice = _seconds(options.time), NOTICE_S if options.notice is None else options.notice
+    seconds = _seconds(options.time)
     if seconds is None:
         problems.append(f"--time: {options.time} is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00")
-    elif seconds <= notice:
-        problems.append(f"--time: {options.time} leaves nothing: a job is told {notice} s before its end to save and stop")
+    elif seconds <= options.notice:
+        problems.append(
+            f"--time: {options.time} leaves nothing: a job is told {options.notice} s before its end to save and stop"
+        )
     if problems:
         raise UserError("\n".join(problems))
     count = options.nodes * _per_node(options)

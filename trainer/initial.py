@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +52,8 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
     """
     import torch.distributed as dist
 
+    from .export.rows import by_layer
+
     native, _ = _native(recipe)
     theirs: dict[str, Tensor] = {}
     with control.together():
@@ -60,12 +61,12 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
             theirs = _weights(recipe.initial.path, native)
     parts = control.gather({name: shards.shape for name, shards in engine.state().items() if name.startswith("model.")})
     shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
-    for _, grouped in groupby(native.rows(), key=lambda rows: rows.ours.split(".")[:3]):
-        layer, whole = list(grouped), {}
+    for layer in by_layer(native.rows()):
+        whole: dict[str, Tensor] = {}
         with control.together():
             if dist.get_rank() == 0:
                 try:
-                    whole = {rows.ours: rows.join(theirs, shapes[rows.ours]) for rows in layer}
+                    whole = {rows.ours: rows.join(rows.own(theirs), shapes[rows.ours]) for rows in layer}
                 except ValueError as error:
                     raise UserError(f"initial: {recipe.initial.path}: {error}") from None
         engine.load_weights({rows.ours: control.same_tensor(whole.get(rows.ours), shapes[rows.ours]) for rows in layer})

@@ -90,10 +90,7 @@ def _engine(saved: SavedRun, dtype: "torch.dtype") -> "Engine":
             theirs = {
                 name: part if stays_fp32(name) else part.to(dtype) for name, part in rows.split(weights[rows.ours]).items()
             }
-            if rows.entry is None:
-                weights[rows.ours] = rows.join(theirs, weights[rows.ours].shape)
-            else:
-                weights[rows.ours] = weights[rows.ours].to(dtype).float()
+            weights[rows.ours] = rows.join(theirs, weights[rows.ours].shape)
     exact = saved.recipe.training.model_copy(update={"dtype": "float32"})
     return with_weights(saved.recipe.model_copy(update={"training": exact}), weights)
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,15 +88,15 @@ def _built(target: Target, ids: dict, kind: "dtype") -> "nn.Module":
 
 def _load(built: "nn.Module", saved: SavedRun, target: Target, kind: "dtype") -> None:
     """Layer by layer, so that in memory is the model once, and of ours a layer."""
-    from .rows import Collected
+    from .rows import Collected, by_layer
 
     rows = list(target.rows())
     missing = sorted({each.ours for each in rows} ^ set(saved.shapes))
     assert not missing, f"parameters that are on one side alone: {missing[:5]}"
     fp32 = {name for name, parameter in built.named_parameters() if stays_fp32(name)}
     with track("Converting", len(rows), of_bytes=False) as advance:
-        for _, grouped in groupby(rows, key=lambda each: each.ours.split(".")[:3]):
-            layer, collected = list(grouped), Collected()
+        for layer in by_layer(rows):
+            collected = Collected()
             weights = saved.weights([each.ours for each in layer])
             for each in layer:
                 collected.add(each, weights[each.ours])

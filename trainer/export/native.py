@@ -29,6 +29,22 @@ class Source:
     """Without the padding."""
     seq_length: int
 
+    def config(self) -> dict:
+        """What the configs of all targets have, under the same names."""
+        model = self.model
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.intermediate_size,
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.kv_heads,
+            "head_dim": model.kv_channels,
+            "max_position_embeddings": self.seq_length,
+            "rms_norm_eps": model.rms_norm_eps,
+            "initializer_range": model.initializer_range,
+            "tie_word_embeddings": model.tie_word_embeddings,
+        }
+
 
 class Native(ABC):
     """One architecture, for a source's model."""
@@ -87,20 +103,10 @@ class Native(ABC):
 
     def config(self) -> dict:
         """What ``AutoConfig`` makes its config of, but for the tokenizer's ids."""
-        model = self.model
-        return {
-            "vocab_size": self.source.vocab_size,
-            "hidden_size": model.hidden_size,
-            "num_hidden_layers": model.num_hidden_layers,
-            "num_attention_heads": model.num_attention_heads,
-            "num_key_value_heads": model.kv_heads,
-            "head_dim": model.kv_channels,
+        return self.source.config() | {
+            "num_hidden_layers": self.model.num_hidden_layers,
             "intermediate_size": self.mlp_width,
-            "max_position_embeddings": self.source.seq_length,
-            "rms_norm_eps": model.rms_norm_eps,
-            "initializer_range": model.initializer_range,
-            "tie_word_embeddings": model.tie_word_embeddings,
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.model.rope_theta},
         }
 
     def idle(self, name: str) -> bool:

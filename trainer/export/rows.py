@@ -1,7 +1,8 @@
 """Which rows of a parameter of ours are which tensor of another model, in both directions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -26,16 +27,20 @@ class Rows:
         found = {name: whole if rows is None else whole[rows] for name, rows in self.theirs.items()}
         return {name: self._as_theirs(part) for name, part in found.items()}
 
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of all their tensors the parts that are rows of this parameter."""
+        return {name: tensors[name] if self.entry is None else tensors[name][self.entry] for name in self.theirs}
+
     def join(self, parts: Mapping[str, Tensor], shape: Iterable[int]) -> Tensor:
-        """Ours, of theirs; rows that theirs have not (the vocabulary's padding) are zeros.
+        """Ours, of the parts that :meth:`split` or :meth:`own` gives; rows that theirs have not (the vocabulary's padding) are
+        zeros.
 
         Raises:
             ValueError: naming one of theirs whose shape is another.
         """
         whole = torch.zeros(tuple(shape))
         for name, rows in self.theirs.items():
-            part = parts[name] if self.entry is None else parts[name][self.entry]
-            place = slice(None) if rows is None else rows
+            part, place = parts[name], slice(None) if rows is None else rows
             expected = self._as_theirs(whole[place]).shape
             if part.shape != expected:
                 raise ValueError(f"{name} is {list(part.shape)}, the recipe needs {list(expected)}")
@@ -66,6 +71,12 @@ class Collected:
             name, parts = self.stacks.popitem()
             self.tensors[name] = torch.stack([parts[place] for place in sorted(parts)])
         return self.tensors
+
+
+def by_layer(rows: Iterable[Rows]) -> Iterator[list[Rows]]:
+    """Those of one layer after another, and of what is in no layer one by one."""
+    for _, grouped in groupby(rows, key=lambda each: each.ours.split(".")[:3]):
+        yield list(grouped)
 
 
 def parts_of(groups: int, sizes: Iterable[int]) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What is exported of a run: a checkpoint's weights, one after another, and the recipe that they were trained with."""
 
 import warnings
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class SavedRun:
         self.recipe: Recipe = whole.at(max(0, self.step - 1))
         self.source = Source(self.recipe.model, recipe_vocab_size(self.recipe), self.recipe.training.seq_length)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """Of the weights, by their global names."""
         from torch.distributed.checkpoint import FileSystemReader
@@ -56,8 +57,7 @@ class SavedRun:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint import FileSystemReader
 
-        shapes = self.shapes
-        state = {f"model.{name}": torch.empty(shapes[name]) for name in names}
+        state = {f"model.{name}": torch.empty(self.shapes[name]) for name in names}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group
             dcp.load(state, storage_reader=FileSystemReader(self.checkpoint.path), no_dist=True)

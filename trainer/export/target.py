@@ -35,21 +35,10 @@ class Custom:
         self.source, self.model = source, source.model
 
     def config(self) -> dict:
-        model = self.model
-        return {
-            "vocab_size": self.source.vocab_size,
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.intermediate_size,
-            "num_attention_heads": model.num_attention_heads,
-            "num_key_value_heads": model.kv_heads,
-            "head_dim": model.kv_channels,
-            "layers": [self._layer(block, number) for number, block in enumerate(model.stack)],
+        return self.source.config() | {
+            "layers": [self._layer(block, number) for number, block in enumerate(self.model.stack)],
             "moe": self._moe(),
-            "rope_theta": model.rope_theta,
-            "rms_norm_eps": model.rms_norm_eps,
-            "initializer_range": model.initializer_range,
-            "max_position_embeddings": self.source.seq_length,
-            "tie_word_embeddings": model.tie_word_embeddings,
+            "rope_theta": self.model.rope_theta,
         }
 
     def _moe(self) -> dict | None:
