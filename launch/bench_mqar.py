@@ -19,11 +19,11 @@ from itertools import product
 from pathlib import Path
 
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
-from ..trainer.mqar_settings import default_settings, trained_settings
+from ..trainer.evaluation.mqar_settings import default_settings, trained_settings
 from ..trainer.progress import track
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import SHIPPED, find_recipe, load_recipe, shipped_recipes
-from ..trainer.run_folder import RunFolder, replace_file
+from ..trainer.run_folder import RunFolder
 from ..trainer.stop import LIFELINE
 from .mqar_report import MQARReport
 from .options import numbers
@@ -171,16 +171,15 @@ def _write_diverged(run: Run, examples: int) -> None:
     """A run whose loss became infinite or NaN has learned nothing: it counts as 0."""
     rows = [{**asdict(setting), "accuracy": 0.0} for setting in default_settings(run.recipe)]
     report = {"step": run.recipe.training.steps, "examples": examples, "diverged": True, "settings": rows}
-    run.folder.mqar.parent.mkdir(exist_ok=True)
-    replace_file(run.folder.mqar, json.dumps(report, indent=1) + "\n")
+    run.folder.write_evaluation("mqar", report)
 
 
 def _result(run: Run, examples: int) -> dict | None:
     """What a finished run has reached, its checkpoints and weights removed; None for one that has not finished."""
     folder = run.folder
-    if not folder.mqar.is_file():
+    if not folder.evaluation("mqar").is_file():
         return None
-    found = json.loads(folder.mqar.read_text())
+    found = json.loads(folder.evaluation("mqar").read_text())
     asked = [(row["length"], row["pairs"]) for row in found["settings"]]
     wanted = [(setting.length, setting.pairs) for setting in default_settings(run.recipe)]
     if found["step"] != run.recipe.training.steps or asked != wanted or found.get("seed", 0):  # or somebody's own questions

@@ -154,6 +154,33 @@ def _parser() -> argparse.ArgumentParser:
     mqar.add_argument("--examples", type=int, default=500, help="of each (default 500)")
     mqar.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
     mqar.set_defaults(run=_eval_mqar)
+    loss = evaluate.add_parser(
+        "loss",
+        help="held-out loss by the place in the context",
+        description="Held-out loss by the place in the context, over documents that are long enough for all of it.",
+    )
+    needle = evaluate.add_parser(
+        "needle",
+        help="a number that is hidden in a text",
+        description="Whether a run finds a number that is hidden in held-out text, by the text's length and its depth there.",
+    )
+    tasks = evaluate.add_parser(
+        "tasks",
+        help="tasks of RULER's kind",
+        description="Tasks of RULER's kind: several numbers in held-out text, one among a crowd of them, one that is passed on "
+        "from name to name, the most frequent word.",
+    )
+    for command, run, count in ((loss, _eval_loss, None), (needle, _eval_needle, 10), (tasks, _eval_tasks, 50)):
+        command.add_argument("run_dir", metavar="RUN")
+        command.add_argument("--lengths", metavar="T,T", help="tokens (default: as trained, twice and four times as many)")
+        command.add_argument("--data", metavar="PREFIX", help="of a corpus (default: the run's held-out text)")
+        if count:
+            command.add_argument("--examples", type=int, default=count, help=f"of each (default {count})")
+            command.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
+        command.set_defaults(run=run)
+    loss.add_argument("--documents", type=int, default=64, help="of each length at most (default 64)")
+    needle.add_argument("--depths", type=int, default=5, help="from the beginning to the end (default 5)")
+    tasks.add_argument("--tasks", metavar="NAME,NAME", help="several, crowd, chain, frequent (default: all)")
 
     doctor = commands.add_parser("doctor", help="show what this machine has for training, and what it lacks")
     doctor.add_argument("--folder", default="runs", metavar="DIR", help="where runs are kept (default runs)")
@@ -369,9 +396,27 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _eval_mqar(options: argparse.Namespace) -> None:
-    from .eval_mqar import eval_mqar
+    from .evaluate import eval_mqar
 
     eval_mqar(options)
+
+
+def _eval_loss(options: argparse.Namespace) -> None:
+    from .evaluate import eval_loss
+
+    eval_loss(options)
+
+
+def _eval_needle(options: argparse.Namespace) -> None:
+    from .evaluate import eval_needle
+
+    eval_needle(options)
+
+
+def _eval_tasks(options: argparse.Namespace) -> None:
+    from .evaluate import eval_tasks
+
+    eval_tasks(options)
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..trainer.errors import UserError
-from ..trainer.mqar_settings import Setting, trained_settings
+from ..trainer.evaluation.mqar_settings import Setting, trained_settings
 from ..trainer.recipe import Recipe
 from ..trainer.run_folder import replace_file
 

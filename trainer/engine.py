@@ -79,6 +79,12 @@ class Engine(Protocol):
         """``[batch, time, vocab]`` for ``tokens`` ``[batch, time]``, one document a row; on a single model rank."""
         ...
 
+    def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each of the ``labels`` ``[batch, time]`` the loss in nats, and whether no other token is likelier; as ``logits``,
+        but with those of a tile of tokens alone in memory.
+        """
+        ...
+
     def close(self) -> None:
         """Give back what is the process's, so that another engine may follow."""
         ...

@@ -2,6 +2,9 @@
 share.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -39,43 +42,96 @@ def cross_entropy_sum(
     """
     if not torch.is_grad_enabled():  # autograd would still ask for the gradient of what has one otherwise
         hidden, weight = hidden.detach(), weight.detach()
-    local, rank = weight.shape[0], group.rank() if group else 0
-    real = local if vocab_size is None else max(0, min(vocab_size - rank * local, local))
-    return _CrossEntropySum.apply(hidden, weight, labels - rank * local, token_weights, group, real, tile)
+    first, real = _part(weight, group, vocab_size)
+    return _CrossEntropySum.apply(hidden, weight, labels - first, token_weights, group, real, tile)
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    tile: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether no other label is likelier: ``[tokens]``.
+
+    Without gradients; the arguments are those of :func:`cross_entropy_sum`.
+    """
+    first, real = _part(weight, group, vocab_size)
+    tiles = _tiles(hidden, weight[:real], labels - first, group, _exact(hidden), tile)
+    losses, likeliest = zip(*((each.losses, each.likeliest) for each in tiles), strict=True)
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def _part(weight: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None) -> tuple[int, int]:
+    """Of the vocabulary this rank's first row, and how many of its rows are no padding."""
+    local = weight.shape[0]
+    first = local * (group.rank() if group else 0)
+    return first, local if vocab_size is None else max(0, min(vocab_size - first, local))
+
+
+def _exact(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+class _Tile(NamedTuple):
+    part: slice
+    """Its tokens."""
+    exponentials: Tensor
+    """Of the logits less their largest, ``[tokens, real]``; the next tile may take their memory."""
+    sums: Tensor
+    """Of the exponentials over the whole vocabulary, ``[tokens]``."""
+    losses: Tensor
+    likeliest: Tensor
+    where: Tensor
+    """The row that is a label's, ``[tokens, 1]``, where it is ``mine``."""
+    mine: Tensor
+
+
+def _tiles(
+    hidden: Tensor, rows: Tensor, labels: Tensor, group: dist.ProcessGroup | None, exact: torch.dtype, size: int
+) -> Iterator[_Tile]:
+    """The softmax of ``size`` tokens after another; ``labels`` count from this rank's first row."""
+    real, shared = len(rows), group is not None and group.size() > 1
+    buffer = hidden.new_empty(min(size, len(hidden)), real)  # of all tiles: new memory costs a CPU as much as the product
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        x = hidden[part]
+        logits = torch.mm(x, rows.T, out=buffer[: len(x)]).to(exact)
+        mine = (labels[part] >= 0) & (labels[part] < real)
+        where = labels[part].clamp(0, max(real - 1, 0))[:, None]
+        most = logits.amax(1) if real else logits.new_full((len(x),), -torch.inf)
+        if shared:
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        logits -= most[:, None]
+        asked = logits.gather(1, where)[:, 0].where(mine, 0.0) if real else torch.zeros_like(most)
+        sums = torch.stack([asked, logits.exp_().sum(1)])
+        if shared:
+            dist.all_reduce(sums, group=group)
+        yield _Tile(part, logits, sums[1], sums[1].log() - sums[0], sums[0] == 0, where, mine)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, group, real, tile):
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    def forward(ctx, hidden, weight, labels, token_weights, group, real, tile_size):
+        exact = _exact(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
         total, rows = hidden.new_zeros((), dtype=exact), weight[:real]
-        buffer = hidden.new_empty(min(tile, len(hidden)), real)  # of all tiles: new memory costs a CPU as much as the product
-        for start in range(0, len(hidden), tile):
-            part = slice(start, start + tile)
-            x, scale = hidden[part], token_weights[part].to(exact)
-            logits = torch.mm(x, rows.T, out=buffer[: len(x)]).to(exact)
-            mine = (labels[part] >= 0) & (labels[part] < real)
-            where = labels[part].clamp(0, max(real - 1, 0))[:, None]
-            most = logits.amax(1) if real else logits.new_full((len(x),), -torch.inf)
-            if group and group.size() > 1:
-                dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-            logits -= most[:, None]
-            asked = logits.gather(1, where)[:, 0].where(mine, 0.0) if real else torch.zeros_like(most)
-            sums = torch.stack([asked, logits.exp_().sum(1)])
-            if group and group.size() > 1:
-                dist.all_reduce(sums, group=group)
-            total += (scale * (sums[1].log() - sums[0])).sum()
+        for tile in _tiles(hidden, rows, labels, group, exact, tile_size):
+            x, scale = hidden[tile.part], token_weights[tile.part].to(exact)
+            total += (scale * tile.losses).sum()
             if not (want_hidden or want_weight):
                 continue
-            gradient = logits.mul_((scale / sums[1])[:, None])
+            gradient = tile.exponentials.mul_((scale / tile.sums)[:, None])
             if real:
-                gradient.scatter_add_(1, where, -(scale * mine)[:, None])
+                gradient.scatter_add_(1, tile.where, -(scale * tile.mine)[:, None])
             gradient = gradient.to(hidden.dtype)
             if want_hidden:
-                torch.mm(gradient, rows, out=grad_hidden[part])
+                torch.mm(gradient, rows, out=grad_hidden[tile.part])
             if want_weight and grad_weight.dtype == hidden.dtype:
                 grad_weight[:real].addmm_(gradient.T, x)
             elif want_weight:

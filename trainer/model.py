@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import SoftmaxBlock
 from .layer import hybrid_stack_spec
-from .loss import cross_entropy_sum
+from .loss import cross_entropy_sum, token_losses
 from .moe import moe_config
 from .recipe import Recipe
 from .recompute import LayerMemory
@@ -20,7 +20,8 @@ from .size import padded_vocab_size
 class HybridModel(GPTModel):
     """``GPTModel`` whose loss has no logits but those of ``loss_tile`` tokens, and none of the vocabulary's padding.
 
-    Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it gives the sum of the losses.
+    Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it gives the sum of the losses;
+    without weights what :func:`~.loss.token_losses` does.
     """
 
     def __init__(self, *args, real_vocab_size: int, loss_tile: int, **kwargs):
@@ -29,7 +30,7 @@ class HybridModel(GPTModel):
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None, loss_mask: Tensor | None = None, **others
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
         group = self.pg_collection.tp
@@ -39,15 +40,11 @@ class HybridModel(GPTModel):
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return cross_entropy_sum(
-            hidden.flatten(0, 1),
-            weight,
-            labels.T.flatten(),
-            loss_mask.T.flatten(),
-            group,
-            self.real_vocab_size,
-            self.loss_tile,
-        )
+        asked = hidden.flatten(0, 1), weight, labels.T.flatten()
+        vocabulary = group, self.real_vocab_size, self.loss_tile
+        if loss_mask is not None:
+            return cross_entropy_sum(*asked, loss_mask.T.flatten(), *vocabulary)
+        return tuple(each.unflatten(0, labels.T.shape).T for each in token_losses(*asked, *vocabulary))
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:

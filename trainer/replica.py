@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
@@ -75,10 +76,18 @@ class Replica:
         return totals.tolist()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        sequence = Sequence.single(*tokens.shape, device=tokens.device)
-        with torch.no_grad():
-            logits = self.model(tokens, None, None, packed_seq_params=sequence)
-        return logits[..., : self.model.real_vocab_size].float()
+        return self._whole(tokens)[:, : tokens.shape[1], : self.model.real_vocab_size].float()
+
+    def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses, likeliest = self._whole(tokens, labels)
+        return losses[:, : tokens.shape[1]], likeliest[:, : tokens.shape[1]]
+
+    @torch.no_grad()
+    def _whole(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Of the model, with sequences filled up to whole blocks: those behind a token do not change what it sees."""
+        more = -tokens.shape[1] % self.recipe.model.document_alignment
+        tokens, labels = (each if each is None else F.pad(each, (0, more)) for each in (tokens, labels))
+        return self.model(tokens, None, None, labels=labels, packed_seq_params=Sequence.single(*tokens.shape, tokens.device))
 
     def close(self) -> None:
         self.resources.close()

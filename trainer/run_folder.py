@@ -54,7 +54,6 @@ class RunFolder:
         self.weights = self.path / "weights.safetensors"
         self.loss_plot = self.path / "plots" / "loss.png"
         self.nonfinite = self.path / "nonfinite"
-        self.mqar = self.path / "eval" / "mqar.json"
         self.stop_file = self.path / "STOP"
         self._data_file = self.path / "data.json"
         self._lock_file = self.path / "lock"
@@ -161,6 +160,22 @@ class RunFolder:
             partial.unlink(missing_ok=True)
             again = "the checkpoint is whole: the same command writes it again"
             raise UserError(f"{self.weights}: could not be written: {error}; {again}") from None
+
+    def evaluation(self, name: str) -> Path:
+        """The file with what ``longspan eval NAME`` found."""
+        return self.path / "eval" / f"{name}.json"
+
+    def require_evaluation(self, name: str) -> None:
+        """Refuse what :meth:`write_evaluation` could not write."""
+        file = self.evaluation(name)
+        if not os.access(next(path for path in (file, file.parent, self.path) if path.exists()), os.W_OK):
+            raise UserError(f"{file}: cannot be written")
+
+    def write_evaluation(self, name: str, report: dict) -> None:
+        """What the model of this run's weights was found to do."""
+        file = self.evaluation(name)
+        file.parent.mkdir(exist_ok=True)
+        replace_file(file, json.dumps({"step": self.weights_step(), **report}, indent=1) + "\n")
 
     def weights_step(self) -> int | None:
         """The step that the weights are of; None where there are none."""

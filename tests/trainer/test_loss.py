@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from longspan.trainer.loss import cross_entropy_sum
+from longspan.trainer.loss import cross_entropy_sum, token_losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 37, 8, 21, 24
@@ -59,6 +59,19 @@ def test_ranks_share_the_vocabulary(threads, ranks):
     losses, hidden, weights = zip(*threads(ranks, work), strict=True)
     assert all(torch.equal(loss, losses[0]) for loss in losses)
     assert error((losses[0], sum(hidden), torch.cat(weights)), plain(1 / 8)) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_the_losses_of_tokens_and_which_are_likeliest(threads, ranks):
+    hidden, weight, labels, _ = problem()
+    logits = (hidden @ weight.T)[:, :VOCABULARY]
+    labels[10:20] = logits[10:20].argmax(1)
+    for losses, likeliest in threads(
+        ranks, lambda rank, group: token_losses(hidden, weight.chunk(ranks)[rank], labels, group, VOCABULARY, 8)
+    ):
+        assert error([losses], [F.cross_entropy(logits, labels, reduction="none")]) < 1e-12
+        assert torch.equal(likeliest, logits.argmax(1) == labels)
+        assert 10 <= likeliest.sum() < TOKENS
 
 
 def test_only_what_is_asked_for_is_made():

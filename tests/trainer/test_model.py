@@ -176,6 +176,10 @@ def test_logits_are_those_of_a_plain_forward(engine, overrides):
     assert expected.std() > 5, "flat logits hide errors"
     assert (ours - expected).norm() / expected.norm() < 1e-5
     assert (made.logits(tokens[:, :41])[0] - pieces[0]).norm() / pieces[0].norm() < 1e-5
+    losses, likeliest = made.token_losses(tokens[:, :40], tokens[:, 1:41])
+    asked = F.cross_entropy(pieces[0][:40], tokens[0, 1:41], reduction="none")
+    assert (losses[0] - asked).norm() / asked.norm() < 1e-5
+    assert torch.equal(likeliest[0], pieces[0][:40].argmax(1) == tokens[0, 1:41])
 
 
 def test_the_loss_is_over_the_real_vocabulary(engine):

@@ -17,7 +17,7 @@ from longspan.launch.mqar_report import BEGIN, END, MQARReport
 from longspan.trainer import size
 from longspan.trainer.data.mqar import MQARData, MQARSamples, examples, stream
 from longspan.trainer.errors import UserError
-from longspan.trainer.mqar_settings import Setting, default_settings, settings_of
+from longspan.trainer.evaluation.mqar_settings import Setting, default_settings, settings_of
 from longspan.trainer.recipe import MQAR
 from longspan.trainer.recipe_file import load_recipe, shipped_recipes, to_yaml
 from longspan.trainer.run_folder import RunFolder
@@ -306,18 +306,18 @@ def test_eval_writes_what_it_prints(longspan, trained):
 def test_accuracy_is_that_of_the_answers():
     """A model that reads the sequence, but answers the last key's question wrongly."""
     import torch
-    from longspan.trainer.mqar_accuracy import accuracy
+    from longspan.trainer.evaluation.mqar import accuracy
 
     class Reader:
         device = torch.device("cpu")
 
-        def logits(self, tokens):
-            logits = torch.zeros(*tokens.shape, 64)
+        def token_losses(self, tokens, labels):
+            likeliest = torch.zeros_like(tokens)
             for row, sequence in enumerate(tokens.tolist()):
                 memory = dict(zip(sequence[0:6:2], sequence[1:8:2], strict=False))  # of the first three of four pairs
                 for at, token in enumerate(sequence):
-                    logits[row, at, memory.get(token, 0)] = 1.0
-            return logits
+                    likeliest[row, at] = memory.get(token, 0)
+            return None, likeliest == labels
 
     advanced = []
     assert accuracy(Reader(), TASK, Setting(20, 4), 70, 0, advanced.append) == 0.75

@@ -101,7 +101,7 @@ def _compare(ours: "Engine", theirs: "nn.Module", saved: SavedRun) -> CheckResul
     length, vocabulary = min(LENGTH, saved.source.seq_length), saved.source.vocab_size
     prompts = torch.randint(vocabulary, (PROMPTS, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        reference = _logits(ours, prompts)
+        reference = ours.logits(prompts)
         whole = theirs(input_ids=prompts, use_cache=False).logits.float()
         cached = _from_cache(theirs, prompts)
         largest = reference.abs().max()
@@ -115,14 +115,6 @@ def _compare(ours: "Engine", theirs: "nn.Module", saved: SavedRun) -> CheckResul
         float((cached - whole[:, -cached.shape[1] :]).abs().max() / largest),
         text[:, start.shape[1] :].numel(),
     )
-
-
-def _logits(ours: "Engine", tokens: "Tensor") -> "Tensor":
-    """Of the run's model, whose sequences must be whole blocks: those behind a token do not change what it sees."""
-    import torch.nn.functional as F
-
-    block = ours.recipe.model.document_alignment
-    return ours.logits(F.pad(tokens, (0, -tokens.shape[1] % block)))[:, : tokens.shape[1]]
 
 
 def _from_cache(theirs: "nn.Module", tokens: "Tensor") -> "Tensor":
@@ -144,7 +136,7 @@ def _from_cache(theirs: "nn.Module", tokens: "Tensor") -> "Tensor":
 
 def _same_text(ours: "Engine", text: "Tensor", start: int, largest: "Tensor", saved: SavedRun) -> None:
     """Every token after the prompt is the run's likeliest; where two are as likely up to rounding, either."""
-    logits = _logits(ours, text)[:, start - 1 : -1]
+    logits = ours.logits(text)[:, start - 1 : -1]
     chosen = logits.gather(-1, text[:, start:, None])[..., 0]
     behind = (logits.amax(-1) - chosen) / largest
     if float(behind.max()) > TOLERANCE:

@@ -1,20 +1,19 @@
 """How much of the recall task a trained model can do: ``RUN/eval/mqar.json``."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from .data.mqar import EVALUATION, examples, stream
-from .engine import Engine
+from ..data.mqar import EVALUATION, examples, stream
+from ..engine import Engine
+from ..progress import track
+from ..recipe import MQAR
+from ..run_folder import RunFolder
 from .mqar_settings import Setting, trained_settings
-from .progress import track
-from .recipe import MQAR
-from .run_folder import RunFolder, replace_file
 
-_LOGITS = 2**22  # in one forward pass, to bound its memory
+_TOKENS = 2**14  # in one forward pass
 
 
 def accuracy(
@@ -27,11 +26,11 @@ def accuracy(
     """
     random = stream(EVALUATION, seed, setting.length, setting.pairs)
     made = examples(task, count, setting.length, setting.pairs, random)
-    right, size = [], max(1, _LOGITS // (setting.length * task.vocab_size))
+    right, size = [], max(1, _TOKENS // setting.length)
     for first in range(0, count, size):
         tokens, asked, answers = (torch.from_numpy(part[first : first + size]).to(engine.device) for part in made)
-        said = engine.logits(tokens).argmax(-1).gather(1, asked)
-        right.append((said == answers).double().mean(1).cpu().numpy())
+        _, likeliest = engine.token_losses(tokens, torch.zeros_like(tokens).scatter(1, asked, answers))
+        right.append(likeliest.gather(1, asked).double().mean(1).cpu().numpy())
         advance(len(tokens))
     return float(np.concatenate(right).mean())
 
@@ -45,13 +44,11 @@ def evaluate_mqar(folder: RunFolder, engine: Engine, settings: list[Setting], co
             reached = accuracy(engine, task, setting, count, seed, advance)
             rows.append({**asdict(setting), "trained": setting in trained, "accuracy": reached})
     report = {
-        "step": folder.weights_step(),
         "examples": count,
         "seed": seed,
         "vocab_size": task.vocab_size,
         "chance": 1 / task.values,
         "settings": rows,
     }
-    folder.mqar.parent.mkdir(exist_ok=True)
-    replace_file(folder.mqar, json.dumps(report, indent=1) + "\n")
+    folder.write_evaluation("mqar", report)
     return report

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from .errors import UserError
-from .recipe import MQAR, Recipe
+from ..errors import UserError
+from ..recipe import MQAR, Recipe
 
 
 @dataclass(frozen=True)
