@@ -47,7 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its sizes, and stop")
     train.set_defaults(run=_train)
 
-    recipes = commands.add_parser("recipes", help="list the recipes that are shipped")
+    recipes = commands.add_parser("recipes", help="list the recipes that are shipped, or all keys of a recipe")
+    recipes.add_argument("--keys", action="store_true", help="print every key with its values, default and meaning (Markdown)")
     recipes.set_defaults(run=_recipes)
 
     data = commands.add_parser("data", help="prepare data").add_subparsers(
@@ -325,6 +326,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> None:
+    if options.keys:
+        from ..trainer.recipe_keys import recipe_keys
+
+        print(recipe_keys(), end="")
+        return
     from ..trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes
 
     names = {str(path.relative_to(SHIPPED).with_suffix("")): load_recipe(str(path)) for path in shipped_recipes()}

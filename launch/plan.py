@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..trainer.blocks import SoftmaxBlock
 from ..trainer.errors import UserError, suggest
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe
@@ -51,7 +52,8 @@ def plan(options: argparse.Namespace) -> None:
         f"{PER_NODE} GPUs, of {device.network_gb_s:g} GB/s beyond; messages not hidden;\n"
         "             tensor, expert and pipeline parallel messages and bubbles left out"
     )
-    print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
+    if any(isinstance(block, SoftmaxBlock) for block in recipe.model.stack):
+        print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
 
 
 def _on(name: str, overrides: list[str], gpus: int | None) -> Recipe:
@@ -77,13 +79,10 @@ def _draw(recipe: Recipe, out: Path) -> Path:
     from ..parallel import Layout
     from ..parallel.schedule import named, refusal
     from ..parallel.schedules import cost
-    from ..trainer.blocks import SoftmaxBlock
 
     model, length = recipe.model, recipe.training.seq_length
     softmax = {name: model.layers.blocks[name] for name in dict.fromkeys(model.stack_names)}
     softmax = {name: block for name, block in softmax.items() if isinstance(block, SoftmaxBlock)}
-    if not softmax:
-        raise UserError("model.layers: has no softmax attention, whose schedules could be drawn; only states move")
     heads, dims = (model.num_attention_heads, model.kv_heads), (model.kv_channels, model.kv_channels)
     figure, panels = plt.subplots(1, len(softmax), figsize=(6 * len(softmax), 4.2), layout="constrained", squeeze=False)
     for panel, (name, block) in zip(panels[0], softmax.items(), strict=True):

@@ -147,6 +147,7 @@ class LightningBlock(LinearAttentionBlock):
 
     mixer: Literal["lightning"]
     style: Literal["minimax", "transnormer"] = "minimax"
+    """Whose activations, norm and gate it has."""
     decay: Literal["minimax", "paper"] = "minimax"
     """minimax: ALiBi's slopes, weaker from layer to layer, which the published models have. paper: arXiv 2307.14995 eq. 10."""
     output_gate: bool = True
@@ -200,6 +201,7 @@ class GLABlock(LinearAttentionBlock):
 
     mixer: Literal["gla"]
     decay_rank: Positive = 16
+    """Of the projection that the decays come from."""
 
     @property
     def _shares(self):
@@ -215,6 +217,7 @@ class BasedBlock(LinearAttentionBlock):
 
     mixer: Literal["based"]
     key_head_dim: Positive | None = 16
+    """Dims of a query and a key; the state has 1 + d + d (d + 1) / 2 rows."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         return replace(plain, feature_map="taylor", normalised=True)

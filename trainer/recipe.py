@@ -69,6 +69,7 @@ class MoE(Section):
     """The experts of blocks with mlp: moe."""
 
     num_experts: Annotated[int, Field(ge=2)]
+    """Of each layer that has them."""
     num_experts_per_tok: Positive = 2
     """Experts that a token goes to."""
     intermediate_size: Positive | None = None
@@ -86,20 +87,27 @@ class MoE(Section):
 
 class Model(Section):
     hidden_size: Positive
+    """Width of the residual stream."""
     num_hidden_layers: Positive
+    """Layers, each a mixer and an MLP."""
     num_attention_heads: Positive
+    """Query heads."""
     num_key_value_heads: Positive | None = None
-    """Defaults to num_attention_heads."""
+    """Heads of keys and values, which groups of query heads share; defaults to num_attention_heads."""
     head_dim: Positive | None = None
     """Defaults to hidden_size / num_attention_heads."""
     intermediate_size: Positive
+    """Width of a gated MLP."""
     vocab_size: Positive | None = None
     """Defaults to the tokenizer's; the matrices are padded to a multiple of 128 and the padding is masked."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary angles; larger ones reach farther."""
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in norms."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of initial weights; output projections take it divided by sqrt(2 * num_hidden_layers)."""
     tie_word_embeddings: bool = True
+    """Whether the output takes the embedding's matrix."""
     moe: MoE | None = None
     layers: Layers
 
@@ -185,7 +193,9 @@ class Data(Section):
 
 class Training(Section):
     steps: Positive
+    """Updates of the weights in the whole run."""
     seq_length: Positive
+    """Tokens of a sequence, over all context-parallel ranks."""
     micro_batch_size: Positive = 1
     """Sequences per data-parallel rank and forward pass."""
     global_batch_size: Positive
@@ -193,8 +203,9 @@ class Training(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations, with fp32 master weights; auto is bfloat16 on CUDA and float32 on CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of initial weights and of the order of the data."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """0 for no clipping."""
+    """Gradients of a larger norm are scaled down to it; 0 for no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do where the loss or the gradient norm is NaN or infinite; neither makes the update. stop also writes the batch
     to the run folder; skip goes on with the next."""
@@ -204,9 +215,13 @@ class Training(Section):
 
 class Optimizer(Section):
     name: Literal["adamw"] = "adamw"
+    """AdamW (arXiv 1711.05101)."""
     lr: Annotated[float, Field(gt=0)]
+    """Learning rate at its peak."""
     betas: Annotated[tuple[Momentum, Momentum], Field(strict=False)] = (0.9, 0.95)
+    """Of the running means of gradients and of their squares."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Of matrices; vectors (norms) are not decayed."""
 
@@ -215,6 +230,7 @@ class Scheduler(Section):
     name: Literal["cosine", "wsd"] = "cosine"
     """wsd: warmup, stable, then linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises to its peak."""
     decay_ratio: Fraction = 0.2
     """wsd: share of all steps in the final decay."""
     min_lr_factor: Fraction = 0.1
@@ -277,12 +293,14 @@ class MegatronEngine(Section):
     """Megatron-core's DDP and distributed optimizer."""
 
     name: Literal["megatron"] = "megatron"
+    """All degrees of parallel."""
 
 
 class DeepSpeedEngine(Section):
     """DeepSpeed's ZeRO; context and tensor parallel, no pipeline."""
 
     name: Literal["deepspeed"]
+    """tp, cp and data parallel."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -327,7 +345,9 @@ class Metrics(Section):
     tensorboard: bool = False
     """Also to tensorboard/ in the run folder."""
     wandb: bool = False
+    """Also to W&B, offline where there is no account."""
     wandb_project: str = "longspan"
+    """Of W&B."""
 
 
 class Launch(Section):
@@ -342,16 +362,21 @@ class Launch(Section):
 
 class StageTraining(Section):
     seq_length: Positive | None = None
+    """As in training, and so the others."""
     global_batch_size: Positive | None = None
+    """Sequences per step."""
     micro_batch_size: Positive | None = None
+    """Sequences per data-parallel rank and forward pass."""
 
 
 class StageModel(Section):
     rope_theta: Annotated[float, Field(gt=0)] | None = None
+    """Usually raised with the length."""
 
 
 class StageOptimizer(Section):
     lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate at its peak."""
 
 
 class Stage(Section):

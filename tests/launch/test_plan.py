@@ -73,16 +73,20 @@ def test_the_command(longspan, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_linear_layers_alone_have_no_schedules_to_draw(longspan, tmp_path):
+    linear = ["model.layers.pattern=[linear]", "model.layers.blocks.full=null", "model.layers.blocks.sparse=null"]
+    done = longspan("plan", "quickstart", *linear, "-o", tmp_path / "plan.png")
+    assert done.returncode == 0, done.stderr
+    assert "  states" in done.stdout
+    assert not (tmp_path / "plan.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--device", "h10"], "--device: unknown (did you mean h100?); known: a100, h100, h200, b200"),
         (["--gpus", "0"], "--gpus: must be at least 1, got 0"),
         (["--gpus", "7"], "launch.processes: 7 is not a multiple of parallel.tp * cp * pp = 2; use 2"),
-        (
-            ["model.layers.pattern=[linear]", "model.layers.blocks.full=null", "model.layers.blocks.sparse=null"],
-            "no softmax attention",
-        ),
     ],
 )
 def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
