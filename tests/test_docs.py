@@ -59,8 +59,8 @@ def test_the_worked_example_is_what_its_page_shows():
 def test_what_a_page_says_can_be_done(page, tmp_path):
     """In a copy of the repository, which is the package that runs."""
     here = tmp_path / "longspan"
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, tracked):
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, check=True)
+    for name in listed.stdout.decode().splitlines():
         if (REPOSITORY / name).exists():
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, here / name)

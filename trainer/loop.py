@@ -103,7 +103,9 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 now, first = recipe.at(step - 1), recipe.data_start(step - 1)
                 batches = Batches(now, data, recipe_vocab_size(recipe), engine.share, engine.device, first)
                 engine.begin_stage(now)
-                flops = sum(training_flops(now.model, now.training.seq_length, recipe_vocab_size(recipe)).values())
+                flops = training_flops(now.model, now.training.seq_length, recipe_vocab_size(recipe))
+                if log and step - 1 in recipe.stage_starts:
+                    log.log(step, {f"flops/{name}": part for name, part in flops.items()})
                 if display and now != recipe:
                     display.say(f"step {step}: {_stage(now)}")
                 since, logged, waited = time.monotonic(), step - 1, 0.0  # packing takes its time
@@ -143,7 +145,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             "data/padding_ratio": result.padding / now.tokens_per_step,
                             "perf/step_time_s": seconds,
                             "perf/data_time_s": waited / (step - logged),
-                            **_speed(speed / dist.get_world_size(), flops),
+                            **_speed(speed / dist.get_world_size(), sum(flops.values())),
                             **_memory(),
                         },
                     )

@@ -26,6 +26,9 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert "Traceback" not in done.stderr
 
     records = read(run)
+    assert records[0]["step"] == 1
+    assert set(records[0]) == {"step", "flops/linear", "flops/sparse", "flops/full", "flops/output"}
+    assert records[0]["flops/full"] > records[0]["flops/sparse"] > 0
     training, evaluations = ([r for r in records if key in r] for key in ("train/loss", "eval/loss"))
     assert [r["step"] for r in training] == [1, 5, 10, 15, 20]
     assert [r["step"] for r in evaluations] == [10, 20]
