@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import torch
+import numpy as np
 
 from ..blocks import Block
 from ..linear_blocks import ConvolutionBlock, LinearAttentionBlock, LinearDesign
@@ -12,7 +12,7 @@ from .rows import Rows, parts_of
 
 def ends(model: Model, vocab_size: int, shift: float = 0.0) -> Iterator[Rows]:
     """Embedding, last norm and output matrix."""
-    words = torch.arange(vocab_size)
+    words = np.arange(vocab_size)
     yield Rows("embedding.word_embeddings.weight", {"model.embed_tokens.weight": words})
     yield Rows("decoder.final_layernorm.weight", {"model.norm.weight": None}, shift)
     if not model.tie_word_embeddings:
@@ -41,7 +41,7 @@ def softmax(model: Model, layer: int, gate: bool = False, theirs_gated: bool = F
         return
     q, gates, k, v = parts_of(model.kv_heads, (queries, queries if gate else 0, dim, dim))
     if gate:
-        q = torch.stack([q.reshape(heads, dim), gates.reshape(heads, dim)], 1)
+        q = np.stack([q.reshape(heads, dim), gates.reshape(heads, dim)], 1)
     theirs = {"q_proj": q.flatten(), "k_proj": k.flatten(), "v_proj": v.flatten()}
     prefix = f"model.layers.{layer}.self_attn"
     yield Rows(
@@ -63,23 +63,23 @@ def linear(design: LinearDesign, layer: int, names: dict[str, tuple[str, ...]], 
     for name, parts in names.items():
         rows = [_parts(design)[part] for part in parts]
         found[f"model.layers.{layer}.{name}.weight"] = (
-            torch.cat(rows, 1).flatten() if together else torch.cat([r.flatten() for r in rows])
+            np.concatenate(rows, 1).flatten() if together else np.concatenate([r.flatten() for r in rows])
         )
     return Rows(f"decoder.layers.{layer}.mixer.linear_in.weight", found)
 
 
-def _parts(design: LinearDesign) -> dict[str, torch.Tensor]:
+def _parts(design: LinearDesign) -> dict[str, np.ndarray]:
     """Rows of the fused projection, ``[key heads, rows]`` each."""
     mixed, gate, beta, decay = parts_of(design.key_heads, design.parts)
-    q, k, v = mixed.split([design.key_dim, design.key_dim, design.group * design.value_dim], 1)
+    q, k, v = np.split(mixed, [design.key_dim, 2 * design.key_dim], axis=1)
     return {"q": q, "k": k, "v": v, "qkv": mixed, "gate": gate, "beta": beta, "decay": decay}
 
 
-def _channels(design: LinearDesign, *parts: str) -> torch.Tensor:
+def _channels(design: LinearDesign, *parts: str) -> np.ndarray:
     """Of the convolution, which goes over a key head's query, key and values: those of all heads for each of ``parts``."""
     q, k, v = parts_of(design.key_heads, (design.key_dim, design.key_dim, design.group * design.value_dim))
     found = {"q": q, "k": k, "v": v}
-    return torch.cat([found[part].flatten() for part in parts])
+    return np.concatenate([found[part].flatten() for part in parts])
 
 
 def gated_delta(
@@ -110,7 +110,7 @@ def mamba2(design: LinearDesign, layer: int) -> Iterator[Rows]:
 
 
 def mlp(model: Model, layer: int) -> Iterator[Rows]:
-    gate, up = torch.arange(2 * model.intermediate_size).chunk(2)
+    gate, up = np.split(np.arange(2 * model.intermediate_size), 2)
     prefix = f"model.layers.{layer}.mlp"
     yield Rows(
         f"decoder.layers.{layer}.mlp.linear_fc1.weight", {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}

@@ -11,11 +11,11 @@ from ...attention.patterns import Causal, Window
 from ..blocks import Block, SoftmaxBlock
 from ..linear_blocks import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
 from ..recipe import Model
+from . import naming
+from .rows import Rows
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from .rows import Rows
 
 Misfits = Iterator[str]
 
@@ -68,36 +68,28 @@ class Native(ABC):
     def misfits(self) -> Misfits:
         """Why the model is not exactly this: one reason after another."""
 
-    def rows(self) -> "Iterator[Rows]":
+    def rows(self) -> Iterator[Rows]:
         """All parameters, layer by layer; of a model that is not exactly this, those that both have."""
-        from . import naming
-
         yield from naming.ends(self.model, self.source.vocab_size, self.shift)
         for layer, block in enumerate(self.stack):
             yield from self.norm_rows(layer, block)
             yield from self.softmax_rows(layer, block) if isinstance(block, SoftmaxBlock) else self.linear_rows(layer, block)
             yield from self.mlp_rows(layer, block)
 
-    def norm_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def norm_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if block.norm != "reordered":
             yield from naming.norms(layer, "input_layernorm", "post_attention_layernorm", self.shift)
 
-    def softmax_rows(self, layer: int, block: SoftmaxBlock) -> "Iterator[Rows]":
-        from . import naming
-
+    def softmax_rows(self, layer: int, block: SoftmaxBlock) -> Iterator[Rows]:
         yield from naming.softmax(self.model, layer, block.output_gate, theirs_gated=self.output_gate)
         if self.qk_norm and block.qk_norm == self.qk_norm:
             yield from naming.qk_norms(layer, "norm" if self.qk_norm == "all" else "layernorm", self.shift)
 
-    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
+    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         """Of its mixers that are no softmax attention; none of those that it has not."""
         return iter(())
 
-    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if block.mlp == "dense":
             yield from naming.mlp(self.model, layer)
 
@@ -251,9 +243,7 @@ class MiniMax(Native):
             "mlp_beta_factor": beta,
         }
 
-    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if isinstance(block, LightningBlock) and block.style == "minimax" and block.output_gate:
             names = {"self_attn.qkv_proj": ("qkv",), "self_attn.output_gate": ("gate",)}
             yield naming.linear(block.design(self.model, layer), layer, names, together=True)
@@ -263,9 +253,7 @@ class MiniMax(Native):
     def idle(self, name: str) -> bool:
         return self.experts == 1 and name.endswith(".mlp.gate.weight")  # with one expert
 
-    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         yield from naming.experts(layer, self.experts if block.mlp == "moe" else None)
 
     def finish(self, built: "nn.Module") -> None:
@@ -336,9 +324,7 @@ class Qwen35(_GatedDelta):
         found["rope_parameters"]["partial_rotary_factor"] = self.blocks("full")[0].rotary_fraction
         return found
 
-    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if isinstance(block, GatedDeltaNetBlock):
             parts = {"in_proj_qkv": ("q", "k", "v"), "in_proj_z": ("gate",), "in_proj_b": ("beta",), "in_proj_a": ("decay",)}
             yield from naming.gated_delta(block.design(self.model, layer), layer, parts, "norm", "out_proj")
@@ -368,18 +354,14 @@ class OlmoHybrid(_GatedDelta):
             found["rope_parameters"]["rope_theta"] = None  # its config makes the default of no parameters
         return found
 
-    def norm_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def norm_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if block.norm == "reordered":
             yield naming.whole(layer, "post_mixer_layernorm.weight", "post_attention_layernorm.weight")
             yield naming.whole(layer, "post_mlp_layernorm.weight", "post_feedforward_layernorm.weight")
         else:
             yield from super().norm_rows(layer, block)
 
-    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if isinstance(block, GatedDeltaNetBlock):
             names = {"q": "q", "k": "k", "v": "v", "gate": "g", "beta": "b", "decay": "a"}
             parts = {f"{theirs}_proj": (ours,) for ours, theirs in names.items()}
@@ -427,15 +409,11 @@ class Granite(Native):
         del found["head_dim"]
         return found
 
-    def linear_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if isinstance(block, Mamba2Block):
             yield from naming.mamba2(block.design(self.model), layer)
 
-    def mlp_rows(self, layer: int, block: Block) -> "Iterator[Rows]":
-        from . import naming
-
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if block.mlp == "dense":
             yield naming.whole(layer, "mlp.linear_fc1.weight", "shared_mlp.input_linear.weight")
             yield naming.whole(layer, "mlp.linear_fc2.weight", "shared_mlp.output_linear.weight")

@@ -8,12 +8,12 @@ from ...attention.patterns import Ruled
 from ..blocks import Block, SoftmaxBlock
 from ..errors import UserError
 from ..linear_blocks import ConvolutionBlock, LinearAttentionBlock
+from . import naming
 from .native import Source, native_target
+from .rows import Rows
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from .rows import Rows
 
 
 class Target(Protocol):
@@ -21,7 +21,7 @@ class Target(Protocol):
 
     def config(self) -> dict: ...
 
-    def rows(self) -> "Iterator[Rows]": ...
+    def rows(self) -> Iterator[Rows]: ...
 
     def finish(self, built: "nn.Module") -> None: ...
 
@@ -77,9 +77,7 @@ class Custom:
             "attention_sink": block.attention_sink,
         }
 
-    def rows(self) -> "Iterator[Rows]":
-        from . import naming
-
+    def rows(self) -> Iterator[Rows]:
         yield from naming.ends(self.model, self.source.vocab_size)
         for number, block in enumerate(self.model.stack):
             yield from naming.custom_layer(self.model, block, number)
