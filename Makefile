@@ -10,8 +10,8 @@ train: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed
-	$(BIN)/python -m pytest -m ""
+test-all: test
+	$(BIN)/python -m pytest -m "wide and not gpu"
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

@@ -65,18 +65,20 @@ def main() -> list[float]:
     layout = Layout.zigzag(LENGTH, ranks)  # which tokens a rank has
     own = layout.shard(tokens, rank)
     labels = layout.shard(tokens.roll(-1, 1), rank)
+    # A document's last token has no label: what follows it is another document's.
+    counted = (DOCUMENTS.roll(-1, 1) == DOCUMENTS) & (torch.arange(LENGTH) < LENGTH - 1)
+    weights, total = layout.shard(counted.float(), rank), counted.sum()
     losses = []
     for _ in range(STEPS):
         sequence = Sequence(layout, rank, DOCUMENTS)
-        loss = model(own, None, None, labels=labels, packed_seq_params=sequence).sum() / tokens.numel()
+        loss = (model(own, None, None, labels=labels, packed_seq_params=sequence) * weights).sum() / total
         optimizer.zero_grad()
         loss.backward()
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
         optimizer.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        losses.append(float(total))
+        dist.all_reduce(loss := loss.detach())
+        losses.append(float(loss))
     parallel_state.destroy_model_parallel()
     return losses
 

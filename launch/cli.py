@@ -171,9 +171,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Tasks of RULER's kind: several numbers in held-out text, one among a crowd of them, one that is passed on "
         "from name to name, the most frequent word.",
     )
-    for command, run, count in ((loss, _eval_loss, None), (needle, _eval_needle, 10), (tasks, _eval_tasks, 50)):
+    for command, run, count in ((loss, _eval_loss, None), (needle, _eval_needle, 20), (tasks, _eval_tasks, 50)):
         command.add_argument("run_dir", metavar="RUN")
-        command.add_argument("--lengths", metavar="T,T", help="tokens (default: as trained, twice and four times as many)")
+        command.add_argument(
+            "--lengths", metavar="T,T", help="tokens (default: as trained, twice and four times as many, where there is text)"
+        )
         command.add_argument("--data", metavar="PREFIX", help="of a corpus (default: the run's held-out text)")
         if count:
             command.add_argument("--examples", type=int, default=count, help=f"of each (default {count})")

@@ -4,8 +4,10 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..trainer.blocks import MoBABlock
 from ..trainer.data.tokenizer import recipe_tokenizer
 from ..trainer.errors import UserError
 from ..trainer.evaluation.mqar_settings import settings_of
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from ..trainer.engine import Engine
     from ..trainer.evaluation.held_out import Haystack
     from ..trainer.evaluation.tasks import Example
+
+_NAMES = 32
+"""Tokens by which two examples of a length may differ, since names are split in several ways."""
 
 
 def eval_mqar(options: Namespace) -> None:
@@ -41,27 +46,27 @@ def eval_loss(options: Namespace) -> None:
     folder = _folder(options, "loss")
     if options.documents < 1:
         raise UserError(f"--documents: must be at least 1, got {options.documents}")
-    lengths = options.lengths and sorted(numbers("--lengths", options.lengths))
-    from ..trainer.evaluation.position_loss import default_lengths, position_loss, require_documents
+    asked = sorted(numbers("--lengths", options.lengths)) if options.lengths else None
+    from ..trainer.evaluation.position_loss import documents_of, lengths_of, position_loss
 
     corpus, trained = _corpus(folder, options), _trained_length(folder)
-    lengths = lengths or default_lengths(corpus, trained)
-    require_documents(corpus, lengths)
+    documents = {length: documents_of(corpus, length, options.documents) for length in lengths_of(corpus, asked, trained)}
     rows = []
-    with _engine(folder) as engine, track("reading", len(lengths) * options.documents, of_bytes=False) as advance:
-        for length in lengths:
-            read, ranges = position_loss(engine, corpus, length, options.documents, advance)
-            rows += [{"length": length, "trained": length <= trained, "documents": read, **r._asdict()} for r in ranges]
+    with _engine(folder) as engine, track("reading", sum(map(len, documents.values())), of_bytes=False) as advance:
+        for length, chosen in documents.items():
+            for found in position_loss(engine, corpus, length, chosen, advance):
+                seen = {"length": length, "documents": len(chosen), "trained": found.stop <= trained}
+                rows.append({**seen, **found._asdict()})
     from ..trainer.evaluation.plots import plot_position_loss
 
     lines = [("documents of", "places", "loss", "gain", "+-", "")]
     for row in rows:
-        documents = f"{row['documents']} documents" if row["start"] == 0 else ""
-        places = f"{row['start']:,} .. {row['stop']:,}"
-        numbers_of = (f"{row[name]:.4f}" for name in ("loss", "gain", "error"))
-        lines.append((f"{row['length']:,}", places, *numbers_of, documents))
-    print(f"{table(lines)}\ngain: what the same tokens cost more where the model sees none that lie before these places")
-    _keep(folder, "loss", {"corpus": corpus.prefix, "ranges": rows}, plot_position_loss, rows)
+        notes = [f"{row['documents']} documents"] * (row["start"] == 0) + ["(longer than trained)"] * (not row["trained"])
+        numbers_of = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("loss", "gain", "error"))
+        lines.append((f"{row['length']:,}", f"{row['start']:,} .. {row['stop']:,}", *numbers_of, " ".join(notes)))
+    print(f"{table(lines)}\ngain: what the same tokens cost more where the text begins at half the first of these places")
+    report = {"corpus": corpus.prefix, "trained_length": trained, "ranges": rows}
+    _keep(folder, "loss", report, lambda *where: plot_position_loss(rows, trained, *where))
 
 
 def eval_needle(options: Namespace) -> None:
@@ -77,7 +82,8 @@ def eval_needle(options: Namespace) -> None:
     rows = _ask(folder, options, settings, lambda count, **setting: needles(haystack, count, options.seed, **setting))
     from ..trainer.evaluation.plots import plot_needle
 
-    _keep(folder, "needle", {"examples": options.examples, "seed": options.seed, "settings": rows}, plot_needle, rows)
+    report = {"examples": options.examples, "seed": options.seed, "settings": rows}
+    _keep(folder, "needle", report, lambda *where: plot_needle(rows, *where))
 
 
 def eval_tasks(options: Namespace) -> None:
@@ -96,7 +102,8 @@ def eval_tasks(options: Namespace) -> None:
     rows = _ask(folder, options, settings, lambda count, **setting: examples(haystack, count, options.seed, **setting))
     from ..trainer.evaluation.plots import plot_tasks
 
-    _keep(folder, "tasks", {"examples": options.examples, "seed": options.seed, "settings": rows}, plot_tasks, rows)
+    report = {"examples": options.examples, "seed": options.seed, "settings": rows}
+    _keep(folder, "tasks", report, lambda *where: plot_tasks(rows, *where))
 
 
 def _ask(
@@ -105,9 +112,18 @@ def _ask(
     """What the model finds in the examples of each setting, also printed."""
     from ..trainer.evaluation.retrieval import measure
 
-    for setting in settings:
-        next(examples(1, **setting))  # tells what does not fit, before the model is loaded
-    rows, trained, count = [], _trained_length(folder), options.examples
+    fitting = []
+    for setting in settings:  # before the model is loaded
+        try:
+            next(examples(1, **{**setting, "length": setting["length"] - _NAMES}))
+        except UserError:
+            if options.lengths:
+                raise
+        else:
+            fitting.append(setting)
+    if not fitting:
+        raise UserError("--lengths: the trained length is too short for any question; give longer ones")
+    settings, rows, trained, count = fitting, [], _trained_length(folder), options.examples
     with _engine(folder) as engine, track("asking", len(settings) * count, of_bytes=False) as advance:
         for setting in settings:
             found = measure(engine, examples(count, **setting), setting["length"], advance)
@@ -117,7 +133,7 @@ def _ask(
 
 
 def _folder(options: Namespace, name: str) -> RunFolder:
-    """The run, which has weights and takes a report; all that is wrong with options that several commands have."""
+    """The run, which takes a report; all that is wrong with options that several commands have."""
     folder = RunFolder(options.run_dir)
     for option in ("examples", "seed"):
         least = 0 if option == "seed" else 1
@@ -128,6 +144,13 @@ def _folder(options: Namespace, name: str) -> RunFolder:
         recipe_tokenizer(folder.recipe)  # tells a run without text
     elif folder.recipe.data.mqar is None:
         raise UserError(f"{folder.path}: was not trained on the recall task; its recipe has no data.mqar")
+    if name in ("needle", "tasks"):
+        for block in folder.recipe.model.stack:
+            if isinstance(block, MoBABlock):
+                raise UserError(
+                    f"{folder.path}: has moba layers, whose blocks of queries choose together: an answer would be seen before "
+                    "it is given; only eval loss can be asked"
+                )
     folder.require_evaluation(name)
     return folder
 
@@ -143,7 +166,8 @@ def _engine(folder: RunFolder) -> Iterator["Engine"]:
 def _corpus(folder: RunFolder, options: Namespace) -> "Corpus":
     from ..trainer.evaluation.held_out import held_out_corpus
 
-    return held_out_corpus(folder.recipe, options.data)
+    folder.require_weights()
+    return held_out_corpus(folder.weights_recipe(), options.data)
 
 
 def _haystack(folder: RunFolder, options: Namespace) -> tuple["Haystack", list[int]]:
@@ -156,24 +180,26 @@ def _haystack(folder: RunFolder, options: Namespace) -> tuple["Haystack", list[i
 
 
 def _trained_length(folder: RunFolder) -> int:
-    """The longest that the run was trained on."""
-    return max(folder.recipe.at(step).training.seq_length for step in folder.recipe.stage_starts)
+    """The longest that the weights were trained on."""
+    recipe, steps = folder.recipe, folder.weights_step() or folder.recipe.training.steps
+    return max(recipe.at(start).training.seq_length for start in recipe.stage_starts if start < max(1, steps))
 
 
-def _keep(folder: RunFolder, name: str, report: dict, plot, rows: list[dict]) -> None:
+def _keep(folder: RunFolder, name: str, report: dict, plot: Callable[[Path, str], None]) -> None:
     picture = folder.evaluation(name).with_suffix(".png")
     folder.write_evaluation(name, report)
-    plot(rows, picture, folder.path.name)
+    plot(picture, folder.path.name)
     print(f"{folder.evaluation(name)} has the numbers, {picture.name} beside it shows them")
 
 
 def _found_table(rows: list[dict], setting: list[str], examples: int) -> str:
-    shown = {"length": "{:,}", "depth": "{:.0%}", "task": "{}", "exact": "{:.3f}", "preferred": "{:.3f}", "loss": "{:.3f}"}
-    names = [*setting, "exact", "preferred", "loss"]
-    lines = [(*names, "")]
+    shown = {"length": "{:,}", "depth": "{:.0%}", "task": "{}"}
+    found = ["exact", "exact_error", "preferred", "preferred_error", "loss"]
+    lines = [(*setting, *("+-" if name.endswith("error") else name for name in found), "")]
     for row in rows:
-        lines.append((*(shown[name].format(row[name]) for name in names), "" if row["trained"] else "(longer than trained)"))
-    legend = "exact: greedy decoding says it; preferred: to a wrong answer, by chance a half"
+        cells = [shown.get(name, "{:.3f}").format(row[name]) for name in (*setting, *found)]
+        lines.append((*cells, "" if row["trained"] else "(longer than trained)"))
+    legend = "exact: greedy decoding says it; preferred: to a wrong answer that is in the text too, by chance a half"
     return f"{table(lines)}\n{legend}; {examples} examples of each"
 
 

@@ -54,6 +54,8 @@ def plan(options: argparse.Namespace) -> None:
     )
     if any(isinstance(block, SoftmaxBlock) for block in recipe.model.stack):
         print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
+    else:
+        print("\nno layer has a schedule that could be drawn: only states move")
 
 
 def _on(name: str, overrides: list[str], gpus: int | None) -> Recipe:

@@ -80,7 +80,7 @@ class Engine(Protocol):
         ...
 
     def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each of the ``labels`` ``[batch, time]`` the loss in nats, and whether no other token is likelier; as ``logits``,
+        """Of each of the ``labels`` ``[batch, time]`` the loss in nats, and whether it is the likeliest token; as ``logits``,
         but with those of a tile of tokens alone in memory.
         """
         ...

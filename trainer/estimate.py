@@ -131,7 +131,8 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     mixer, mlp = flops_per_token(model, recipe.training.seq_length, layer), 2.0 * mlp_parameters(model, block, per_token=True)
     projections = 2.0 * mixer_parameters(model, layer)
     slowest = mixer + mlp + (work - 1) * (mixer - projections)
-    again = {"full": slowest, "selective": projections + mlp, "none": mlp if recipe.memory.mlp_tile else 0.0}
+    tiled = mlp if recipe.memory.mlp_tile else 0.0  # once more, whatever is recomputed around it
+    again = {"full": slowest + tiled, "selective": projections + mlp + tiled, "none": tiled}
     mode = recipe.memory.recompute_of(name)
     return LayerKind(name, block.mixer, model.stack_names.count(name), mixer, mlp, received, work, slowest, again[mode], choice)
 

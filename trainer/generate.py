@@ -13,8 +13,7 @@ from .run_folder import RunFolder
 
 def load_for_inference(folder: RunFolder) -> Engine:
     """The run's model with its weights, whole in this process whatever it was trained on; needs a process group of one."""
-    if not folder.weights.is_file():
-        raise UserError(f"{folder.path}: has no weights.safetensors; the run has not finished")
+    folder.require_weights()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -22,7 +21,7 @@ def load_for_inference(folder: RunFolder) -> Engine:
         weights = load_file(folder.weights)
     except SafetensorError as error:
         raise UserError(f"{folder.weights}: is damaged ({error})") from None
-    return with_weights(folder.recipe.at(folder.recipe.training.steps - 1), weights)
+    return with_weights(folder.weights_recipe(), weights)
 
 
 def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:

@@ -55,13 +55,20 @@ def token_losses(
     vocab_size: int | None = None,
     tile: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether no other label is likelier: ``[tokens]``.
+    """``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether ``argmax`` says its label: ``[tokens]``.
 
     Without gradients; the arguments are those of :func:`cross_entropy_sum`.
     """
     first, real = _part(weight, group, vocab_size)
-    tiles = _tiles(hidden, weight[:real], labels - first, group, _exact(hidden), tile)
-    losses, likeliest = zip(*((each.losses, each.likeliest) for each in tiles), strict=True)
+    found = []
+    for each in _tiles(hidden, weight[:real], labels - first, group, _exact(hidden), tile):
+        # Of several that are as likely the first one, over all ranks.
+        last = torch.full_like(each.where[:, 0], torch.iinfo(torch.int64).max)
+        said = (each.exponentials.argmax(1) + first).where(each.exponentials.amax(1) == 1, last) if real else last
+        if group is not None and group.size() > 1:
+            dist.all_reduce(said, dist.ReduceOp.MIN, group=group)
+        found.append((each.losses, said == labels[each.part]))
+    losses, likeliest = zip(*found, strict=True)
     return torch.cat(losses), torch.cat(likeliest)
 
 
@@ -80,11 +87,10 @@ class _Tile(NamedTuple):
     part: slice
     """Its tokens."""
     exponentials: Tensor
-    """Of the logits less their largest, ``[tokens, real]``; the next tile may take their memory."""
+    """Of the logits less the largest of all ranks, ``[tokens, real]``; the next tile may take their memory."""
     sums: Tensor
     """Of the exponentials over the whole vocabulary, ``[tokens]``."""
     losses: Tensor
-    likeliest: Tensor
     where: Tensor
     """The row that is a label's, ``[tokens, 1]``, where it is ``mine``."""
     mine: Tensor
@@ -110,7 +116,7 @@ def _tiles(
         sums = torch.stack([asked, logits.exp_().sum(1)])
         if shared:
             dist.all_reduce(sums, group=group)
-        yield _Tile(part, logits, sums[1], sums[1].log() - sums[0], sums[0] == 0, where, mine)
+        yield _Tile(part, logits, sums[1], sums[1].log() - sums[0], where, mine)
 
 
 class _CrossEntropySum(torch.autograd.Function):

@@ -21,7 +21,7 @@ class HybridModel(GPTModel):
     """``GPTModel`` whose loss has no logits but those of ``loss_tile`` tokens, and none of the vocabulary's padding.
 
     Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it gives the sum of the losses;
-    without weights what :func:`~.loss.token_losses` does.
+    without gradients and without weights what :func:`~.loss.token_losses` does.
     """
 
     def __init__(self, *args, real_vocab_size: int, loss_tile: int, **kwargs):
@@ -42,6 +42,8 @@ class HybridModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         asked = hidden.flatten(0, 1), weight, labels.T.flatten()
         vocabulary = group, self.real_vocab_size, self.loss_tile
+        if loss_mask is None and torch.is_grad_enabled():
+            raise ValueError("HybridModel: labels to train on come with their weights, as loss_mask")
         if loss_mask is not None:
             return cross_entropy_sum(*asked, loss_mask.T.flatten(), *vocabulary)
         return tuple(each.unflatten(0, labels.T.shape).T for each in token_losses(*asked, *vocabulary))

@@ -16,16 +16,24 @@ _SHARED = {
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}"}
 
 
+_TOP = """\
+# Every key of a recipe
+
+Printed by `longspan recipes --keys`. How to write one: [writing-recipes.md](writing-recipes.md).
+"""
+
+
 def recipe_keys() -> str:
     """Markdown: a section for each of the recipe's, and in the layers' one for each mixer."""
     schema = Recipe.model_json_schema()
-    return "\n".join(_Page(schema["$defs"]).section("", schema)).strip() + "\n"
+    return _TOP + "\n".join(_Page(schema["$defs"]).section("", schema)) + "\n"
 
 
 class _Page:
     def __init__(self, definitions: dict[str, dict]):
         self._definitions = definitions
-        self._written: set[str] = set()
+        self._paths: dict[str, str] = {}
+        """Of the definitions that were met: where their section is."""
 
     def section(self, path: str, definition: dict, known: dict[str, dict] | None = None) -> Iterator[str]:
         """Of a mapping: its keys but for those that are ``known``, then the sections in it."""
@@ -59,11 +67,10 @@ class _Page:
                     yield from self.section(f"{path}: {{name: {kind['properties']['name']['const']}}}", kind)
             return
         for reference in [value, *value.get("anyOf", ())]:
-            if "$ref" in reference and (name := _name(reference)) not in self._written:
-                self._written.add(name)
+            if "$ref" in reference and self._paths.setdefault(name := _name(reference), path) == path:
                 yield from self.section(path, self._definitions[name])
         if "items" in value:
-            yield from self._inside(f"{path}[]", value["items"])
+            yield from self._inside(path, value["items"])
         if isinstance(value.get("additionalProperties"), dict):
             yield from self._inside(path, value["additionalProperties"])
 
@@ -71,7 +78,13 @@ class _Page:
         shared: dict[str, dict] = {}
         for base, which in _SHARED.items():
             schema = base.model_json_schema()
-            yield from self.section(f"{path}: {which}", {**schema, "description": ""}, shared)
+            having = [
+                kind["properties"]["mixer"]["const"]
+                for kind in kinds
+                if schema["properties"].keys() <= kind["properties"].keys()
+            ]
+            about = f"Of {', '.join(f'`{mixer}`' for mixer in having)}."
+            yield from self.section(f"{path}: {which}", {**schema, "description": about}, shared)
             shared |= schema["properties"]
         for kind in kinds:
             mixer = kind["properties"]["mixer"]
@@ -86,16 +99,18 @@ class _Page:
         if "anyOf" in value:
             return " or ".join(self._kind(each, path) for each in value["anyOf"])
         if "$ref" in value:
-            return f"[mapping](#{path.replace('.', '').replace('[]', '').lower()})"
+            path = self._paths.setdefault(_name(value), path)
+            return f"[mapping](#{path.replace('.', '').lower()})"
         if "discriminator" in value:
             return "mapping, see below"
         kind = value.get("type", "anything")
         if kind in ("integer", "number"):
-            bounds = [text.format(f"{value[name]:g}") for name, text in _BOUNDS.items() if name in value]
-            return " and ".join([{"integer": "whole number", "number": "number"}[kind], *bounds]).replace(" and ", " ", 1)
+            bounds = [text.format(f"{value[name]:,}".removesuffix(".0")) for name, text in _BOUNDS.items() if name in value]
+            return " ".join([{"integer": "whole number", "number": "number"}[kind], " and ".join(bounds)]).strip()
         if kind == "array":
-            of = value.get("prefixItems") or [value.get("items", {})]
-            return f"list of {', '.join(dict.fromkeys(self._kind(each, path) for each in of))}"
+            fixed = value.get("prefixItems", [])
+            kinds = dict.fromkeys(self._kind(each, path) for each in fixed or [value.get("items", {})])
+            return " ".join(["list of", *([str(len(fixed))] if fixed else []), ", ".join(kinds)])
         if kind == "object":
             inner = value.get("additionalProperties")
             return f"mapping of names to {self._kind(inner, path)}" if isinstance(inner, dict) else "mapping"

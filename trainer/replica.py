@@ -84,7 +84,9 @@ class Replica:
 
     @torch.no_grad()
     def _whole(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Of the model, with sequences filled up to whole blocks: those behind a token do not change what it sees."""
+        """Of the model, with sequences filled up to whole blocks. What lies behind a token does not change what it sees, except
+        in ``moba``, where all queries of a block choose together.
+        """
         more = -tokens.shape[1] % self.recipe.model.document_alignment
         tokens, labels = (each if each is None else F.pad(each, (0, more)) for each in (tokens, labels))
         return self.model(tokens, None, None, labels=labels, packed_seq_params=Sequence.single(*tokens.shape, tokens.device))

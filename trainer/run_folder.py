@@ -168,14 +168,23 @@ class RunFolder:
     def require_evaluation(self, name: str) -> None:
         """Refuse what :meth:`write_evaluation` could not write."""
         file = self.evaluation(name)
-        if not os.access(next(path for path in (file, file.parent, self.path) if path.exists()), os.W_OK):
+        if not os.access(file.parent if file.parent.exists() else self.path, os.W_OK | os.X_OK):
             raise UserError(f"{file}: cannot be written")
+
+    def require_weights(self) -> None:
+        """Refuse a run that has none."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.path}: has no weights.safetensors; the run has not finished")
+
+    def weights_recipe(self) -> Recipe:
+        """Of the stage that the weights are of, which is not the last where a run was lengthened and stopped."""
+        return self.recipe.at(max(0, (self.weights_step() or self.recipe.training.steps) - 1))
 
     def write_evaluation(self, name: str, report: dict) -> None:
         """What the model of this run's weights was found to do."""
         file = self.evaluation(name)
         file.parent.mkdir(exist_ok=True)
-        replace_file(file, json.dumps({"step": self.weights_step(), **report}, indent=1) + "\n")
+        replace_file(file, json.dumps({"step": self.weights_step(), **report}, indent=1, allow_nan=False) + "\n")
 
     def weights_step(self) -> int | None:
         """The step that the weights are of; None where there are none."""

@@ -66,12 +66,16 @@ def test_the_losses_of_tokens_and_which_are_likeliest(threads, ranks):
     hidden, weight, labels, _ = problem()
     logits = (hidden @ weight.T)[:, :VOCABULARY]
     labels[10:20] = logits[10:20].argmax(1)
+    hidden[3:6] = 0.0  # all are as likely: the first is said
+    labels[3:6] = torch.tensor([0, 1, VOCABULARY - 1])
+    logits = (hidden @ weight.T)[:, :VOCABULARY]
     for losses, likeliest in threads(
         ranks, lambda rank, group: token_losses(hidden, weight.chunk(ranks)[rank], labels, group, VOCABULARY, 8)
     ):
         assert error([losses], [F.cross_entropy(logits, labels, reduction="none")]) < 1e-12
         assert torch.equal(likeliest, logits.argmax(1) == labels)
-        assert 10 <= likeliest.sum() < TOKENS
+        assert likeliest[3:6].tolist() == [True, False, False]
+        assert 11 <= likeliest.sum() < TOKENS
 
 
 def test_only_what_is_asked_for_is_made():

@@ -11,8 +11,8 @@ WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
 PAIRS = {"dp": (2, []), "tp": (2, ["parallel.tp=2"]), "pp": (2, ["parallel.pp=2"]), "cp": (2, ["parallel.cp=2"])}
 CONTEXT = {"cp-tp": (4, ["parallel.cp=2", "parallel.tp=2"])}
+GRID = {"cp-schedules": (4, ["parallel.cp=4", "parallel.schedule=grid", "parallel.schedules.sparse=stripes"])}
 MORE_CONTEXT = {
-    "cp-schedules": (4, ["parallel.cp=4", "parallel.schedule=grid", "parallel.schedules.sparse=stripes"]),
     "cp-contiguous": (2, ["parallel.cp=2", "parallel.layout=contiguous"]),
     "cp-dp": (4, ["parallel.cp=2"]),
     "cp-pp": (4, ["parallel.cp=2", "parallel.pp=2"]),

@@ -1,5 +1,7 @@
 """Held-out text to measure a run on."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..data.corpus import Corpus, check_corpus
@@ -8,17 +10,13 @@ from ..data.tokenizer import Tokenizer, recipe_tokenizer, recipe_vocab_size
 from ..errors import UserError
 from ..recipe import Recipe
 
-_PIECE = 256
-"""Tokens of a piece at most."""
-
 
 def held_out_corpus(recipe: Recipe, prefix: str | None = None) -> Corpus:
-    """Of the last stage's data, or under a ``prefix`` that was made with the same tokenizer.
+    """The recipe's, or that under a ``prefix`` which was made with the same tokenizer.
 
     Raises:
         UserError: where there is none, or its files are no good.
     """
-    recipe = recipe.at(recipe.training.steps - 1)
     tokenizer, data = recipe_tokenizer(recipe), recipe.data
     prefix = prefix or data.validation or (NAME if NAME in data.sources else None)
     if prefix is None:
@@ -31,28 +29,26 @@ def held_out_corpus(recipe: Recipe, prefix: str | None = None) -> Corpus:
 
 
 class Haystack:
-    """Text to hide things in: the lines of held-out documents, one document after another, over and over."""
+    """Text to hide things in: held-out documents one after another, over and over."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer):
         self._corpus, self.tokenizer = corpus, tokenizer
 
-    def pieces(self, tokens: int, random: np.random.Generator) -> list[list[int]]:
-        """Lines from a random document on, long ones in parts: as many as fit into so many ``tokens``, as ids."""
-        taken, room, document = [], tokens, int(random.integers(len(self._corpus)))
-        while room > 0:
-            for piece in self._lines(document, room):
-                if len(piece) > room:
-                    return taken
-                taken.append(piece)
-                room -= len(piece)
-            document = (document + 1) % len(self._corpus)
+    def text(self, tokens: int, random: np.random.Generator) -> list[int]:
+        """So many tokens from the beginning of a random document on, without those that end documents."""
+        taken: list[int] = []
+        for document in self._from(int(random.integers(len(self._corpus)))):
+            if len(taken) >= tokens:
+                return taken[:tokens]
+            count = min(int(self._corpus.lengths[document]), tokens - len(taken) + 1)
+            ids = self._corpus.read(document, 0, count)
+            taken += ids[ids != self.tokenizer.end_of_document].tolist()
         return taken
 
-    def _lines(self, document: int, tokens: int) -> list[list[int]]:
-        """Of the beginning of a document: what so many tokens may take, and a bit more."""
-        ids = self._corpus.read(document, 0, min(int(self._corpus.lengths[document]), tokens + _PIECE))
-        if ids[-1] == self.tokenizer.end_of_document:
-            ids = ids[:-1]
-        lines = self.tokenizer.decode(ids.tolist()).splitlines(keepends=True)
-        encoded = [self.tokenizer.encode(line.encode()) for line in lines]
-        return [line[start : start + _PIECE] for line in encoded for start in range(0, len(line), _PIECE)]
+    def _from(self, first: int) -> Iterator[int]:
+        """Documents without end."""
+        if not (self._corpus.lengths > 1).any():
+            raise UserError(f"{self._corpus.prefix}: has no document of more than one token to make a text of")
+        while True:
+            yield first
+            first = (first + 1) % len(self._corpus)

@@ -16,7 +16,9 @@ class Setting:
 
 def trained_settings(recipe: Recipe) -> list[Setting]:
     """Those that the model has seen, the hardest last."""
-    return [Setting(recipe.training.seq_length, pairs) for pairs in sorted(set(recipe.data.mqar.pairs))]
+    stages = [stage for stage in map(recipe.at, recipe.stage_starts) if stage.data.mqar]
+    seen = {Setting(stage.training.seq_length, pairs) for stage in stages for pairs in stage.data.mqar.pairs}
+    return sorted(seen, key=lambda setting: (setting.length, setting.pairs))
 
 
 def default_settings(recipe: Recipe) -> list[Setting]:

@@ -7,19 +7,20 @@ from matplotlib.figure import Figure
 _PANELS = {"exact": "exact", "preferred": "preferred to a wrong one (chance 0.5)"}
 
 
-def plot_position_loss(rows: list[dict], path: Path, title: str) -> None:
-    """``rows`` with length, start, stop, loss, gain and error: a line for each length."""
+def plot_position_loss(rows: list[dict], trained: int, path: Path, title: str) -> None:
+    """``rows`` with length, documents, start, stop, loss, gain and error: a line for each length, and where training ended."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    panels = {"loss": "held-out loss (nats per token)", "gain": "gain by what lies before (nats per token)"}
-    trained = max((row["length"] for row in rows if row["trained"]), default=None)
+    panels = {"loss": "held-out loss (nats per token)", "gain": "gain by text far back (nats per token)"}
     for axes, (name, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for length in dict.fromkeys(row["length"] for row in rows):
-            mine = [row for row in rows if row["length"] == length and (name == "loss" or row["start"])]
+            mine = [row for row in rows if row["length"] == length and row[name] is not None]
+            if not mine:
+                continue
             places = [(row["start"] + row["stop"]) / 2 for row in mine]
-            errors = [row["error"] for row in mine] if name == "gain" else None
+            errors = [2 * (row["error"] or 0) for row in mine] if name == "gain" else None
             about = f"{mine[0]['documents']} documents of {length:,}"
             axes.errorbar(places, [row[name] for row in mine], errors, marker="o", capsize=2, label=about)
-        if trained and trained < rows[-1]["length"]:
+        if trained < rows[-1]["stop"]:
             axes.axvline(trained, color="grey", linestyle=":", label="trained up to here")
         axes.set_xscale("log", base=2)
         axes.set(xlabel="place in the context (tokens)", ylabel=label)

@@ -1,4 +1,4 @@
-"""The held-out loss by the place in the context, and what the text before it is worth to the model."""
+"""The held-out loss by the place in the context, and what text far back is worth to the model."""
 
 import math
 from collections.abc import Callable
@@ -22,57 +22,71 @@ class Range(NamedTuple):
     stop: int
     loss: float
     """Mean, in nats a token."""
-    gain: float
-    """How much more the same tokens cost where the range is all that the model sees; 0 for the first."""
-    error: float
-    """Standard error of the gain, over documents; NaN for one."""
+    gain: float | None
+    """How much more the same tokens cost where the text begins at place ``start / 2``: the worth of what lies before that, to
+    tokens that have at least as many others before them. None for the first range.
+    """
+    error: float | None
+    """Standard error of the gain, over documents; None where there is one, or no gain."""
 
 
-def default_lengths(corpus: Corpus, trained: int) -> list[int]:
-    """The trained one, twice and four times as many, where there are documents of so many tokens."""
-    longest = int(corpus.lengths.max()) - 1
-    lengths = [times * trained for times in (1, 2, 4) if times * trained <= longest]
-    return lengths or [1 << int(math.log2(longest))]
+def lengths_of(corpus: Corpus, asked: list[int] | None, trained: int) -> list[int]:
+    """Those that were asked for; else the trained one, twice and four times as many tokens, where two documents have them.
 
-
-def require_documents(corpus: Corpus, lengths: list[int]) -> None:
-    """Refuse a length that no document has, or that no range fits."""
-    longest = int(corpus.lengths.max()) - 1  # the last token has no label
-    for length in lengths:
+    Raises:
+        UserError: where no document is that long.
+    """
+    labels = np.sort(corpus.lengths - 1)  # the last token has none
+    longest, second = int(labels[-1]), int(labels[-2:][0])
+    for length in asked or [_FIRST]:
         if length < _FIRST:
             raise UserError(f"--lengths: must be at least {_FIRST}, got {length}")
         if length > longest:
             raise UserError(f"--lengths: {length:,}, but the longest document of {corpus.prefix} has {longest:,} labels")
+    if asked:
+        return asked
+    return [times * trained for times in (1, 2, 4) if times * trained <= second] or [
+        max(_FIRST, 1 << int(math.log2(second or 1)))
+    ]
+
+
+def documents_of(corpus: Corpus, length: int, most: int) -> np.ndarray:
+    """At most so many of those that have ``length`` labels, evenly from the corpus."""
+    able = np.flatnonzero(corpus.lengths > length)
+    return able[np.linspace(0, len(able) - 1, min(most, len(able))).astype(int)]
 
 
 def position_loss(
-    engine: Engine, corpus: Corpus, length: int, documents: int, advance: Callable[[int], None] = lambda done: None
-) -> tuple[int, list[Range]]:
-    """How many documents were read, and the loss in ranges of places that double, over their first ``length`` tokens.
+    engine: Engine, corpus: Corpus, length: int, documents: np.ndarray, advance: Callable[[int], None] = lambda done: None
+) -> list[Range]:
+    """Of the first ``length`` tokens of these documents, in ranges of places that double.
 
-    Only documents of at least ``length`` labels are read, at most ``documents`` of them, evenly from the corpus. What stands
-    late in a text may be easier or harder than its beginning, so the same tokens are also read without what lies before.
+    What stands late in a text may be easier or harder than its beginning, so losses of two ranges say little of the context
+    that they have. The gain compares the same tokens with and without a part of theirs.
     """
-    able = np.flatnonzero(corpus.lengths > length)
-    chosen = able[np.linspace(0, len(able) - 1, min(documents, len(able))).astype(int)]
     size, edges = max(1, _TOKENS // length), _edges(length)
-    found: list[np.ndarray] = []  # [2, documents, ranges]: with all that lies before, and without
-    for first in range(0, len(chosen), size):
-        ids = np.stack([corpus.read(int(document), 0, length + 1) for document in chosen[first : first + size]])
+    found: list[np.ndarray] = []  # [2, documents, ranges]: with all that lies before, and without a part
+    for first in range(0, len(documents), size):
+        ids = np.stack([corpus.read(int(document), 0, length + 1) for document in documents[first : first + size]])
         ids = torch.from_numpy(ids).to(engine.device)
-        whole = engine.token_losses(ids[:, :-1], ids[:, 1:])[0].double()
+
+        def losses(begin: int, stop: int, ids=ids) -> torch.Tensor:
+            """Of the labels of places ``begin .. stop`` where the text begins there."""
+            return engine.token_losses(ids[:, begin:stop], ids[:, begin + 1 : stop + 1])[0].double()
+
+        whole = losses(0, length)
         with_all = [whole[:, start:stop].mean(1) for start, stop in edges]
-        alone = [
-            engine.token_losses(ids[:, start:stop], ids[:, start + 1 : stop + 1])[0].double().mean(1)
-            for start, stop in edges[1:]
-        ]
-        found.append(torch.stack([torch.stack(with_all, 1), torch.stack([with_all[0], *alone], 1)]).cpu().numpy())
+        without = [losses(start // 2, stop)[:, start - start // 2 :].mean(1) for start, stop in edges[1:]]
+        found.append(torch.stack([torch.stack(with_all, 1), torch.stack([with_all[0], *without], 1)]).cpu().numpy())
         advance(len(ids))
-    losses, alone = np.concatenate(found, axis=1)
-    gains, count = alone - losses, len(chosen)
-    errors = gains.std(0, ddof=1) / math.sqrt(count) if count > 1 else np.full(len(edges), math.nan)
-    means = zip(edges, losses.mean(0).tolist(), gains.mean(0).tolist(), errors.tolist(), strict=True)
-    return count, [Range(*edge, *numbers) for edge, *numbers in means]
+    with_all, without = np.concatenate(found, axis=1)
+    ranges = []
+    for i, (start, stop) in enumerate(edges):
+        gains, error = without[:, i] - with_all[:, i], None
+        if i and len(gains) > 1:
+            error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
+        ranges.append(Range(start, stop, float(with_all[:, i].mean()), float(gains.mean()) if i else None, error))
+    return ranges
 
 
 def _edges(length: int) -> list[tuple[int, int]]:

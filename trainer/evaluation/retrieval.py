@@ -1,5 +1,6 @@
 """How often a model finds what a long text says: a needle by its depth, and the tasks of :mod:`.tasks`."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,8 +21,11 @@ class Found(NamedTuple):
 
     exact: float
     """Share of the questions that greedy decoding answers, each after right answers to those before it."""
+    exact_error: float
+    """Standard error, over examples; 0 for one."""
     preferred: float
-    """Share whose right answer is likelier than the wrong one; a model that has not read the text has a half."""
+    """Share whose right answer is likelier than the wrong one: a half for a model that cannot tell them apart."""
+    preferred_error: float
     loss: float
     """Of a right answer's tokens, in nats a token."""
 
@@ -42,29 +46,33 @@ def examples(haystack: Haystack, count: int, seed: int, task: str, length: int) 
 
 def measure(engine: Engine, made: Iterator[Example], length: int, advance: Callable[[int], None] = lambda done: None) -> Found:
     """What the model finds in examples of ``length`` tokens."""
-    answers: list[tuple[float, bool, bool]] = []
-    batch: list[Example] = []
-
-    def ask() -> None:
-        right = _answer(engine, [example.right for example in batch])
-        wrong = _answer(engine, [example.wrong for example in batch])
-        for (loss, exact), (other, _) in zip(right, wrong, strict=True):
-            answers.append((loss, loss < other, exact))
-        advance(len(batch))
-        batch.clear()
-
+    rows = []  # of each example: exact, preferred, loss
     for example in made:
-        batch.append(example)
-        if len(batch) * length >= _TOKENS:
-            ask()
-    if batch:
-        ask()
-    loss, preferred, exact = np.mean(answers, axis=0).tolist()
-    return Found(exact, preferred, loss)
+        texts = [example.right, *example.wrong]
+        size = max(1, _TOKENS // length)
+        answers = [answer for first in range(0, len(texts), size) for answer in _answers(engine, texts[first : first + size])]
+        count = len(example.wrong)
+        right, wrong = answers[:count], answers[count:]
+        preferred = [0.5 + 0.5 * np.sign(other.loss - own.loss) for own, other in zip(right, wrong, strict=True)]
+        losses = [answer.loss / answer.tokens for answer in right]
+        rows.append([np.mean([answer.exact for answer in right]), np.mean(preferred), np.mean(losses)])
+        advance(1)
+    found = np.array(rows)
+    means = found.mean(0).tolist()
+    errors = (found.std(0, ddof=1) / math.sqrt(len(found))).tolist() if len(found) > 1 else [0.0] * 3
+    return Found(means[0], errors[0], means[1], errors[1], means[2])
 
 
-def _answer(engine: Engine, asked: list[Asked]) -> Iterator[tuple[float, bool]]:
-    """(loss of a token in the mean, whether all are the likeliest) of every answer."""
+class _Answer(NamedTuple):
+    loss: float
+    """Of all its tokens together."""
+    tokens: int
+    exact: bool
+    """Whether all its tokens are the likeliest."""
+
+
+def _answers(engine: Engine, asked: list[Asked]) -> Iterator[_Answer]:
+    """Of all texts, one after another."""
     ids = np.zeros((len(asked), max(len(each.tokens) for each in asked)), np.int64)
     for row, each in zip(ids, asked, strict=True):
         row[: len(each.tokens)] = each.tokens
@@ -73,4 +81,4 @@ def _answer(engine: Engine, asked: list[Asked]) -> Iterator[tuple[float, bool]]:
     for row, each in enumerate(asked):
         for answer in each.answers:
             where = row, slice(answer.start - 1, answer.stop - 1)
-            yield float(losses[where].double().mean()), bool(likeliest[where].all())
+            yield _Answer(float(losses[where].double().sum()), len(answer), bool(likeliest[where].all()))
