@@ -59,9 +59,8 @@ def test_its_header_has_what_plan_predicts(name):
     assert header in SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "minimax-01" else pytest.param(name, marks=pytest.mark.wide) for name in TARGETS]
-)
+@pytest.mark.wide
+@pytest.mark.parametrize("name", TARGETS)
 def test_a_twin_trains_goes_on_and_leaves(longspan, tmp_path, name):
     def run(*arguments):
         done = longspan(*arguments)

@@ -83,7 +83,7 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], CONTEXT),
         ([FEWER], ZERO),
         pytest.param(["model.tie_word_embeddings=false"], MORE_ZERO, marks=pytest.mark.wide),
-        pytest.param(["model.tie_word_embeddings=true"], {**MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
+        pytest.param(["model.tie_word_embeddings=true"], {**GRID, **MORE_CONTEXT, **SCHEDULES}, marks=pytest.mark.wide),
         pytest.param(["model.tie_word_embeddings=true"], {**SEQUENCE, **MORE_SEQUENCE}, marks=pytest.mark.wide),
         (EXPERTS, EP),
         pytest.param(EXPERTS, MORE_EP, marks=pytest.mark.wide),
@@ -92,7 +92,7 @@ def train(ranks, tiny_recipe, tmp_path):
         pytest.param([PATTERNS], {**HEADS, **SEQUENCE}, marks=pytest.mark.wide),
         ([MIXED], {"cp": PAIRS["cp"]}),
         pytest.param([MIXED], {"cp-4": SCHEDULES["cp-4"], **ZERO}, marks=pytest.mark.wide),
-        pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES, **SEQUENCE}, marks=pytest.mark.wide),
+        pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES, **GRID, **SEQUENCE}, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, {**STATES, **MORE_STATES}, marks=[pytest.mark.wide, pytest.mark.timeout(1800)]),
     ],
     ids=[
