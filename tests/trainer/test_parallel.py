@@ -33,7 +33,6 @@ MORE_ZERO = {
     "zero-3-dp": (2, zero(3)),
     "zero-0-dp": (2, zero(0)),
     "zero-0-tp": (2, zero(0, "parallel.tp=2")),
-    "zero-1-tp": (2, zero(1, "parallel.tp=2")),
     "zero-1-cp-dp": (4, zero(1, "parallel.cp=2")),
     "zero-3-cp-tp": (4, zero(3, "parallel.cp=2", "parallel.tp=2")),
     "zero-2-offload": (2, zero(2, "engine.config={zero_optimization: {offload_optimizer: {device: cpu}}}")),
@@ -88,7 +87,9 @@ def train(ranks, tiny_recipe, tmp_path):
         (EXPERTS, EP),
         pytest.param(EXPERTS, MORE_EP, marks=pytest.mark.wide),
         pytest.param([*EXPERTS, FEWER], ZERO, marks=pytest.mark.wide),
-        pytest.param(SHARED_EXPERT, {**EP, **MORE_EP}, marks=pytest.mark.wide),
+        pytest.param(
+            SHARED_EXPERT, {**EP, **{name: MORE_EP[name] for name in ("sp-cp-ep", "zero-3-sp")}}, marks=pytest.mark.wide
+        ),
         pytest.param([PATTERNS], {**HEADS, **SEQUENCE}, marks=pytest.mark.wide),
         ([MIXED], {"cp": PAIRS["cp"]}),
         pytest.param([MIXED], {"cp-4": SCHEDULES["cp-4"], **ZERO}, marks=pytest.mark.wide),
