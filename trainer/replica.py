@@ -76,14 +76,14 @@ class Replica:
         return totals.tolist()
 
     def logits(self, tokens: Tensor) -> Tensor:
-        return self._whole(tokens)[:, : tokens.shape[1], : self.model.real_vocab_size].float()
+        return self._output(tokens)[:, : tokens.shape[1], : self.model.real_vocab_size].float()
 
     def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses, likeliest = self._whole(tokens, labels)
+        losses, likeliest = self._output(tokens, labels)
         return losses[:, : tokens.shape[1]], likeliest[:, : tokens.shape[1]]
 
     @torch.no_grad()
-    def _whole(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def _output(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Of the model, with sequences filled up to whole blocks. What lies behind a token does not change what it sees, except
         in ``moba``, where all queries of a block choose together.
         """

@@ -61,16 +61,16 @@ def test_its_header_has_what_plan_predicts(name):
 
 @pytest.mark.wide
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_twin_trains_goes_on_and_leaves(longspan, tmp_path, name):
+def test_a_twin_trains_goes_on_and_leaves(longspan, corpus, tmp_path, name):
     def run(*arguments):
         done = longspan(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    folder = f"run_dir={tmp_path / 'run'}"
+    twin = [f"{name}-tiny", f"run_dir={tmp_path / 'run'}", f"data.validation={corpus}"]  # less held-out text than its own
     steps = 16 if "1m" in name else 3  # into its second stage
-    run("train", f"{name}-tiny", folder, f"training.steps={steps}")
-    assert f"going on from step {steps}" in run("train", f"{name}-tiny", folder, f"training.steps={steps + 2}")
+    run("train", *twin, f"training.steps={steps}")
+    assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
     said = run("export", tmp_path / "run", tmp_path / "model")
     assert "tokens of greedy text are the same" in said
     assert list((tmp_path / "model").glob("modeling_*.py")) or TARGETS[name] != "longspan"

@@ -30,8 +30,6 @@ def zero(stage, *overrides):
 ZERO = {"zero-2-cp": (2, zero(2, "parallel.cp=2"))}
 MORE_ZERO = {
     "zero-1-sp": (2, zero(1, "parallel.tp=2", "parallel.sequence_parallel=true")),
-    "zero-3-dp": (2, zero(3)),
-    "zero-0-dp": (2, zero(0)),
     "zero-0-tp": (2, zero(0, "parallel.tp=2")),
     "zero-1-cp-dp": (4, zero(1, "parallel.cp=2")),
     "zero-3-cp-tp": (4, zero(3, "parallel.cp=2", "parallel.tp=2")),
