@@ -23,7 +23,7 @@ from ..trainer.errors import UserError
 from ..trainer.progress import track
 from . import measure
 from .measure import STEPS, Measured, Work
-from .options import numbers
+from .options import counts, numbers
 from .process import keep_freed_memory
 
 CHECKED_TOKENS = 2048
@@ -165,11 +165,11 @@ def bench_attention(options: Namespace) -> None:
 
 def _settings(options: Namespace) -> Settings:
     lengths = numbers("--lengths", options.lengths, example="8192,32768")
-    counts = measure.counts(options, "heads", "kv_heads", "head_dim", "repeats")
+    given = counts(options, "heads", "kv_heads", "head_dim", "repeats")
     if options.heads % options.kv_heads:
         raise UserError(f"--kv-heads: {options.kv_heads} does not divide --heads {options.heads}")
     patterns, dtype = list(dict.fromkeys(options.pattern or PATTERNS)), measure.dtype_of(options)
-    settings = Settings(patterns, sorted(lengths), options.backend, dtype=dtype, **counts)
+    settings = Settings(patterns, sorted(lengths), options.backend, dtype=dtype, **given)
     try:
         check_backend(settings.backend, BACKENDS)
         for text in settings.patterns:

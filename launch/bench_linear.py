@@ -13,7 +13,7 @@ from ..trainer.progress import track
 from . import linear_candidates, measure
 from .linear_candidates import BLOCKS, Width
 from .measure import DENSE, STEPS, Measured, Work
-from .options import numbers
+from .options import counts, numbers
 from .process import keep_freed_memory
 
 BASE_TOKENS = 4096
@@ -71,7 +71,7 @@ def bench_linear(options: Namespace) -> None:
 
 def _settings(options: Namespace) -> Settings:
     lengths = sorted(numbers("--lengths", options.lengths, example="4096,65536"))
-    counts = measure.counts(options, "dense_up_to", "heads", "head_dim", "repeats")
+    given = counts(options, "dense_up_to", "heads", "head_dim", "repeats")
     mixers = list(dict.fromkeys(options.mixer or BLOCKS))
     for mixer in mixers:
         if mixer not in BLOCKS:
@@ -83,7 +83,7 @@ def _settings(options: Namespace) -> Settings:
     backends = [options.backend]
     if options.backend == "auto":
         backends = ["torch", "triton", "fla"] if measure.device() == "cuda" else ["torch"]
-    settings = Settings(mixers, lengths, backends=backends, dtype=measure.dtype_of(options), **counts)
+    settings = Settings(mixers, lengths, backends=backends, dtype=measure.dtype_of(options), **given)
     for mixer in mixers:
         try:
             settings.width.design(mixer)

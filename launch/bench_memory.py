@@ -16,6 +16,7 @@ from ..trainer.errors import UserError
 from ..trainer.progress import track
 from . import measure
 from .measure import Work
+from .options import counts
 from .plain_model import PlainLlama, Size, random_batches, size_of, transformers_llama
 from .process import process_group, quiet_libraries
 from .table import table
@@ -47,7 +48,7 @@ def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
     if measure.device() == "cuda":
         raise UserError("bench memory measures the growth of CPU processes; hide the GPUs (CUDA_VISIBLE_DEVICES=)")
-    size, budget = size_of(options), measure.counts(options, "budget_mib")["budget_mib"] * 2**20
+    size, budget = size_of(options), counts(options, "budget_mib")["budget_mib"] * 2**20
     out = measure.out_folder(options)
     rows = [Row(name) for name in (*OURS, *THEIRS)]
     with track("lengths", 6 * len(rows), of_bytes=False) as advance:

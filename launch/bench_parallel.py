@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..trainer.errors import UserError
 from ..trainer.progress import track
+from .options import counts
 from .process import process_group, under_torchrun
 from .ranks import run_ranks
 from .table import table
@@ -58,7 +59,7 @@ def bench_parallel(options: Namespace) -> int:
     """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``."""
     from . import measure
 
-    settings = Settings(**measure.counts(options, *(field.name for field in fields(Settings))))
+    settings = Settings(**counts(options, *(field.name for field in fields(Settings))))
     if settings.heads % settings.kv_heads:
         raise UserError(f"--kv-heads: {settings.kv_heads} does not divide --heads {settings.heads}")
     if settings.ranks < 2:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..trainer.progress import track
 from . import measure
+from .options import counts
 from .plain_model import Size, size_of
 from .table import table
 
@@ -47,7 +48,7 @@ class Row:
 
 def bench_train(options: Namespace) -> None:
     """Print a table, and write ``train.json`` to the folder ``options.out``."""
-    settings = {**asdict(size_of(options)), **measure.counts(options, "length", "batch", "steps", "repeats")}
+    settings = {**asdict(size_of(options)), **counts(options, "length", "batch", "steps", "repeats")}
     out = measure.out_folder(options)
     rows = [Row(name) for name in CANDIDATES]
     with track("turns", settings["repeats"] * len(rows), of_bytes=False) as advance:

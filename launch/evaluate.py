@@ -13,7 +13,7 @@ from ..trainer.errors import UserError
 from ..trainer.evaluation.mqar_settings import settings_of
 from ..trainer.progress import track
 from ..trainer.run_folder import RunFolder
-from .options import numbers
+from .options import counts, numbers
 from .process import process_group
 from .table import table
 
@@ -44,8 +44,6 @@ def eval_mqar(options: Namespace) -> None:
 def eval_loss(options: Namespace) -> None:
     """Held-out loss by the place in the context."""
     folder = _folder(options, "loss")
-    if options.documents < 1:
-        raise UserError(f"--documents: must be at least 1, got {options.documents}")
     asked = sorted(numbers("--lengths", options.lengths)) if options.lengths else None
     from ..trainer.evaluation.position_loss import documents_of, lengths_of, position_loss
 
@@ -76,14 +74,12 @@ def eval_needle(options: Namespace) -> None:
         raise UserError(f"--depths: must be at least 2, got {options.depths}")
     depths = [i / (options.depths - 1) for i in range(options.depths)]
     haystack, lengths = _haystack(folder, options)
+    from ..trainer.evaluation.plots import plot_needle
     from ..trainer.evaluation.retrieval import needles
 
     settings = [{"length": length, "depth": depth} for length in lengths for depth in depths]
     rows = _ask(folder, options, settings, lambda count, **setting: needles(haystack, count, options.seed, **setting))
-    from ..trainer.evaluation.plots import plot_needle
-
-    report = {"examples": options.examples, "seed": options.seed, "settings": rows}
-    _keep(folder, "needle", report, lambda *where: plot_needle(rows, *where))
+    _keep_found(folder, "needle", options, rows, plot_needle)
 
 
 def eval_tasks(options: Namespace) -> None:
@@ -96,14 +92,12 @@ def eval_tasks(options: Namespace) -> None:
         if task not in TASKS:
             raise UserError(f"--tasks: {task} is none; known: {', '.join(TASKS)}")
     haystack, lengths = _haystack(folder, options)
+    from ..trainer.evaluation.plots import plot_tasks
     from ..trainer.evaluation.retrieval import examples
 
     settings = [{"task": task, "length": length} for task in tasks for length in lengths]
     rows = _ask(folder, options, settings, lambda count, **setting: examples(haystack, count, options.seed, **setting))
-    from ..trainer.evaluation.plots import plot_tasks
-
-    report = {"examples": options.examples, "seed": options.seed, "settings": rows}
-    _keep(folder, "tasks", report, lambda *where: plot_tasks(rows, *where))
+    _keep_found(folder, "tasks", options, rows, plot_tasks)
 
 
 def _ask(
@@ -135,11 +129,9 @@ def _ask(
 def _folder(options: Namespace, name: str) -> RunFolder:
     """The run, which takes a report; all that is wrong with options that several commands have."""
     folder = RunFolder(options.run_dir)
-    for option in ("examples", "seed"):
-        least = 0 if option == "seed" else 1
-        if getattr(options, option, least) < least:
-            limit = "not be negative" if option == "seed" else "be at least 1"
-            raise UserError(f"--{option}: must {limit}, got {getattr(options, option)}")
+    counts(options, *(name for name in ("examples", "documents") if name in options))
+    if "seed" in options and options.seed < 0:
+        raise UserError(f"--seed: must not be negative, got {options.seed}")
     if name != "mqar":
         recipe_tokenizer(folder.recipe)  # tells a run without text
     elif folder.recipe.data.mqar is None:
@@ -183,6 +175,11 @@ def _trained_length(folder: RunFolder) -> int:
     """The longest that the weights were trained on."""
     recipe, steps = folder.recipe, folder.weights_step() or folder.recipe.training.steps
     return max(recipe.at(start).training.seq_length for start in recipe.stage_starts if start < max(1, steps))
+
+
+def _keep_found(folder: RunFolder, name: str, options: Namespace, rows: list[dict], plot: Callable[..., None]) -> None:
+    report = {"examples": options.examples, "seed": options.seed, "settings": rows}
+    _keep(folder, name, report, lambda *where: plot(rows, *where))
 
 
 def _keep(folder: RunFolder, name: str, report: dict, plot: Callable[[Path, str], None]) -> None:

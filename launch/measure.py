@@ -243,15 +243,6 @@ def write_report(path: Path, settings, rows: Sequence[Measured], packages: Seque
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def counts(options: Namespace, *names: str) -> dict[str, int]:
-    """Of these options, each at least 1."""
-    found = {name: getattr(options, name) for name in names}
-    for name, value in found.items():
-        if value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
-    return found
-
-
 def dtype_of(options: Namespace) -> str:
     """``--dtype``, or what fits the device."""
     return ("bfloat16" if device() == "cuda" else "float32") if options.dtype == "auto" else options.dtype

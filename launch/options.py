@@ -1,4 +1,6 @@
-"""Options of commands that hold several values."""
+"""Options that several commands have."""
+
+from argparse import Namespace
 
 from ..trainer.errors import UserError
 
@@ -21,3 +23,12 @@ def numbers(option: str, text: str, kind: type = int, least: float = 1, example:
         if not value >= least:
             raise UserError(f"{option}: must be at least {least:g}, got {value}")
     return list(dict.fromkeys(values))
+
+
+def counts(options: Namespace, *names: str) -> dict[str, int]:
+    """Of these options, each at least 1."""
+    found = {name: getattr(options, name) for name in names}
+    for name, value in found.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention import apply_rotary
 from ..attention.rotary import rotary_tables
 from ..trainer.errors import UserError
-from . import measure
+from .options import counts
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def size_of(options: Namespace) -> Size:
     Raises:
         UserError: naming the option that does not fit.
     """
-    size = Size(**measure.counts(options, *(field.name for field in fields(Size))))
+    size = Size(**counts(options, *(field.name for field in fields(Size))))
     if size.hidden % size.heads or size.heads % size.kv_heads:
         raise UserError(f"--heads: {size.heads} must divide --hidden {size.hidden}, and --kv-heads {size.kv_heads} it")
     return size

@@ -11,9 +11,8 @@ from ..engine import Engine
 from ..progress import track
 from ..recipe import MQAR
 from ..run_folder import RunFolder
+from .at_once import sequences_at_once
 from .mqar_settings import Setting, trained_settings
-
-_TOKENS = 2**14  # in one forward pass
 
 
 def accuracy(
@@ -26,7 +25,7 @@ def accuracy(
     """
     random = stream(EVALUATION, seed, setting.length, setting.pairs)
     made = examples(task, count, setting.length, setting.pairs, random)
-    right, size = [], max(1, _TOKENS // setting.length)
+    right, size = [], sequences_at_once(setting.length)
     for first in range(0, count, size):
         tokens, asked, answers = (torch.from_numpy(part[first : first + size]).to(engine.device) for part in made)
         _, likeliest = engine.token_losses(tokens, torch.zeros_like(tokens).scatter(1, asked, answers))

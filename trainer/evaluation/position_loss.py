@@ -10,9 +10,9 @@ import torch
 from ..data.corpus import Corpus
 from ..engine import Engine
 from ..errors import UserError
+from .at_once import sequences_at_once
 
 _FIRST = 16  # tokens of the first range; each ends at twice the place of the one before
-_TOKENS = 2**14  # in one forward pass, if a document is not longer
 
 
 class Range(NamedTuple):
@@ -64,7 +64,7 @@ def position_loss(
     What stands late in a text may be easier or harder than its beginning, so losses of two ranges say little of the context
     that they have. The gain compares the same tokens with and without a part of theirs.
     """
-    size, edges = max(1, _TOKENS // length), _edges(length)
+    size, edges = sequences_at_once(length), _edges(length)
     found: list[np.ndarray] = []  # [2, documents, ranges]: with all that lies before, and without a part
     for first in range(0, len(documents), size):
         ids = np.stack([corpus.read(int(document), 0, length + 1) for document in documents[first : first + size]])

@@ -9,10 +9,10 @@ import torch
 
 from ..data.mqar import stream
 from ..engine import Engine
+from .at_once import sequences_at_once
 from .held_out import Haystack
 from .tasks import TASKS, Asked, Example, lay_out, needle
 
-_TOKENS = 2**14  # in one forward pass, if an example is not longer
 _NEEDLE, _TASK = 11, 12  # streams of random numbers
 
 
@@ -46,10 +46,9 @@ def examples(haystack: Haystack, count: int, seed: int, task: str, length: int) 
 
 def measure(engine: Engine, made: Iterator[Example], length: int, advance: Callable[[int], None] = lambda done: None) -> Found:
     """What the model finds in examples of ``length`` tokens."""
-    rows = []  # of each example: exact, preferred, loss
+    rows, size = [], sequences_at_once(length)  # of each example: exact, preferred, loss
     for example in made:
         texts = [example.right, *example.wrong]
-        size = max(1, _TOKENS // length)
         answers = [answer for first in range(0, len(texts), size) for answer in _answers(engine, texts[first : first + size])]
         count = len(example.wrong)
         right, wrong = answers[:count], answers[count:]
