@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 
 def under_torchrun() -> bool:
@@ -32,14 +34,33 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
 
 
 def _rendezvous() -> dict:
-    """Torchrun's store under a name of this attempt: one that it restarts would find the addresses of ranks that are gone."""
+    """Torchrun's store under a name of this attempt: in the store itself are still the addresses of ranks that are gone."""
     import torch.distributed as dist
 
-    host, port, rank, world = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
     theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(host, int(port), int(world), is_master=not theirs and rank == "0", wait_for_workers=False)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"longspan-{attempt}", store), "rank": int(rank), "world_size": int(world)}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=not theirs and rank == 0, wait_for_workers=False)
+    return {"store": dist.PrefixStore(_attempt(store, rank, world), store), "rank": rank, "world_size": world}
+
+
+def _attempt(store, rank: int, world: int) -> str:
+    """A name of the first rank's, which it tells the processes that are there now.
+
+    How often an agent has restarted is no such name: one whose own ranks were well does not count it.
+    """
+    mine = uuid4().hex
+    store.set(f"here/{rank}", mine)
+    if rank:
+        name = store.get(f"{mine}/attempt").decode()
+        store.add(f"{name}/told", 1)
+        return name
+    places, told = [f"here/{other}" for other in range(1, world)], set()
+    while store.add(f"{mine}/told", 0) < world - 1:  # what is read may still be of a process that is gone
+        for other in {name.decode() for name in store.multi_get(places)} - told:
+            store.set(f"{other}/attempt", mine)
+            told.add(other)
+        time.sleep(0.02)
+    return mine
 
 
 def keep_freed_memory() -> None:

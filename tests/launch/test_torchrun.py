@@ -17,21 +17,11 @@ OPTIONS = ["training.steps=60", "metrics.log_interval=1", "parallel.cp=2", "chec
 
 @pytest.fixture
 def torchrun(tiny_recipe):
-    """``torchrun(*options)`` starts an agent that trains the tiny recipe."""
+    """``torchrun(*options)`` starts an agent that trains the tiny recipe, or runs another ``script``."""
     started = []
 
-    def start(*options: str) -> subprocess.Popen:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            *options,
-            "-m",
-            "longspan",
-            "train",
-            str(tiny_recipe),
-            *OPTIONS,
-        ]
+    def start(*options: str, script: tuple = ("-m", "longspan", "train", tiny_recipe, *OPTIONS)) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, script)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return started[-1]
@@ -55,16 +45,52 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
 
-def test_two_agents_are_one_run(torchrun, alone, tmp_path):
+def two_machines() -> list[str]:
+    """Options of each of two agents, with a process each."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    where = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    agents = [torchrun(*where, "--rdzv-id", "test") for _ in range(2)]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test"]
+    return ["--nnodes", "2", "--nproc-per-node", "1", *where]
+
+
+def test_two_agents_are_one_run(torchrun, alone, tmp_path):
+    options = two_machines()
+    agents = [torchrun(*options) for _ in range(2)]
     for agent in agents:
         _, errors = agent.communicate(timeout=200)
         assert agent.returncode == 0, errors
     assert losses(tmp_path / "run") == alone
+
+
+def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_path):
+    """As with NCCL, whose ranks do not fail with another: their agents restart them without counting it."""
+    script, options = tmp_path / "script.py", [*two_machines(), "--max-restarts", "1"]
+    script.write_text(WAITS)
+    agents = [torchrun(*options, script=(script, tmp_path / "died")) for _ in range(2)]
+    for agent in agents:
+        out, errors = agent.communicate(timeout=100)
+        assert agent.returncode == 0, errors
+        assert "together again" in out
+
+
+WAITS = """
+import os, pathlib, sys, time
+import torch, torch.distributed as dist
+from longspan.launch.process import process_group
+
+died = pathlib.Path(sys.argv[1])
+before = died.exists()
+with process_group(1):
+    dist.barrier()
+    if not before and dist.get_rank() == 1:
+        died.touch()
+        os._exit(1)
+    if not before:
+        time.sleep(1000)
+    dist.barrier()
+    print("together again")
+"""
 
 
 def test_a_rank_that_dies_is_started_anew_within_the_job(torchrun, alone, tmp_path):
