@@ -6,9 +6,9 @@ import shutil
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..trainer.versions import version_of
 from .process import process_group
 from .ranks import run_ranks
 
@@ -26,9 +26,9 @@ BYTES = 64 * 2**20
 
 def doctor(folder: str) -> int:
     """Print it, and measure; ``folder`` is where runs are kept. 0 where a recipe can be trained."""
-    lacking = [name for name in NEEDED if _version(name) is None]
-    print(_lines([(name, _version(name) or "MISSING") for name in ("python", *NEEDED)]))
-    costs = [(name, _version(name) or f"not there: {cost}") for name, cost in OPTIONAL.items()]
+    lacking = [name for name in NEEDED if version_of(name) is None]
+    print(_lines([(name, version_of(name) or "MISSING") for name in ("python", *NEEDED)]))
+    costs = [(name, version_of(name) or f"not there: {cost}") for name, cost in OPTIONAL.items()]
     print(f"\n{_lines(costs)}\n")
     if lacking:
         print(f"cannot train without {', '.join(lacking)}: pip install {' '.join(lacking)}")
@@ -79,15 +79,6 @@ def between_ranks() -> int:
 def _lines(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {what}" for name, what in rows)
-
-
-def _version(name: str) -> str | None:
-    if name == "python":
-        return platform.python_version()
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _memory_gib() -> float:

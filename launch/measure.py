@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..trainer.errors import UserError
+from ..trainer.versions import version_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Relative error that is allowed; on CUDA products of fp32 may be those of TF32."""
@@ -227,17 +228,9 @@ def machine() -> dict:
     return {"device": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
 
 
-def version(package: str) -> str | None:
-    """None for a package that is not there."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def write_report(path: Path, settings, rows: Sequence[Measured], packages: Sequence[str]) -> None:
     """``settings``, a dataclass, and ``rows`` as JSON, beside the machine and the versions of Python and ``packages``."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    versions = {name: version_of(name) for name in ("python", *packages)}
     records = [row.record() for row in rows]
     report = {"machine": machine(), "versions": versions, "settings": asdict(settings), "rows": records}
     path.write_text(json.dumps(report, indent=1) + "\n")

@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from functools import cached_property, reduce
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from .checkpoint import checkpoints
 from .errors import UserError
 from .recipe import Recipe
 from .recipe_file import load_recipe, to_yaml
+from .versions import version_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,9 +138,10 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         replace_file(self.recipe_file, to_yaml(recipe))
         replace_file(self._data_file, json.dumps(data, indent=1))
-        packages = ("longspan", "torch", "megatron-core", "numpy")
-        lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
-        replace_file(self.path / "versions.txt", "\n".join([*(f"{p} {_version(p)}" for p in packages), *lines]) + "\n")
+        packages = ("longspan", "torch", "megatron-core", "deepspeed", "numpy", "python")
+        lines = [f"{package} {version_of(package) or '(not installed as a package)'}" for package in packages]
+        lines += [f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
+        replace_file(self.path / "versions.txt", "\n".join(lines) + "\n")
         if self.metrics.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
@@ -240,10 +241,3 @@ def replace_file(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(not installed as a package)"

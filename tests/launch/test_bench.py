@@ -175,7 +175,3 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
-
-
-def test_nothing_is_told_of_a_package_that_is_not_there():
-    assert measure.version("no-such-package") is None

@@ -4,6 +4,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 from longspan.launch import doctor
+from longspan.trainer import versions
 
 
 def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
@@ -23,7 +24,7 @@ def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_p
             raise PackageNotFoundError
         return version(name)
 
-    monkeypatch.setattr(doctor, "version", without)
+    monkeypatch.setattr(versions, "version", without)
     assert doctor.doctor(str(tmp_path)) == 1
     told = capsys.readouterr().out
     assert re.search(r"^deepspeed +MISSING$", told, re.M)
