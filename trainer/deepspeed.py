@@ -56,7 +56,7 @@ class DeepSpeedEngine(Replica):
             self._engine.step()
             grad_norm = float(self._engine.get_global_grad_norm())
             updated = self._engine.was_step_applied()
-        return StepResult(loss_sum, tokens, padding, grad_norm, updated)
+        return StepResult(loss_sum, tokens, padding, grad_norm, updated, self.balance_loss())
 
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._engine.eval()

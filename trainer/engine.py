@@ -23,6 +23,8 @@ class StepResult(NamedTuple):
     """Before clipping."""
     updated: bool = True
     """False where the loss or the gradient norm was not finite: the model and its optimizer are as before, bit by bit."""
+    balance_loss: float | None = None
+    """Of the routers of experts, without its weight: 1 where all experts are used alike, up to experts / experts per token."""
 
     @property
     def loss(self) -> float:

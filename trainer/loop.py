@@ -142,6 +142,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             "train/grad_norm": result.grad_norm,
                             "train/lr": lr,
                             "train/tokens": tokens,
+                            **({} if result.balance_loss is None else {"train/balance_loss": result.balance_loss}),
                             "data/padding_ratio": result.padding / now.tokens_per_step,
                             "perf/step_time_s": seconds,
                             "perf/data_time_s": waited / (step - logged),

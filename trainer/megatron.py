@@ -68,8 +68,10 @@ class MegatronEngine(Replica):
         loss_sum, tokens, padding = self._run(batches)
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):  # of all ranks: they agree
-            return StepResult(loss_sum, tokens, padding, grad_norm, updated=False)
+        updated = math.isfinite(loss_sum) and math.isfinite(grad_norm)  # of all ranks: they agree
+        result = StepResult(loss_sum, tokens, padding, grad_norm, updated, self.balance_loss())
+        if not updated:
+            return result
         for group in self._optimizer.param_groups:  # Megatron's scheduler, not its optimizer, applies the multipliers
             group["lr"] = lr
             group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
@@ -77,7 +79,7 @@ class MegatronEngine(Replica):
             for optimizer in self._state.optimizers:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), most, grad_norm)
         self._optimizer.step_with_ready_grads()
-        return StepResult(loss_sum, tokens, padding, grad_norm)
+        return result
 
     def evaluate(self, batch: Microbatch) -> tuple[float, int]:
         self._ddp.eval()

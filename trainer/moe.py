@@ -69,9 +69,21 @@ class BalancedRouter(TopKRouter):
     the rank's tokens instead of by those of all ranks.
     """
 
+    def __init__(self, *args, **others):
+        super().__init__(*args, **others)
+        self._sum, self._seen = 0.0, 0
+
+    def balance_loss(self) -> Tensor | float:
+        """This rank's part of Switch Transformer's loss, without its weight: mean over the microbatches since the last call."""
+        mean = self._sum / max(1, self._seen)
+        self._sum, self._seen = 0.0, 0
+        return mean
+
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, valid_token_count, **others
     ) -> Tensor:
+        self._sum += aux_loss.detach() / aux_loss_coeff
+        self._seen += 1  # once more where it is recomputed, which leaves the mean as it is
         tokens = valid_token_count * reduce_group.size()
         return super().attach_and_log_load_balancing_loss(
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, *args, valid_token_count=tokens, **others

@@ -15,6 +15,7 @@ from .cpu import megatron_on_cpu
 from .data.batches import Microbatch, Share
 from .engine_state import EngineState
 from .model import build_model, expert_tensor_parallel
+from .moe import BalancedRouter
 from .recipe import Recipe
 from .shards import Shards
 from .size import parameter_count
@@ -69,11 +70,20 @@ class Replica:
     def load_weights(self, whole: dict[str, Tensor]) -> None:
         self._state.load_weights(whole)
 
-    def summed(self, *numbers: Tensor | float) -> list[float]:
-        """Over the ranks of :attr:`data_group`."""
+    def summed(self, *numbers: Tensor | float, group: dist.ProcessGroup | None = None) -> list[float]:
+        """Over the ranks of :attr:`data_group` or another."""
         totals = torch.stack([torch.as_tensor(number, device=self.device).double() for number in numbers])
-        dist.all_reduce(totals, group=self.data_group)
+        dist.all_reduce(totals, group=group or self.data_group)
         return totals.tolist()
+
+    def balance_loss(self) -> float | None:
+        """Over all ranks, layers and microbatches since the last call; None where experts are not balanced by a loss."""
+        moe, degrees = self.recipe.model.moe, self.recipe.parallel
+        if moe is None or not moe.router_aux_loss_coef:
+            return None
+        losses = [module.balance_loss() for module in self.model.modules() if isinstance(module, BalancedRouter)]
+        loss, routers = self.summed(sum(losses), len(losses), group=dist.group.WORLD)
+        return loss / routers * degrees.cp * degrees.tp  # whose ranks have a part each
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self._output(tokens)[:, : tokens.shape[1], : self.model.real_vocab_size].float()

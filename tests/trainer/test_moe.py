@@ -71,11 +71,12 @@ def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
         scores = x[:, 0] @ weight.T
         chosen = torch.zeros_like(scores).scatter(1, scores.topk(2).indices, 1.0)
         # Megatron counts a token once for each of its experts, and sums the loss over tokens.
-        balance = 0.1 * 4 * (chosen.mean(0) / 2 * scores.softmax(-1).mean(0)).sum() * 23
+        balance = 4 * (chosen.mean(0) / 2 * scores.softmax(-1).mean(0)).sum()
+        torch.testing.assert_close(mlp.router.balance_loss(), balance.detach())
         mlp.zero_grad()
         engine.model.eval()
         out = by_formula(x[:, 0], _with_router(mlp, weight), engine.recipe.model.moe)
-        expected = torch.autograd.grad(out.sum() + balance, weight)[0]
+        expected = torch.autograd.grad(out.sum() + 0.1 * 23 * balance, weight)[0]
         assert (ours - expected).norm() < 1e-4 * expected.norm()
 
 

@@ -126,6 +126,7 @@ def test_every_arrangement_trains_the_same_model(train, model, arrangements):
             assert (ours.tokens, ours.padding) == (expected.tokens, expected.padding)
             assert ours.loss == pytest.approx(expected.loss, rel=1e-5), name
             assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3), name
+            assert ours.balance_loss == (expected.balance_loss and pytest.approx(expected.balance_loss, rel=1e-4)), name
         sums = [(sum(e[0] for e in run["evaluations"]), sum(e[1] for e in run["evaluations"])) for run in (several, alone)]
         assert sums[0] == pytest.approx(sums[1], rel=1e-5)
         if "cp" in name:
