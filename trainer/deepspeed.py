@@ -46,6 +46,7 @@ class DeepSpeedEngine(Replica):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         loss_sum, tokens, padding = self._backward(batches)
+        self._state.begin_update()
         if self._stage == 0:
             grad_norm = self._clip()
             updated = math.isfinite(grad_norm)

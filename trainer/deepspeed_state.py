@@ -46,6 +46,17 @@ class DeepSpeedState(EngineState):
     def states(self) -> list[dict]:
         return [self._adam.state[flat] for flat in self._flats()]
 
+    def begin_update(self) -> None:
+        """DeepSpeed's Adam of the CPU multiplies the powers of its betas by them once more, from the first step of the process
+        on. Of a step that is not the next one it takes the powers themselves, which are those of a run that goes on, too.
+        """
+        if not hasattr(self._adam, "ds_opt_adam"):
+            return
+        step, group = int(self.states()[0]["step"]) + 1, self._adam.param_groups[0]
+        options = group["lr"], *group["betas"], group["eps"], 0.0, group["bias_correction"]
+        for other in (step + 2, step):
+            self._adam.ds_opt_adam.adam_update(self._adam.opt_id, other, *options, *torch.zeros(4, 1))
+
     def publish(self) -> None:
         if self._stage == 3:
             for group in range(len(self._flats())):

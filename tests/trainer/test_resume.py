@@ -164,37 +164,51 @@ def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
 
 
 @pytest.mark.wide
-@pytest.mark.parametrize("stack", [LINEAR, LINEAR_MORE], ids=["linear", "more linear"])
-def test_linear_mixers_go_on_bit_by_bit_and_on_other_ranks(go, run, stack):
+@pytest.mark.parametrize(
+    ("stack", "arrangement", "others"),
+    [
+        (LINEAR, ["parallel.tp=2"], ["parallel.cp=2"]),
+        (LINEAR_MORE, ["parallel.tp=2"], ["parallel.cp=2"]),
+        (EXPERTS, ["parallel.cp=2", "parallel.ep=2"], ["parallel.pp=2"]),
+    ],
+    ids=["linear", "more linear", "experts"],
+)
+def test_mixers_and_experts_go_on_bit_by_bit_and_on_other_ranks(go, run, stack, arrangement, others):
     options = [*stack, "training.steps=6"]
-    go(2, "parallel.tp=2", *options)
+    go(2, *arrangement, *options)
     alone = seen(run)
     shutil.rmtree(run)
-    go(2, "parallel.tp=2", "stop-file=3", *options, status=75)
+    go(2, *arrangement, "stop-file=3", *options, status=75)
     stopped = shutil.copytree(run, run.with_name("stopped"))
-    go(2, "parallel.tp=2", *options)
+    go(2, *arrangement, *options)
     assert seen(run) == alone
+    assert ("train/balance_loss" in (run / "metrics.jsonl").read_text()) == (stack is EXPERTS)
     shutil.rmtree(run)
     stopped.rename(run)
-    go(2, "parallel.cp=2", *options)
+    go(2, *others, *options)
     for step, (loss, tokens) in alone.items():
         assert seen(run)[step][1] == tokens
         assert float.fromhex(seen(run)[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
 
 
-def zero(stage):
-    return [*PAIR, "engine.name=deepspeed", f"engine.zero_stage={stage}"]
+def zero(stage, *offloaded):
+    zero = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
+    return [*PAIR, "engine.name=deepspeed", f"engine.zero_stage={stage}", f"engine.config.zero_optimization={json.dumps(zero)}"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "engine",
+    [*map(zero, range(4)), zero(2, "optimizer"), zero(3, "optimizer", "param")],
+    ids=[*map(str, range(4)), "2, offload", "3, offload"],
+)
 @pytest.mark.wide
-def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, stage):
-    go(2, *zero(stage))
+def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, engine):
+    go(2, *engine)
     alone = seen(run)
     shutil.rmtree(run)
-    go(2, "stop-file=6", *zero(stage), status=75)
+    go(2, "stop-file=6", *engine, status=75)
     stopped = shutil.copytree(run, run.with_name("stopped"))
-    go(2, *zero(stage))
+    go(2, *engine)
     assert seen(run) == alone
     shutil.rmtree(run)
     stopped.rename(run)
