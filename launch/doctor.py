@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ..trainer.versions import version_of
-from .process import process_group
+from .process import host_memory, process_group
 from .ranks import run_ranks
 
 NEEDED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
@@ -36,7 +36,7 @@ def doctor(folder: str) -> int:
     import torch
 
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    rows = [("cores", f"{os.cpu_count()}, {platform.machine()}"), ("memory", f"{_memory_gib():.1f} GiB")]
+    rows = [("cores", f"{os.cpu_count()}, {platform.machine()}"), ("memory", f"{host_memory() / 2**30:.1f} GiB")]
     rows += [(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB") for number, gpu in enumerate(gpus)]
     if gpus:
         rows.append(("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
@@ -79,10 +79,6 @@ def between_ranks() -> int:
 def _lines(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {what}" for name, what in rows)
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def _disk(folder: Path) -> str:

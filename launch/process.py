@@ -63,6 +63,11 @@ def _attempt(store, rank: int, world: int) -> str:
     return mine
 
 
+def host_memory() -> int:
+    """Bytes that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what torch frees on the CPU for its next tensors.
 

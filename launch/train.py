@@ -6,6 +6,7 @@ import sys
 
 from ..trainer.checkpoint import checkpoints
 from ..trainer.data.prepare import PreparedData, prepare_data
+from ..trainer.deepspeed_config import offloads
 from ..trainer.errors import STOPPED, UserError
 from ..trainer.initial import require_initial
 from ..trainer.metrics import require_loggers
@@ -13,7 +14,7 @@ from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
 from ..trainer.stop import LIFELINE
-from .process import process_group, under_torchrun
+from .process import host_memory, process_group, under_torchrun
 from .ranks import run_ranks
 
 
@@ -25,10 +26,28 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
         _print_dry_run(recipe)
         return 0
     require_loggers(recipe)
+    _require_host_memory(recipe)
     if under_torchrun():
         return _work(recipe)
     _prepare(recipe, RunFolder(recipe.run_dir))
     return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
+
+
+def _require_host_memory(recipe: Recipe) -> None:
+    """Of this machine, for what its ranks move there."""
+    if not (offloads(recipe) or offloads(recipe, "offload_param") or recipe.memory.offload_inputs):
+        return
+    from ..trainer.data.tokenizer import recipe_vocab_size
+    from ..trainer.estimate import host_bytes
+
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.launch.processes))
+    needed, there = ranks * host_bytes(recipe, recipe_vocab_size(recipe)), host_memory()
+    if needed > there:
+        keys = "engine.config.zero_optimization" if recipe.engine.name == "deepspeed" else "memory.offload_inputs"
+        raise UserError(
+            f"{keys}: what the {ranks} processes here offload takes {needed / 2**30:,.1f} GiB, but this machine has "
+            f"{there / 2**30:,.1f} GiB; use more machines, or offload less"
+        )
 
 
 def _prepare(recipe: Recipe, folder: RunFolder) -> PreparedData:

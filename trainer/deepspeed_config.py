@@ -90,11 +90,11 @@ def deepspeed_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
             yield f"engine.config.zero_optimization.{key}.device", reason
 
 
-def offloads(recipe: "Recipe") -> bool:
-    """Whether Adam runs on the CPU."""
+def offloads(recipe: "Recipe", what: str = "offload_optimizer") -> bool:
+    """Whether Adam runs on the CPU, or with ``offload_param`` weights wait there."""
     if recipe.engine.name != "deepspeed":
         return False
-    offload = recipe.engine.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    offload = recipe.engine.config.get("zero_optimization", {}).get(what) or {}
     return offload.get("device", "none") != "none"
 
 

@@ -122,6 +122,20 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     return Estimate(total, memory, kinds, head, compute, messages, step, tokens_per_step / step)
 
 
+def host_bytes(recipe: Recipe, vocab_size: int) -> float:
+    """That one rank keeps in the host's memory where the recipe moves something there."""
+    model, training = recipe.model, recipe.training
+    total, needed = parameter_count(model, vocab_size), 0.0
+    if offloads(recipe):  # weights, both moments and gradients in fp32
+        needed += _held(recipe, total, 16, 1)
+    if offloads(recipe, "offload_param"):
+        needed += _held(recipe, total, 2, 3)
+    if recipe.memory.offload_inputs:
+        tokens = training.micro_batch_size * training.seq_length / recipe.parallel.cp
+        needed += 2 * tokens * model.hidden_size * model.num_hidden_layers / recipe.parallel.pp
+    return needed
+
+
 def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     model = recipe.model
     layer = model.stack_names.index(name)

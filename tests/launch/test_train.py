@@ -1,12 +1,15 @@
 """The main door, with real processes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from longspan.launch.train import train
+from longspan.trainer.errors import UserError
 
 
 def read(run: Path) -> list[dict]:
@@ -54,6 +57,35 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert "all 20 steps are done; raise training.steps" in again.stdout
     assert "held-out: " in again.stdout
     assert read(run) == records
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "gib"),
+    [
+        (
+            [
+                "engine={name: deepspeed, zero_stage: 2, config: {zero_optimization: {offload_optimizer: {device: cpu}}}}",
+                "model.hidden_size=65536",
+            ],
+            "engine.config.zero_optimization",
+            16 * (4 * (4 * 65536**2 + 3 * 65536 * 96) + 2 * 384 * 65536) / 2**30,
+        ),
+        (
+            ["memory.recompute=full", "memory.offload_inputs=true", f"training.seq_length={2**34}"],
+            "memory.offload_inputs",
+            2 * 2 * 2**34 * 64 * 4 / 2**30,
+        ),
+    ],
+    ids=["Adam", "inputs"],
+)
+def test_what_is_offloaded_must_fit_into_memory(tiny_recipe, tmp_path, overrides, key, gib):
+    with pytest.raises(UserError) as caught:
+        train(str(tiny_recipe), [*overrides, "launch.processes=2"], dry_run=False)
+    found = re.fullmatch(
+        rf"{key}: what the 2 processes here offload takes ([0-9,.]+) GiB, .* has [0-9.]+ GiB; .*", str(caught.value)
+    )
+    assert float(found[1].replace(",", "")) == pytest.approx(gib, rel=0.1)  # gates beside
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_recipe, tmp_path):

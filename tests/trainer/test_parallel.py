@@ -27,13 +27,18 @@ def zero(stage, *overrides):
     return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *overrides]
 
 
+ON_CPU = "{device: cpu}"
 ZERO = {"zero-2-cp": (2, zero(2, "parallel.cp=2"))}
 MORE_ZERO = {
     "zero-1-sp": (2, zero(1, "parallel.tp=2", "parallel.sequence_parallel=true")),
     "zero-0-tp": (2, zero(0, "parallel.tp=2")),
     "zero-1-cp-dp": (4, zero(1, "parallel.cp=2")),
     "zero-3-cp-tp": (4, zero(3, "parallel.cp=2", "parallel.tp=2")),
-    "zero-2-offload": (2, zero(2, "engine.config={zero_optimization: {offload_optimizer: {device: cpu}}}")),
+    "zero-2-offload": (2, zero(2, f"engine.config={{zero_optimization: {{offload_optimizer: {ON_CPU}}}}}")),
+    "zero-3-offload": (
+        2,
+        zero(3, f"engine.config={{zero_optimization: {{offload_optimizer: {ON_CPU}, offload_param: {ON_CPU}}}}}"),
+    ),
     "zero-3-memory": (2, zero(3, "parallel.cp=2", "memory.recompute=full", "memory.mlp_tile=17")),
     "zero-3-selective": (2, zero(3, "memory.recompute=selective", "memory.recompute_blocks={full: none}")),
 }
