@@ -21,7 +21,7 @@ from .plain_model import PlainLlama, Size, random_batches, size_of, transformers
 from .process import process_group, quiet_libraries
 from .table import table
 
-OURS = {
+OURS: dict[str, dict] = {
     "longspan": {"loss_tile": 1024},
     "longspan, loss not in tiles": {"loss_tile": 1 << 40},
     "longspan, mlp_tile": {"mlp_tile": 1024},
@@ -29,6 +29,7 @@ OURS = {
     "longspan, full recompute": {"recompute": "full"},
     "longspan, full recompute, mlp_tile": {"recompute": "full", "mlp_tile": 1024},
 }
+ON_CUDA = {"longspan, full recompute, offload_inputs": {"recompute": "full", "offload_inputs": True}}
 THEIRS = ("PyTorch", "transformers", "transformers, gradient checkpointing")
 SHORTEST = 1024
 
@@ -46,11 +47,9 @@ class Row:
 
 def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
-    if measure.device() == "cuda":
-        raise UserError("bench memory measures the growth of CPU processes; hide the GPUs (CUDA_VISIBLE_DEVICES=)")
     size, budget = size_of(options), counts(options, "budget_mib")["budget_mib"] * 2**20
     out = measure.out_folder(options)
-    rows = [Row(name) for name in (*OURS, *THEIRS)]
+    rows = [Row(name) for name in (*_ours_here(), *THEIRS)]
     with track("lengths", 6 * len(rows), of_bytes=False) as advance:
         for row in rows:
             _search(row, size, budget, advance)
@@ -59,6 +58,10 @@ def bench_memory(options: Namespace) -> None:
     record = {"machine": measure.machine(), "size": asdict(size), "budget": budget, "loss": loss, "rows": [*map(asdict, rows)]}
     (out / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
     _draw(rows, out / "memory.png")
+
+
+def _ours_here() -> dict[str, dict]:
+    return {**OURS, **ON_CUDA} if measure.device() == "cuda" else OURS
 
 
 def _search(row: Row, size: Size, budget: int, advance: Callable[[int], None]) -> None:
@@ -90,7 +93,7 @@ def work_of(given: dict, most: int | None = None) -> Work:
     """In a fresh process: a step of the candidate on one sequence."""
     size, length = Size(**given["size"]), given["length"]
     if not _models:
-        make = _ours if given["candidate"] in OURS else _theirs
+        make = _theirs if given["candidate"] in THEIRS else _ours
         _models[given["candidate"]] = make(given["candidate"], size, length)
     return _models[given["candidate"]](min(length, most or length))
 
@@ -102,14 +105,14 @@ def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
     from ..trainer.recipe_check import check_recipe
 
     quiet_libraries()
-    recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=OURS[candidate]), candidate)
+    recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=_ours_here()[candidate]), candidate)
     process = ExitStack()
     process.enter_context(process_group(torch.get_num_threads()))
     engine = build_engine(recipe)
 
     def of(length: int) -> Work:
-        tokens = next(random_batches(size, length))
-        weights = torch.ones(1, length)
+        tokens = next(random_batches(size, length)).to(engine.device)
+        weights = torch.ones(1, length, device=engine.device)
         batch = Microbatch(
             tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, Sequence.single(1, length, engine.device), 0
         )
@@ -128,10 +131,12 @@ def _theirs(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
             model.gradient_checkpointing_enable()
         model.train()
         call = lambda tokens, labels: model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # noqa: E731
+    device = measure.device()
+    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def of(length: int) -> Work:
-        tokens = next(random_batches(size, length))
+        tokens = next(random_batches(size, length)).to(device)
 
         def step(between: Callable[[], None] | None = None) -> tuple:
             call(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -150,12 +155,11 @@ def _loss_times(size: Size, tokens: int = 4096, repeats: int = 7) -> dict[str, f
 
     from ..trainer.loss import cross_entropy_sum
 
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, size.hidden, generator=generator)
-    weight = torch.randn(size.vocabulary, size.hidden, generator=generator) * 0.1
-    labels = torch.randint(size.vocabulary, (tokens,), generator=generator)
-    ones = torch.ones(tokens)
-    one = torch.ones(())
+    generator, device = torch.Generator().manual_seed(0), measure.device()
+    hidden = torch.randn(tokens, size.hidden, generator=generator).to(device)
+    weight = (torch.randn(size.vocabulary, size.hidden, generator=generator) * 0.1).to(device)
+    labels = torch.randint(size.vocabulary, (tokens,), generator=generator).to(device)
+    ones, one = torch.ones(tokens, device=device), torch.ones((), device=device)
     works = {
         "tiled": measure.step_of(lambda x, w: cross_entropy_sum(x, w, labels, ones), [hidden, weight], one),
         "plain": measure.step_of(lambda x, w: F.cross_entropy(x @ w.T, labels, reduction="sum"), [hidden, weight], one),
@@ -169,20 +173,22 @@ def _loss_times(size: Size, tokens: int = 4096, repeats: int = 7) -> dict[str, f
 
 def _table(rows: list[Row], size: Size, budget: int, loss: dict[str, float]) -> str:
     common = max(set.intersection(*(set(row.peaks) for row in rows)))
-    lines = [("candidate", f"MiB at {common:,}", "KiB a token", "longest", "x PyTorch")]
+    lines = [("candidate", f"MiB at {common:,}", "KiB a token", "and layer", "longest", "x PyTorch")]
     plain = next(row for row in rows if row.candidate == "PyTorch")
     for row in rows:
         (low, least), (high, most) = sorted(row.peaks.items())[0], sorted(row.peaks.items())[-1]
         slope = (most - least) / (high - low) / 2**10
         longest = f"{row.longest:,}" if row.longest else f"< {SHORTEST:,}"
         times = f"{row.longest / plain.longest:.1f}" if plain.longest else "-"
-        lines.append((row.candidate, f"{row.peaks[common] / 2**20:,.0f}", f"{slope:,.1f}", longest, times))
+        lines.append(
+            (row.candidate, f"{row.peaks[common] / 2**20:,.0f}", f"{slope:,.1f}", f"{slope / size.layers:,.1f}", longest, times)
+        )
     shape = f"{size.layers} layers of {size.hidden}, MLPs of {size.intermediate}, vocabulary {size.vocabulary:,}"
-    ratio = loss["tiled"] / loss["plain"]
+    ratio, dtype = loss["tiled"] / loss["plain"], "bf16" if measure.device() == "cuda" else "fp32"
     return "\n".join(
         [
-            f"{measure.machine()['device']}, fp32; a Llama of {shape}, full attention, one sequence",
-            "growth of the process in a step, beside weights, gradients and Adam's moments; "
+            f"{measure.machine()['device']}, {dtype}; a Llama of {shape}, full attention, one sequence",
+            "growth of the memory in use in a step, beside weights, gradients and Adam's moments; "
             f"longest: within {budget >> 20:,} MiB",
             table(lines),
             f"the loss alone, 4,096 tokens: in tiles {1e3 * loss['tiled']:.0f} ms, plain {1e3 * loss['plain']:.0f} ms: "
@@ -197,10 +203,10 @@ def _draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     lines = {row.candidate: {length: peak / 2**20 for length, peak in sorted(row.peaks.items())} for row in rows}
     lengths = sorted({SHORTEST * 2**n for row in rows for n in range(12) if SHORTEST * 2**n in row.peaks})
     measure.plot_against_length(axes, lines, lengths, ylabel="MiB beside the model", title="a training step of one sequence")
-    axes.legend()
+    figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -37,8 +37,10 @@ def eval_mqar(options: Namespace) -> None:
 
     with _engine(folder) as engine:
         report = evaluate_mqar(folder, engine, settings, options.examples, options.seed)
+    from ..trainer.evaluation.plots import plot_mqar
+
     print(_mqar_table(report))
-    print(f"{folder.evaluation('mqar')} has the numbers")
+    _show(folder, "mqar", lambda *where: plot_mqar(report, *where))
 
 
 def eval_loss(options: Namespace) -> None:
@@ -183,8 +185,12 @@ def _keep_found(folder: RunFolder, name: str, options: Namespace, rows: list[dic
 
 
 def _keep(folder: RunFolder, name: str, report: dict, plot: Callable[[Path, str], None]) -> None:
-    picture = folder.evaluation(name).with_suffix(".png")
     folder.write_evaluation(name, report)
+    _show(folder, name, plot)
+
+
+def _show(folder: RunFolder, name: str, plot: Callable[[Path, str], None]) -> None:
+    picture = folder.evaluation(name).with_suffix(".png")
     plot(picture, folder.path.name)
     print(f"{folder.evaluation(name)} has the numbers, {picture.name} beside it shows them")
 

@@ -181,7 +181,8 @@ def cuda_peak(work: Work) -> int:
 
 
 def fresh_peak(module: str, given: dict, first: int = 128) -> int | None:
-    """By how many bytes a fresh process grows while it runs a candidate once; None where that cannot be told.
+    """By how many bytes a fresh process, or on CUDA its memory there, grows while it runs a candidate once; None where that
+    cannot be told.
 
     Args:
         module: its ``work_of(given, most=None)`` makes the work, of at most so many tokens.
@@ -201,6 +202,9 @@ def print_growth(module: str, argument: str, first: str) -> None:
     work_of, given = import_module(module).work_of, json.loads(argument)
     work_of(given, most=int(first))()
     work = work_of(given)
+    if device() == "cuda":
+        print(cuda_peak(work))
+        return
     with suppress(OSError):  # where it is not permitted the peak so far is hardly more
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
     before = _peak_resident()

@@ -84,7 +84,7 @@ class PlainLlama(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        tables = rotary_tables(torch.arange(tokens.shape[1])[None], self.head_dim, 10000.0)
+        tables = rotary_tables(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, 10000.0)
         for layer in self.layers:
             x = layer(x, tables)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())

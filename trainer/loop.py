@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -95,24 +96,23 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 raise UserError(f"{folder.checkpoints}: step {step} is not saved: {saved.error}" if rank == 0 else "")
             report(step, saved)
 
-        now, batches = recipe, None
-        since, logged, waited = time.monotonic(), done, 0.0
+        now, batches, pace = recipe, None, _Pace(done)
         for step in range(done + 1, steps + 1):
             lr = recipe.learning_rate(step - 1)
             if batches is None or step - 1 in recipe.stage_starts:
                 now, first = recipe.at(step - 1), recipe.data_start(step - 1)
                 batches = Batches(now, data, recipe_vocab_size(recipe), engine.share, engine.device, first)
                 engine.begin_stage(now)
-                flops = training_flops(now.model, now.training.seq_length, recipe_vocab_size(recipe))
+                flops = cache(partial(training_flops, now.model, vocab_size=recipe_vocab_size(recipe)))
                 if log and step - 1 in recipe.stage_starts:
-                    log.log(step, {f"flops/{name}": part for name, part in flops.items()})
+                    log.log(step, {f"flops/{name}": part for name, part in flops(length=now.training.seq_length).items()})
                 if display and now != recipe:
                     display.say(f"step {step}: {_stage(now)}")
-                since, logged, waited = time.monotonic(), step - 1, 0.0  # packing takes its time
+                pace = _Pace(step - 1)  # packing takes its time
             watchdog.phase(f"the data of step {step}")
             began = time.monotonic()
             taken = list(_agreed(control, batches.step(step - 1)))
-            waited += time.monotonic() - began
+            pace.waited += time.monotonic() - began
             watchdog.phase(f"step {step}")
             result = engine.step(taken, lr)
             try:
@@ -125,8 +125,9 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                 raise
             tokens += result.tokens
             last = step == steps
+            pace.flops += now.tokens_per_step * sum(flops(length=batches.length(step - 1)).values())
             if display:
-                seconds = (time.monotonic() - since) / (step - logged)
+                seconds = pace.step_seconds(step)
                 speed = now.tokens_per_step / seconds
                 display.step(step, result.loss, _bits_per_byte(result.loss, batches.training.bytes_per_token), speed)
                 if not updated:
@@ -145,12 +146,13 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                             **({} if result.balance_loss is None else {"train/balance_loss": result.balance_loss}),
                             "data/padding_ratio": result.padding / now.tokens_per_step,
                             "perf/step_time_s": seconds,
-                            "perf/data_time_s": waited / (step - logged),
-                            **_speed(speed / dist.get_world_size(), sum(flops.values())),
+                            "perf/data_time_s": pace.waited / (step - pace.step),
+                            "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
+                            **_arithmetic(pace.flops / (step - pace.step) / seconds / dist.get_world_size()),
                             **_memory(),
                         },
                     )
-                since, logged, waited = time.monotonic(), step, 0.0
+                pace = _Pace(step)
             if batches.held_out and (last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)):
                 sequences = None if last else recipe.evaluation.sequences
                 held_out = _agreed(control, batches.evaluation(sequences))
@@ -160,7 +162,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
                     log.log(step, evaluated)
                     summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
                     display.say(f"step {step}: {summary}")
-                since, logged, waited = time.monotonic(), step, 0.0
+                pace = _Pace(step)
             watchdog.phase(f"the end of step {step}")
             report(step, checkpointer.poll())
             if control.any(stop.asked()) and not last:
@@ -223,9 +225,23 @@ def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
     return loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
-def _speed(tokens: float, flops: float) -> dict[str, float]:
-    """Of each device: tokens and arithmetic a second, and on GPUs of a known peak the share of it (MFU)."""
-    found = {"perf/tokens_per_sec_per_device": tokens, "perf/tflops_per_device": tokens * flops / 1e12}
+class _Pace:
+    """How long steps take, from after a ``step`` on."""
+
+    def __init__(self, step: int):
+        self.began, self.step = time.monotonic(), step
+        self.waited = 0.0
+        """Seconds, for data."""
+        self.flops = 0.0
+        """Of all ranks."""
+
+    def step_seconds(self, step: int) -> float:
+        return (time.monotonic() - self.began) / (step - self.step)
+
+
+def _arithmetic(flops: float) -> dict[str, float]:
+    """Of each device a second, and on GPUs of a known peak the share of it (MFU)."""
+    found = {"perf/tflops_per_device": flops / 1e12}
     name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
     for device in DEVICES.values():
         if device.name in name:

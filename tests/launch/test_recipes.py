@@ -6,6 +6,7 @@ from longspan.trainer.estimate import DEVICES, GIB, estimate
 from longspan.trainer.export.native import Source
 from longspan.trainer.export.target import choose_target
 from longspan.trainer.recipe_file import SHIPPED, load_recipe, shipped_recipes
+from transformers import AutoModelForCausalLM
 
 TARGETS = {
     "llama-1.3b": "llama",
@@ -73,4 +74,7 @@ def test_a_twin_trains_goes_on_and_leaves(longspan, corpus, tmp_path, name):
     assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
     said = run("export", tmp_path / "run", tmp_path / "model")
     assert "tokens of greedy text are the same" in said
-    assert list((tmp_path / "model").glob("modeling_*.py")) or TARGETS[name] != "longspan"
+    own = TARGETS[name] == "longspan"
+    assert bool(list((tmp_path / "model").glob("*.py"))) == own
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=own)
+    assert model.config.model_type == TARGETS[name]

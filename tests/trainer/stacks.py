@@ -45,6 +45,8 @@ MIXED = _stack(
 )
 """One of each family; the delta rule has a short convolution."""
 
+MOBA = _stack({"moba": {"mixer": "moba", "block": 8, "top_k": 3}, "full": {"mixer": "full"}})
+
 EXPERTS = [
     _stack({"lightning": {"mixer": "lightning", "norm": "post", "mlp": "moe"}, "full": {"mixer": "full", "mlp": "moe"}}),
     "model.moe=" + json.dumps({"num_experts": 4, "intermediate_size": 48, "router_aux_loss_coef": 0.1}),

@@ -54,6 +54,17 @@ def test_gradients_are_the_same(tiny_recipe, stack):
                 assert torch.equal(gradient, expected[key]), (name, key)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_inputs_that_wait_on_the_host_come_back_as_they_were(tiny_recipe):
+    found = []
+    for more in ([], ["memory.offload_inputs=true"]):
+        with batches_on(tiny_recipe, "memory.recompute=full", *more) as (engine, batches):
+            found.append(engine.gradients(batches))
+    for key, expected in found[0].items():
+        assert (found[1][key] - expected).norm() <= 1e-5 * expected.norm(), key
+
+
 def kept(recipe_file, *overrides):
     """Bytes that a forward pass keeps for its backward pass, of tensors that are no parameters, each once."""
     with batches_on(recipe_file, *overrides) as (engine, batches):

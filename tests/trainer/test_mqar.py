@@ -283,6 +283,7 @@ def test_eval_writes_what_it_prints(longspan, trained):
     arguments = ["--lengths", "16,32", "--pairs", "2,4,8", "--examples", "50"]
     done = longspan("eval", "mqar", trained, *arguments)
     assert done.returncode == 0, done.stderr
+    assert (trained / "eval" / "mqar.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((trained / "eval" / "mqar.json").read_text())
     assert {key: report[key] for key in ("step", "examples", "seed", "vocab_size", "chance")} == {
         "step": STEPS,

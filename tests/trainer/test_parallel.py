@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .stacks import EXPERTS, LINEAR, LINEAR_MORE, MIXED, PATTERNS, SHARED_EXPERT
+from .stacks import EXPERTS, LINEAR, LINEAR_MORE, MIXED, MOBA, PATTERNS, SHARED_EXPERT
 
 WORKER = Path(__file__).parent / "parity_worker.py"
 # name: (processes, overrides)
@@ -94,6 +94,7 @@ def train(ranks, tiny_recipe, tmp_path):
             SHARED_EXPERT, {**EP, **{name: MORE_EP[name] for name in ("sp-cp-ep", "zero-3-sp")}}, marks=pytest.mark.wide
         ),
         pytest.param([PATTERNS], {**HEADS, **SEQUENCE}, marks=pytest.mark.wide),
+        pytest.param([MOBA], {**PAIRS, **ZERO, "sp-memory": MORE_SEQUENCE["sp-memory"]}, marks=pytest.mark.wide),
         ([MIXED], {"cp": PAIRS["cp"]}),
         pytest.param([MIXED], {"cp-4": SCHEDULES["cp-4"], **ZERO}, marks=pytest.mark.wide),
         pytest.param([*LINEAR, FEWER], {**STATES, **MORE_STATES, **GRID, **SEQUENCE}, marks=pytest.mark.wide),
@@ -112,6 +113,7 @@ def train(ranks, tiny_recipe, tmp_path):
         "experts, zero",
         "shared expert",
         "patterns",
+        "moba",
         "mixed",
         "mixed, more ranks",
         "linear",

@@ -58,11 +58,14 @@ class Batches:
     def step(self, step: int) -> Iterator[Microbatch]:
         """This rank's microbatches of training step ``step`` (from 0)."""
         rank, ranks, _ = self.share
-        step -= self.first
-        shorter = self.recipe.training.seq_length // self.training.length(step)
+        shorter = self.recipe.training.seq_length // self.length(step)
         micro, sequences = self.micro * shorter, self.recipe.training.global_batch_size * shorter
         for start in range(rank * micro, sequences, micro * ranks):
-            yield self._batch([self.training.sample(step, number) for number in range(start, start + micro)])
+            yield self._batch([self.training.sample(step - self.first, number) for number in range(start, start + micro)])
+
+    def length(self, step: int) -> int:
+        """Tokens of each sequence of training step ``step`` (from 0)."""
+        return self.training.length(step - self.first)
 
     def evaluation(self, sequences: int | None) -> Iterator[Microbatch]:
         """The first ``sequences`` held-out sequences (all for None); every rank gets equally many, short ones empty."""

@@ -65,3 +65,20 @@ def plot_tasks(rows: list[dict], path: Path, title: str) -> None:
     figure.axes[0].legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+
+
+def plot_mqar(report: dict, path: Path, title: str) -> None:
+    """Accuracy by the pairs to remember: a line for each length."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes, rows = figure.subplots(), report["settings"]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        mine = sorted((row["pairs"], row["accuracy"]) for row in rows if row["length"] == length)
+        axes.plot(*zip(*mine, strict=True), marker="o", label=f"{length:,} tokens")
+    axes.axhline(report["chance"], color="grey", linestyle=":", label="chance")
+    pairs = sorted({row["pairs"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(pairs, [str(each) for each in pairs])
+    axes.set(xlabel="pairs", ylabel="accuracy", ylim=(-0.05, 1.05), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
