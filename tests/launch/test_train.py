@@ -10,6 +10,8 @@ import pytest
 import torch
 from longspan.launch.train import train
 from longspan.trainer.errors import UserError
+from longspan.trainer.recipe_file import load_recipe
+from longspan.trainer.size import training_flops
 
 
 def read(run: Path) -> list[dict]:
@@ -57,6 +59,21 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert "all 20 steps are done; raise training.steps" in again.stdout
     assert "held-out: " in again.stdout
     assert read(run) == records
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, tmp_path):
+    options = ["training.seq_length=192", "data.packing=buckets", "data.buckets={shortest: 24, cycle_steps: 12}"]
+    done = longspan("train", tiny_recipe, *options, "training.steps=12", "metrics.log_interval=1")
+    assert done.returncode == 0, done.stderr
+    model = load_recipe(str(tiny_recipe)).model
+    possible = {length: sum(training_flops(model, length, 257).values()) for length in (24, 48, 96, 192)}
+    seen = set()
+    for record in read(tmp_path / "run"):
+        if "train/loss" in record:
+            flops = record["perf/tflops_per_device"] * 1e12 / record["perf/tokens_per_sec_per_device"]
+            (length,) = [length for length, each in possible.items() if flops == pytest.approx(each, rel=1e-6)]
+            seen.add(length)
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from longspan.launch.process import process_group
 from longspan.trainer.errors import UserError
 from longspan.trainer.recipe_file import load_recipe
 
-from .exported import CUSTOM, FULL, MORE_CUSTOM, MORE_NATIVE, NATIVE, S2, WINDOW, default, save_run, stack, wide
+from .exported import CUSTOM, FULL, MORE_CUSTOM, MORE_NATIVE, NATIVE, S2, WIDE, WINDOW, default, save_run, stack, wide
 
 
 @pytest.fixture
@@ -196,14 +196,24 @@ def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
     assert line in describe_target(Source(recipe.model, 257, 96))
 
 
-def test_from_ranks_to_transformers(longspan, tiny_recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "ranks"),
+    [
+        pytest.param("ministral", ["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp"),
+        pytest.param("minimax", ["parallel.pp=2"], id="pp", marks=WIDE),
+        pytest.param("minimax, experts", ["parallel.cp=2", "parallel.ep=2"], id="ep", marks=WIDE),
+        pytest.param("qwen3_5_text", ["engine.name=deepspeed", "engine.zero_stage=3"], id="zero-3", marks=WIDE),
+    ],
+)
+def test_from_ranks_to_transformers(longspan, tiny_recipe, tmp_path, model, ranks):
     """As a user does it: a run on two ranks, its model out, and compared again."""
-    ranks = ["launch.processes=2", "parallel.tp=2", "parallel.sequence_parallel=true", "training.steps=4", *NATIVE["ministral"]]
-    assert longspan("train", tiny_recipe, *ranks).returncode == 0
+    stack = {**NATIVE, **MORE_NATIVE}[model]
+    trained = longspan("train", tiny_recipe, "launch.processes=2", "training.steps=4", *ranks, *stack)
+    assert trained.returncode == 0, trained.stderr
     run, out = tmp_path / "run", tmp_path / "model"
     done = longspan("export", run, out)
     assert done.returncode == 0, done.stderr
-    assert "writes ministral" in done.stdout
+    assert f"writes {model.partition(',')[0]}" in done.stdout
     again = longspan("check-export", out, f"{run}@4")
     assert again.returncode == 0, again.stderr
     assert "72 tokens of greedy text are the same" in again.stdout
