@@ -162,13 +162,24 @@ def test_bad_input_leaves_nothing_behind(saved_run, tmp_path):
 
     before = sorted(path.name for path in tmp_path.iterdir())
     refused(f"{run}@5", tmp_path / "out", "has no checkpoint of step 5; there are 3")
-    refused(f"{run}@x", tmp_path / "out", "what follows @ must be the step of a checkpoint")
+    refused(f"{run}@x", tmp_path / "out", f"{run}@x: not the folder of a run")
     refused(run, run, "exists already; remove it or choose another folder")
     damaged = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-100])
     refused(run, tmp_path / "out", "choose another with")
     shutil.rmtree(run / "checkpoints")
     refused(run, tmp_path / "out", "has no checkpoint yet")
+
+
+def test_a_step_is_a_number_behind_the_last_at(saved_run, tmp_path):
+    from longspan.trainer.export.source import SavedRun
+
+    run = saved_run(*NATIVE["llama"]).rename(tmp_path / "lr@1e-3")
+    assert [SavedRun(f"{run}{step}").folder.path for step in ("", "@3")] == [run, run]
+    with pytest.raises(UserError, match=f"{run}: has no checkpoint of step 4; there are 3"):
+        SavedRun(f"{run}@4")
+    run = run.rename(tmp_path / "lr@3")
+    assert SavedRun(f"{run}/").folder.path == run
 
 
 def test_what_chooses_its_keys_stays_here(saved_run, tmp_path, longspan, tiny_recipe):

@@ -18,16 +18,16 @@ class SavedRun:
     """A run at one of its checkpoints, which is whole.
 
     Args:
-        run: the run's folder, or ``folder@step``; without a step, the newest checkpoint.
+        run: the run's folder, or ``folder@NUMBER`` with a checkpoint's step; without one, the newest.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
     """
 
     def __init__(self, run: str):
-        path, _, step = run.partition("@")
-        if step and not step.isdecimal():
-            raise UserError(f"{run}: what follows @ must be the step of a checkpoint")
+        path, _, step = run.rpartition("@")
+        if not step.isdecimal():
+            path, step = run, ""
         self.folder = RunFolder(path)
         whole = self.folder.recipe
         self.checkpoint = _chosen(self.folder, int(step) if step else None)
