@@ -41,11 +41,11 @@ class Control:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Bad input met inside by some ranks ends all of them here; those that met none have no message."""
+        """What is raised inside on some ranks, as for bad input, ends all of them here; the others have no message."""
         error = None
         try:
             yield
-        except UserError as caught:
+        except Exception as caught:
             error = caught
         if self.any(error is not None):
             raise error or UserError()

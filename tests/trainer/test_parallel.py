@@ -151,6 +151,23 @@ def test_bf16_trains_to_nearly_the_same_loss(train):
         assert ours.loss == pytest.approx(expected.loss, rel=2e-2)
 
 
+def test_what_one_rank_raises_ends_all_of_them(ranks, tmp_path):
+    """Whatever it is: the others do not wait for that rank until their connection breaks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch.distributed as dist\n"
+        "from longspan.launch.process import process_group\n"
+        "from longspan.trainer.control import Control\n"
+        "with process_group(1):\n"
+        "    with Control().together():\n"
+        "        if dist.get_rank() == 1:\n"
+        "            raise ValueError('met here')\n"
+    )
+    (_, first), (_, second) = ranks(2, script, status=1)
+    assert first.splitlines()[-1] == "longspan.trainer.errors.UserError"
+    assert second.splitlines()[-1] == "ValueError: met here"
+
+
 def test_our_layers_in_a_plain_megatron_script(ranks, tmp_path):
     script, losses = Path(__file__).parents[2] / "docs" / "plain_megatron.py", {}
     for count in (1, 2):
