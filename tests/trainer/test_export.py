@@ -171,6 +171,26 @@ def test_bad_input_leaves_nothing_behind(saved_run, tmp_path):
     refused(run, tmp_path / "out", "has no checkpoint yet")
 
 
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("llama-1.3b", 1024),
+        ("masformer-1.3b", 2048),
+        ("s2-llama-1.3b", 2048),
+        ("s2-llama-7b", 4096),
+        ("phi-3-small", 2048),
+        ("samba-1.3b", 4096),
+        ("s2-llama-1.3b-tiny", 512),
+    ],
+)
+def test_prompts_of_the_check_are_longer_than_windows(name, length):
+    from longspan.trainer.export.check import prompt_length
+    from longspan.trainer.export.native import Source
+
+    recipe = load_recipe(name, [])
+    assert prompt_length(Source(recipe.model, recipe.model.vocab_size, recipe.training.seq_length)) == length
+
+
 def test_a_step_is_a_number_behind_the_last_at(saved_run, tmp_path):
     from longspan.trainer.export.source import SavedRun
 

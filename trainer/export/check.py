@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..blocks import SoftmaxBlock
 from ..errors import UserError
+from .native import Source
 from .source import SavedRun
 from .target import choose_target, stays_fp32
 
@@ -95,10 +97,21 @@ def _engine(saved: SavedRun, dtype: "torch.dtype") -> "Engine":
     return with_weights(saved.recipe.model_copy(update={"training": exact}), weights)
 
 
+def prompt_length(source: Source) -> int:
+    """Tokens: twice as far as any window, band or sink of the stack reaches and as its stripes lie apart, so that a wrong one
+    shows; at least ``LENGTH``, and never more than the model was made for.
+    """
+    heads = source.model.kv_heads
+    patterns = [block.attention_pattern(heads) for block in source.model.stack if isinstance(block, SoftmaxBlock)]
+    rules = {rule for pattern in patterns for head in range(heads) for rule in pattern.rules(head)}
+    ends = [max((rule.reach or 1) * rule.block, rule.stop or 1, rule.step * rule.block) for rule in rules]
+    return min(source.seq_length, max([LENGTH, *(2 * end for end in ends)]))
+
+
 def _compare(ours: "Engine", theirs: "nn.Module", saved: SavedRun) -> CheckResult:
     import torch
 
-    length, vocabulary = min(LENGTH, saved.source.seq_length), saved.source.vocab_size
+    length, vocabulary = prompt_length(saved.source), saved.source.vocab_size
     prompts = torch.randint(vocabulary, (PROMPTS, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reference = ours.logits(prompts)
