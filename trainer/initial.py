@@ -143,7 +143,7 @@ def _parameters(built: "nn.Module", native: Native) -> "Iterable[tuple[str, Tens
 def _weights(path: str, native: Native) -> "dict[str, Tensor]":
     from transformers import AutoModelForCausalLM
 
-    from .export.check import quiet
+    from .export.folder import quiet
 
     quiet()
     try:

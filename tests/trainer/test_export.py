@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 from functools import partial
 
@@ -169,6 +170,55 @@ def test_bad_input_leaves_nothing_behind(saved_run, tmp_path):
     refused(run, tmp_path / "out", "choose another with")
     shutil.rmtree(run / "checkpoints")
     refused(run, tmp_path / "out", "has no checkpoint yet")
+
+
+def test_a_full_disk_leaves_nothing_behind(saved_run, tmp_path):
+    run = saved_run(*NATIVE["llama"])
+    before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path / 'out'}: cannot be written: .*File too large"):
+            exported(run, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
+    """Or not whole: one message, whatever torch and transformers raise of it."""
+    from longspan.trainer.export.check import check_export
+    from longspan.trainer.export.source import SavedRun
+    from safetensors.torch import load_file, save_file
+
+    run, out = saved_run(stack({"full": FULL})), tmp_path / "out"
+    exported(run, out)
+
+    def refused(other=run):
+        with process_group(2), pytest.raises(UserError) as caught:
+            check_export(out, SavedRun(str(other)), lambda line: None)
+        return str(caught.value)
+
+    def another(name, *overrides):
+        return saved_run(f"run_dir={tmp_path / name}", *overrides)
+
+    of = f"{tmp_path}/{{}} at step 3"
+    found = refused(another("words", stack({"full": FULL}), "model.vocab_size=300"))
+    assert found == f"{out}: has a vocabulary of 257, {of.format('words')} has one of 300"
+    found = refused(another("window", stack({"w": WINDOW})))
+    assert found == f"{out}: is a model of architecture llama; {of.format('window')} becomes mistral"
+    assert "chooses its keys from the content" in refused(another("moba", stack({"m": {"mixer": "moba"}})))
+    found = refused(another("larger", stack({"full": FULL}), "model.hidden_size=128", "model.num_hidden_layers=2"))
+    assert "whole prompts, logits differ by" in found or "greedy text differs" in found
+
+    file = out / "model.safetensors"
+    tensors = load_file(file)
+    cut, lost = tensors["model.norm.weight"][:63].clone(), tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file({**tensors, "model.layers.2.mlp.up_proj.bias": lost}, file, {"format": "pt"})
+    assert "do not agree on model.layers.2.mlp.up_proj.bias, model.layers.2.mlp.up_proj.weight" in refused()
+    save_file({**tensors, "model.norm.weight": cut}, file, {"format": "pt"})
+    assert refused() == f"{out}: model.norm.weight: [63] in its files, [64] by its config.json"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert refused().startswith(f"{out}: transformers cannot load it: ")
 
 
 @pytest.mark.parametrize(

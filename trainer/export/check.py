@@ -1,6 +1,5 @@
 """Whether an exported model gives the run's logits: whole prompts, token by token from its cache, and greedy text."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,15 @@ from typing import TYPE_CHECKING
 
 from ..blocks import SoftmaxBlock
 from ..errors import UserError
+from .folder import listed, load_folder, loading
 from .native import Source
 from .source import SavedRun
-from .target import choose_target, stays_fp32
+from .target import Target, choose_target, stays_fp32
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedConfig
 
     from ..engine import Engine
 
@@ -41,18 +42,18 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
         UserError: naming what differs, and by how much.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    quiet()
+    target, _ = choose_target(saved.source)
+    with loading(str(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    _require_same_kind(folder, config, saved, target)
+    theirs = load_folder(folder, str(folder), dtype=torch.float32, trust_remote_code=True)
+    if other := sorted(theirs.missing | theirs.unexpected):
+        raise UserError(f"{folder}: its files and its config.json do not agree on {listed(other)}; export the run again")
+    ours = _engine(saved, target, config.dtype or torch.float32)
     try:
-        written = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
-        options = {"dtype": torch.float32, "trust_remote_code": True}
-        theirs = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
-    ours = _engine(saved, written)
-    try:
-        result = _compare(ours, theirs, saved)
+        result = _compare(ours, theirs.model, saved)
     finally:
         ours.close()
     for what, found in {"whole prompts": result.whole, "token by token": result.cached}.items():
@@ -68,27 +69,23 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
     return result
 
 
-def quiet() -> None:
-    """The library draws bars for moments, and warns that it computes without kernels that a CPU has not; DeepSpeed, which it
-    looks for, that there is no GPU.
-    """
-    import torch
-    from transformers.utils import logging
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _require_same_kind(folder: Path, config: "PreTrainedConfig", saved: SavedRun, target: Target) -> None:
+    """What would not be compared to its end."""
+    of = f"{saved.folder.path} at step {saved.step}"
+    if config.model_type != target.model_type:
+        raise UserError(f"{folder}: is a model of architecture {config.model_type}; {of} becomes {target.model_type}")
+    if config.vocab_size != saved.source.vocab_size:
+        raise UserError(f"{folder}: has a vocabulary of {config.vocab_size:,}, {of} has one of {saved.source.vocab_size:,}")
 
 
-def _engine(saved: SavedRun, dtype: "torch.dtype") -> "Engine":
+def _engine(saved: SavedRun, target: Target, dtype: "torch.dtype") -> "Engine":
     import torch
 
     from ..generate import with_weights
 
     weights = saved.weights(list(saved.shapes))
     if dtype != torch.float32:  # as they were rounded when they were written
-        for rows in choose_target(saved.source)[0].rows():
+        for rows in target.rows():
             theirs = {
                 name: part if stays_fp32(name) else part.to(dtype) for name, part in rows.split(weights[rows.ours]).items()
             }

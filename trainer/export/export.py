@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..progress import track
 from .card import model_card
-from .check import check_export, quiet
+from .check import check_export
+from .folder import quiet
 from .source import SavedRun
 from .target import Custom, Target, choose_target, describe_target, stays_fp32
 from .tokenizer import write_tokenizer
@@ -29,6 +30,8 @@ def export_run(run: str, out: Path, dtype_name: str | None, say: Callable[[str],
         UserError: ``out`` is there already, the run or its checkpoint is not whole, no code can run the model outside, or what
             was written does not give the run's logits. Nothing is left behind.
     """
+    from safetensors import SafetensorError
+
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another folder")
     saved = SavedRun(run)
@@ -42,7 +45,7 @@ def export_run(run: str, out: Path, dtype_name: str | None, say: Callable[[str],
         result = check_export(partial, saved, say)
         (partial / "README.md").write_text(model_card(saved, target, result))
         partial.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
