@@ -1,13 +1,14 @@
 """Weights to begin with: those of a Hugging Face folder, for a recipe that has its layers or changed some of them."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data.tokenizer import recipe_vocab_size
 from .errors import UserError
+from .export.folder import Loaded, listed, load_folder
 from .export.native import NATIVES, Native, Source
 from .export.target import Custom
 from .linear_blocks import LightningBlock
@@ -19,27 +20,21 @@ if TYPE_CHECKING:
     from .control import Control
     from .engine import Engine
 
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-)
-
 
 def require_initial(recipe: Recipe) -> None:
     """Refuse a folder that the recipe cannot begin with, before any process starts.
 
     Raises:
-        UserError: it is no model of an architecture that is known here, its sizes are others, or parameters are on one side
-            alone that ``initial`` does not name; one line for each.
+        UserError: it is no model of an architecture that is known here, its files are not those of its config, its sizes are
+            others, or parameters are on one side alone that ``initial`` does not name; one line for each.
     """
     if recipe.initial:
         native, config = _native(recipe)
-        problems = [*_sizes(native, config), *_one_sided(native, recipe.initial, _names(recipe.initial.path, native))]
+        loaded = _load(recipe)
+        problems = [
+            *_sizes(native, config),
+            *_one_sided(native, recipe.initial, _parameters(loaded, native).keys() | loaded.unexpected),
+        ]
         if problems:
             raise UserError("\n".join(problems))
 
@@ -58,7 +53,9 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
     theirs: dict[str, Tensor] = {}
     with control.together():
         if dist.get_rank() == 0:
-            theirs = _weights(recipe.initial.path, native)
+            loaded = _load(recipe)
+            _require_same_decays(loaded.model, native, recipe.initial.path)
+            theirs = {name: parameter.detach() for name, parameter in _parameters(loaded, native).items()}
     parts = control.gather({name: shards.shape for name, shards in engine.state().items() if name.startswith("model.")})
     shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
     for layer in by_layer(native.rows()):
@@ -89,10 +86,9 @@ def _native(recipe: Recipe) -> tuple[Native, dict]:
 
 
 def _sizes(native: Native, config: dict) -> Iterator[str]:
-    ours = Native.config(native)
-    for key in _SIZES:
-        if config.get(key) is not None and config[key] != ours[key]:
-            yield f"initial: {key}: is {config[key]} in the folder's config.json, {ours[key]} in the recipe's model"
+    for key, ours in native.sizes().items():
+        if config.get(key) is not None and config[key] != ours:
+            yield f"initial: {key}: is {config[key]} in the folder's config.json, {ours} in the recipe's model"
 
 
 def _one_sided(native: Native, initial: Initial, names: set[str]) -> Iterator[str]:
@@ -107,51 +103,26 @@ def _one_sided(native: Native, initial: Initial, names: set[str]) -> Iterator[st
     ):
         allowed = getattr(initial, key)
         if unknown := [name for name in found if not any(fnmatchcase(name, pattern) for pattern in allowed)]:
-            yield f"initial: {what} {_some(unknown)}; if that is meant, name them in initial.{key}"
+            yield f"initial: {what} {listed(unknown)}; if that is meant, name them in initial.{key}"
         for pattern in allowed:
             if not any(fnmatchcase(name, pattern) for name in found):
                 yield f"initial.{key}: {pattern} names nothing of {len(found)} such parameters; remove it"
     if missing:
-        yield f"initial: {_some(missing)}: not in the folder's model"
+        yield f"initial: {listed(missing)}: not in the folder's files"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _load(recipe: Recipe) -> Loaded:
+    return load_folder(recipe.initial.path, f"initial: {recipe.initial.path}", dtype="auto")
 
 
-def _names(path: str, native: Native) -> set[str]:
-    """Of the folder's parameters, as they are in memory."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"initial: {path}: transformers cannot load it: {str(error).splitlines()[0]}") from None
-    return {name for name, _ in _parameters(built, native)}
-
-
-def _parameters(built: "nn.Module", native: Native) -> "Iterable[tuple[str, Tensor]]":
-    """Where output and input embedding are one, under both names, unless ours are one as well."""
-    found = dict(built.named_parameters(remove_duplicate=False))
-    if native.model.tie_word_embeddings and built.config.tie_word_embeddings:
+def _parameters(loaded: Loaded, native: Native) -> "dict[str, Tensor]":
+    """Those that the folder's files give. Where output and input embedding are one, under both names, unless ours are one as
+    well.
+    """
+    found = dict(loaded.model.named_parameters(remove_duplicate=False))
+    if native.model.tie_word_embeddings and loaded.model.config.tie_word_embeddings:
         del found["lm_head.weight"]
-    return found.items()
-
-
-def _weights(path: str, native: Native) -> "dict[str, Tensor]":
-    from transformers import AutoModelForCausalLM
-
-    from .export.folder import quiet
-
-    quiet()
-    try:
-        built = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise UserError(f"initial: {path}: transformers cannot load it: {str(error).splitlines()[0]}") from None
-    _require_same_decays(built, native, path)
-    return {name: parameter.detach() for name, parameter in _parameters(built, native)}
+    return {name: parameter for name, parameter in found.items() if name not in loaded.missing}
 
 
 def _require_same_decays(built: "nn.Module", native: Native, path: str) -> None:

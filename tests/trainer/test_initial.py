@@ -80,7 +80,7 @@ def test_layers_that_become_linear_begin_anew(model_folder, tiny_recipe):
     folder, before = model_folder(stack({"full": FULL}))
     lines = [stack({"l": {"mixer": "lightning"}, "full": FULL}), "training.seed=5"]
     named = 'new: ["decoder.layers.[02].mixer.*"], unused: ["model.layers.[02].self_attn.*"]'
-    message = r"(?s)has no decoder.layers.0.mixer.*\n.*has no place for model.layers.0.self_attn"
+    message = r"(?s)has no decoder.layers.\*.mixer.*norm.weight \(2 of them\);.*\n.*has no place for model.layers.\*.self_attn"
     with pytest.raises(UserError, match=message), begun(tiny_recipe, *lines, f"initial={folder}"):
         pass
     with begun(tiny_recipe, *lines, f"initial={{path: {folder}, {named}}}") as engine:
@@ -114,10 +114,81 @@ def test_ranks_begin_with_the_same_model(model_folder, tiny_recipe, longspan, tm
     assert len(longer) == 3
 
 
-def test_what_cannot_be_begun_with_is_told_before_any_process_starts(model_folder, tiny_recipe, longspan, tmp_path):
-    folder, _ = model_folder(stack({"full": FULL}))
+@pytest.fixture
+def refused(tiny_recipe):
+    """``refused(*overrides)``: why a run does not begin, before any process starts."""
+    from longspan.trainer.initial import require_initial
+
+    def ask(*overrides):
+        with pytest.raises(UserError) as caught:
+            require_initial(load_recipe(str(tiny_recipe), ["training.seq_length=192", *overrides]))
+        return str(caught.value)
+
+    return ask
+
+
+def test_files_are_those_of_the_config(model_folder, tiny_recipe, refused):
+    """Whether they are safetensors, in one file or several, or not."""
+    from safetensors.torch import load_file, save_file
+
+    full = stack({"full": FULL})
+    folder, before = model_folder(full, "model.tie_word_embeddings=false")
+    lines = [full, "model.tie_word_embeddings=false", f"initial={folder}"]
+    tensors = load_file(folder / "model.safetensors")
+
+    def write(change, remove=()):
+        kept = {name: tensor for name, tensor in (tensors | change).items() if name not in remove}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+    lost = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.weight"]
+    write({}, lost)
+    missing = "lm_head.weight, model.layers.*.mlp.up_proj.weight (2 of them): not in the folder's files"
+    assert refused(*lines) == f"initial: {missing}"
+    bias = "model.layers.3.self_attn.q_proj.bias"
+    write({bias: torch.ones(64)})
+    assert f"the recipe's model has no place for {bias}; if that is meant" in refused(*lines)
+    with begun(tiny_recipe, *lines[:-1], f"initial={{path: {folder}, unused: [{bias}]}}"):
+        pass
+    write({"model.norm.weight": torch.ones(63)})
+    assert refused(*lines) == f"initial: {folder}: model.norm.weight: [63] in its files, [64] by its config.json"
+    write({})
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    assert refused(*lines).startswith(f"initial: {folder}: transformers cannot load it: ")
+
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for number, some in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in some}, folder / f"{number}.safetensors", {"format": "pt"})
+    places = {name: f"{place % 2}.safetensors" for place, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with begun(tiny_recipe, *lines) as engine:
+        assert torch.equal(engine.weights()["decoder.final_layernorm.weight"], before["decoder.final_layernorm.weight"])
+    (folder / "1.safetensors").unlink()
+    assert "1.safetensors" in refused(*lines)
+    (folder / "model.safetensors.index.json").unlink()
+
+    torch.save({name: tensor for name, tensor in tensors.items() if name not in lost}, folder / "pytorch_model.bin")
+    assert refused(*lines) == f"initial: {missing}"
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with begun(tiny_recipe, *lines) as engine:
+        assert torch.equal(engine.weights()["decoder.final_layernorm.weight"], before["decoder.final_layernorm.weight"])
+
+
+def test_the_first_of_several_experts_is_no_dense_mlp(model_folder, refused):
+    folder, _ = model_folder(*MORE_NATIVE["minimax, experts"])
+    dense = stack({kind: {"mixer": kind, "norm": "post"} for kind in ("lightning", "full")})
+    assert refused(dense, "model.intermediate_size=48", f"initial={folder}").splitlines() == [
+        "initial: num_local_experts: is 4 in the folder's config.json, 1 in the recipe's model",
+        "initial: num_experts_per_tok: is 2 in the folder's config.json, 1 in the recipe's model",
+    ]
+
+
+def test_what_cannot_be_begun_with_is_told_before_any_process_starts(model_folder, tiny_recipe, refused, longspan, tmp_path):
+    full = stack({"full": FULL})
+    folder, _ = model_folder(full)
     sizes = ["model.hidden_size=128", "model.num_key_value_heads=4", "model.head_dim=16"]
-    done = longspan("train", tiny_recipe, stack({"full": FULL}), f"initial={folder}", *sizes)
+    done = longspan("train", tiny_recipe, full, f"initial={folder}", *sizes)
     assert done.returncode == 2
     assert not (tmp_path / "run").exists()
     assert done.stderr.splitlines() == [
@@ -125,17 +196,12 @@ def test_what_cannot_be_begun_with_is_told_before_any_process_starts(model_folde
         "longspan: initial: num_key_value_heads: is 2 in the folder's config.json, 4 in the recipe's model",
     ]
 
-    def refused(initial):
-        with pytest.raises(UserError) as caught, begun(tiny_recipe, stack({"full": FULL}), f"initial={initial}"):
-            pass
-        return str(caught.value)
-
     nowhere, what = tmp_path / "nowhere", "name the folder of a Hugging Face model"
-    assert refused(nowhere) == f"initial: {nowhere}/config.json: No such file or directory; {what}"
-    unknown = refused(f"{{path: {folder}, new: [nothing.like.it]}}")
+    assert refused(full, f"initial={nowhere}") == f"initial: {nowhere}/config.json: No such file or directory; {what}"
+    unknown = refused(full, f"initial={{path: {folder}, new: [nothing.like.it]}}")
     assert unknown == "initial.new: nothing.like.it names nothing of 0 such parameters; remove it"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    assert "is of architecture mamba; known are llama, mistral" in refused(folder)
+    assert "is of architecture mamba; known are llama, mistral" in refused(full, f"initial={folder}")
     (folder / "config.json").write_text("{")
-    assert "is not the config of a Hugging Face model" in refused(folder)
+    assert "is not the config of a Hugging Face model" in refused(full, f"initial={folder}")

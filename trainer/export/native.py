@@ -19,6 +19,16 @@ if TYPE_CHECKING:
 
 Misfits = Iterator[str]
 
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -100,6 +110,11 @@ class Native(ABC):
             "intermediate_size": self.mlp_width,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.model.rope_theta},
         }
+
+    def sizes(self) -> dict[str, int]:
+        """What its config must say for its weights to be those of the model."""
+        ours = Native.config(self)
+        return {key: ours[key] for key in _SIZES}
 
     def idle(self, name: str) -> bool:
         """Whether a tensor of theirs changes nothing."""
@@ -227,6 +242,14 @@ class MiniMax(Native):
     def mlp_width(self) -> int:
         return (self.experts > 1 and self.model.moe.intermediate_size) or self.model.intermediate_size
 
+    @property
+    def _counts(self) -> dict[str, int]:
+        per_token = self.model.moe.num_experts_per_tok if self.experts > 1 else 1
+        return {"num_local_experts": self.experts, "num_experts_per_tok": per_token}
+
+    def sizes(self) -> dict[str, int]:
+        return super().sizes() | self._counts
+
     def config(self) -> dict:
         moe, several, factors = self.model.moe, self.experts > 1, {}
         for name, some in (("full_attn", "full"), ("linear_attn", "lightning")):
@@ -235,8 +258,7 @@ class MiniMax(Native):
         alpha, beta = self.stack[0].mlp_residual
         return super().config() | {
             "layer_types": self.layer_types,
-            "num_local_experts": self.experts,
-            "num_experts_per_tok": moe.num_experts_per_tok if several else 1,
+            **self._counts,
             "router_aux_loss_coef": moe.router_aux_loss_coef if several else 0.0,
             **factors,
             "mlp_alpha_factor": alpha,
