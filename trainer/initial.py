@@ -16,6 +16,7 @@ from .recipe import Initial, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedConfig
 
     from .control import Control
     from .engine import Engine
@@ -26,21 +27,26 @@ def require_initial(recipe: Recipe) -> None:
 
     Raises:
         UserError: it is no model of an architecture that is known here, its files are not those of its config, its sizes are
-            others, or parameters are on one side alone that ``initial`` does not name; one line for each.
+            others, it computes what no recipe says, or parameters are on one side alone that ``initial`` does not name; one
+            line for each.
     """
     if recipe.initial:
         native, config = _native(recipe)
         loaded = _load(recipe)
         problems = [
             *_sizes(native, config),
+            *_inexpressible(native, loaded.model.config),
             *_one_sided(native, recipe.initial, _parameters(loaded, native).keys() | loaded.unexpected),
         ]
         if problems:
             raise UserError("\n".join(problems))
 
 
-def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
+def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> list[str]:
     """Take the weights of ``recipe.initial``, which the first rank reads and hands on layer by layer; every rank calls it.
+
+    Returns:
+        What is to be told of it, on the first rank.
 
     Raises:
         UserError: a tensor has another shape, or the folder's fixed decays are others than the recipe's.
@@ -51,11 +57,13 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
 
     native, _ = _native(recipe)
     theirs: dict[str, Tensor] = {}
+    told: list[str] = []
     with control.together():
         if dist.get_rank() == 0:
             loaded = _load(recipe)
             _require_same_decays(loaded.model, native, recipe.initial.path)
             theirs = {name: parameter.detach() for name, parameter in _parameters(loaded, native).items()}
+            told = [f"begins with the weights of {recipe.initial.path}", *_differences(native, loaded.model.config)]
     parts = control.gather({name: shards.shape for name, shards in engine.state().items() if name.startswith("model.")})
     shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
     for layer in by_layer(native.rows()):
@@ -67,6 +75,7 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> None:
                 except ValueError as error:
                     raise UserError(f"initial: {recipe.initial.path}: {error}") from None
         engine.load_weights({rows.ours: control.same_tensor(whole.get(rows.ours), shapes[rows.ours]) for rows in layer})
+    return told
 
 
 def _native(recipe: Recipe) -> tuple[Native, dict]:
@@ -89,6 +98,31 @@ def _sizes(native: Native, config: dict) -> Iterator[str]:
     for key, ours in native.sizes().items():
         if config.get(key) is not None and config[key] != ours:
             yield f"initial: {key}: is {config[key]} in the folder's config.json, {ours} in the recipe's model"
+
+
+def _inexpressible(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
+    fixed = {"rope_type": "default", "hidden_act": "silu", **native.fixed}
+    theirs = {key: getattr(config, key, None) for key in fixed}
+    theirs["rope_type"] = (config.rope_parameters or {}).get("rope_type", "default")
+    for key, value in theirs.items():
+        if value != fixed[key]:
+            yield (
+                f"initial: {key}: is {value} in the folder's config.json; the recipe's model has {fixed[key]}, and no key for "
+                "another; begin with another folder"
+            )
+
+
+def _differences(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
+    """What the weights were trained with, where the recipe says otherwise."""
+    model = native.model
+    theirs = {"rms_norm_eps": config.rms_norm_eps, "rope_theta": (config.rope_parameters or {}).get("rope_theta")}
+    found = {f"model.{key}": (getattr(model, key), value) for key, value in theirs.items() if value is not None}
+    for layer, (name, block) in enumerate(zip(model.stack_names, model.stack, strict=True)):
+        for key, value in native.block_keys(config, layer).items():
+            found[f"model.layers.blocks.{name}.{key}"] = (getattr(block, key, value), value)
+    for key, (ours, value) in found.items():
+        if ours != value:
+            yield f"{key}: {ours}, the weights were trained with {value}"
 
 
 def _one_sided(native: Native, initial: Initial, names: set[str]) -> Iterator[str]:

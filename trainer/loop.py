@@ -59,8 +59,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
         checkpointer = stack.enter_context(Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control))
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
-        if recipe.initial and not restored:
-            load_initial(engine, recipe, control)
+        begun = load_initial(engine, recipe, control) if recipe.initial and not restored else []
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
         if rank == 0:
@@ -68,8 +67,8 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             log = stack.enter_context(MetricsLog(folder, recipe))
             display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
             display.say(f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/")
-            if recipe.initial and not done:
-                display.say(f"begins with the weights of {recipe.initial.path}")
+            for line in begun:
+                display.say(line)
             if done:
                 display.say(
                     f"going on from step {done}" if done < steps else f"all {steps} steps are done; raise training.steps"

@@ -35,7 +35,7 @@ def model_folder(tiny_recipe, tmp_path):
 
 @contextlib.contextmanager
 def begun(recipe_file, *overrides):
-    """An engine with the weights that its recipe begins with."""
+    """An engine with the weights that its recipe begins with; ``told`` has what is told of them."""
     from longspan.trainer.control import Control
     from longspan.trainer.initial import load_initial, require_initial
     from longspan.trainer.loop import build_engine
@@ -43,7 +43,7 @@ def begun(recipe_file, *overrides):
     recipe = load_recipe(str(recipe_file), ["training.seq_length=192", *overrides])
     require_initial(recipe)
     with process_group(2), contextlib.closing(build_engine(recipe)) as engine:
-        load_initial(engine, recipe, Control())
+        engine.told = load_initial(engine, recipe, Control())
         yield engine
 
 
@@ -52,6 +52,7 @@ def test_what_left_comes_back(model_folder, tiny_recipe, name, overrides):
     folder, before = model_folder(*overrides)
     with begun(tiny_recipe, *overrides, f"initial={folder}") as engine:
         after = engine.weights()
+    assert engine.told == [f"begins with the weights of {folder}"]
     assert before.keys() == after.keys()
     for key, weight in before.items():
         rows = 257 if "word_embeddings" in key or "output_layer" in key else len(weight)  # without the padding
@@ -94,7 +95,7 @@ def test_layers_that_become_linear_begin_anew(model_folder, tiny_recipe):
 def test_ranks_begin_with_the_same_model(model_folder, tiny_recipe, longspan, tmp_path, degree):
     """And once they have, the folder may go."""
     folder, _ = model_folder(stack({"full": FULL}))
-    options = [stack({"s2": S2}), f"initial={folder}", "metrics.log_interval=1"]
+    options = [stack({"s2": S2}), f"initial={folder}", "metrics.log_interval=1", "model.rope_theta=50000.0"]
 
     def losses(*more):
         done = longspan("train", tiny_recipe, *options, *more)
@@ -103,7 +104,7 @@ def test_ranks_begin_with_the_same_model(model_folder, tiny_recipe, longspan, tm
         return done.stdout, [record["train/loss"] for record in records if "train/loss" in record]
 
     said, alone = losses("training.steps=2")
-    assert f"begins with the weights of {folder}" in said
+    assert f"begins with the weights of {folder}\nmodel.rope_theta: 50000.0, the weights were trained with 10000.0\n" in said
     shutil.rmtree(tmp_path / "run")
     _, shared = losses("training.steps=2", f"parallel.{degree}=2", "launch.processes=2")
     assert shared == pytest.approx(alone, rel=1e-5)
@@ -173,6 +174,76 @@ def test_files_are_those_of_the_config(model_folder, tiny_recipe, refused):
     torch.save(tensors, folder / "pytorch_model.bin")
     with begun(tiny_recipe, *lines) as engine:
         assert torch.equal(engine.weights()["decoder.final_layernorm.weight"], before["decoder.final_layernorm.weight"])
+
+
+def _change(folder, **keys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
+def test_what_no_recipe_says_is_refused(model_folder, refused):
+    model = NATIVE["granitemoehybrid"]
+    folder, _ = model_folder(*model)
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    _change(
+        folder, rope_parameters=rope, hidden_act="gelu", embedding_multiplier=12, attention_multiplier=1.0, logits_scaling=6
+    )
+    assert refused(*model, f"initial={folder}").splitlines() == [
+        f"initial: {key}: is {theirs} in the folder's config.json; the recipe's model has {ours}, and no key for another; "
+        "begin with another folder"
+        for key, theirs, ours in (
+            ("rope_type", "linear", "default"),
+            ("hidden_act", "gelu", "silu"),
+            ("embedding_multiplier", 12, 1.0),
+            ("attention_multiplier", 1.0, 0.25),
+            ("logits_scaling", 6, 1.0),
+        )
+    ]
+
+
+def test_the_scaled_positions_of_llama_3_are_refused(model_folder, refused):
+    """As its config has them, under their old name."""
+    model = stack({"full": FULL})
+    folder, _ = model_folder(model)
+    more = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 96}
+    _change(folder, rope_parameters=None, rope_theta=5e5, rope_scaling={"rope_type": "llama3", **more})
+    assert "rope_type: is llama3 in the folder's config.json" in refused(model, f"initial={folder}")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "told"),
+    [
+        (
+            "granitemoehybrid",
+            {"residual_multiplier": 0.22, "rms_norm_eps": 1e-6},
+            ["rms_norm_eps: 1e-05, the weights were trained with 1e-06"]
+            + [
+                f"layers.blocks.{name}.{half}_residual: (1.0, 1.0), the weights were trained with (1.0, 0.22)"
+                for name in ("m", "full")
+                for half in ("mixer", "mlp")
+            ],
+        ),
+        (
+            "minimax",
+            {"linear_attn_alpha_factor": 3.0, "mlp_beta_factor": 0.5},
+            [
+                "layers.blocks.l.mixer_residual: (1.5, 0.5), the weights were trained with (3.0, 0.5)",
+                "layers.blocks.l.mlp_residual: (2.0, 0.7), the weights were trained with (2.0, 0.5)",
+                "layers.blocks.full.mlp_residual: (2.0, 0.7), the weights were trained with (2.0, 0.5)",
+            ],
+        ),
+        (
+            "qwen3_5_text",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+            ["layers.blocks.full.rotary_fraction: 0.25, the weights were trained with 0.5"],
+        ),
+    ],
+)
+def test_what_a_recipe_says_otherwise_is_told(model_folder, tiny_recipe, name, keys, told):
+    folder, _ = model_folder(*NATIVE[name])
+    _change(folder, **keys)
+    with begun(tiny_recipe, *NATIVE[name], f"initial={folder}") as engine:
+        assert engine.told == [f"begins with the weights of {folder}", *(f"model.{line}" for line in told)]
 
 
 def test_the_first_of_several_experts_is_no_dense_mlp(model_folder, refused):

@@ -5,6 +5,7 @@ its tensors lie in ours. Facts of transformers 5.23.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from ...attention.patterns import Causal, Window
@@ -16,6 +17,7 @@ from .rows import Rows
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedConfig
 
 Misfits = Iterator[str]
 
@@ -115,6 +117,16 @@ class Native(ABC):
         """What its config must say for its weights to be those of the model."""
         ours = Native.config(self)
         return {key: ours[key] for key in _SIZES}
+
+    @property
+    def fixed(self) -> dict:
+        """Keys of its config that only these values of a recipe can express."""
+        return {}
+
+    def block_keys(self, config: "PreTrainedConfig", layer: int) -> dict:
+        """What ``config`` says of keys of a layer's block."""
+        rotary = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        return {"rotary_fraction": rotary, "mixer_residual": (1.0, 1.0), "mlp_residual": (1.0, 1.0)}
 
     def idle(self, name: str) -> bool:
         """Whether a tensor of theirs changes nothing."""
@@ -250,6 +262,14 @@ class MiniMax(Native):
     def sizes(self) -> dict[str, int]:
         return super().sizes() | self._counts
 
+    def block_keys(self, config: "PreTrainedConfig", layer: int) -> dict:
+        mixer = "full_attn" if config.layer_types[layer] == "full_attention" else "linear_attn"
+        factors = {
+            f"{half}_residual": tuple(getattr(config, f"{theirs}_{side}_factor") for side in ("alpha", "beta"))
+            for half, theirs in (("mixer", mixer), ("mlp", "mlp"))
+        }
+        return super().block_keys(config, layer) | factors
+
     def config(self) -> dict:
         moe, several, factors = self.model.moe, self.experts > 1, {}
         for name, some in (("full_attn", "full"), ("linear_attn", "lightning")):
@@ -376,6 +396,10 @@ class OlmoHybrid(_GatedDelta):
             found["rope_parameters"]["rope_theta"] = None  # its config makes the default of no parameters
         return found
 
+    def block_keys(self, config: "PreTrainedConfig", layer: int) -> dict:
+        found = super().block_keys(config, layer)
+        return found if (config.rope_parameters or {}).get("rope_theta") else found | {"rotary_fraction": 0.0}
+
     def norm_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if block.norm == "reordered":
             yield naming.whole(layer, "post_mixer_layernorm.weight", "post_attention_layernorm.weight")
@@ -430,6 +454,16 @@ class Granite(Native):
         }
         del found["head_dim"]
         return found
+
+    @property
+    def fixed(self) -> dict:
+        multipliers = {"embedding_multiplier": 1.0, "attention_multiplier": self.model.kv_channels**-0.5, "logits_scaling": 1.0}
+        return {**multipliers, "time_step_limit": (0.0, inf)}
+
+    def block_keys(self, config: "PreTrainedConfig", layer: int) -> dict:
+        residual = (1.0, config.residual_multiplier)
+        rotary = {} if config.position_embedding_type == "rope" else {"rotary_fraction": 0.0}
+        return super().block_keys(config, layer) | rotary | {"mixer_residual": residual, "mlp_residual": residual}
 
     def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
         if isinstance(block, Mamba2Block):
