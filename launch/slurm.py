@@ -10,31 +10,51 @@ from pathlib import Path
 from ..trainer.errors import UserError
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe
+from ..trainer.run_folder import replace_file
 
 TEMPLATE = Path(__file__).parent.parent / "slurm" / "train.sbatch"
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d\d))?(?::(\d\d))?")
+_LONGEST_NOTICE = 65535  # s; Slurm takes no longer one
 
 
 def slurm(options: Namespace) -> None:
     """Write the script to the run's folder, and submit it where asked for.
 
     Raises:
-        UserError: the recipe does not fit the processes, or the time the notice; or there is no Slurm to submit to.
+        UserError: the recipe does not fit the processes, or the time the notice; Slurm is not there or refuses the request;
+            or the files cannot be written.
     """
     recipe = _checked(options)
-    script = Path(options.out or Path(recipe.run_dir) / "slurm" / "train.sbatch")
-    script.parent.mkdir(parents=True, exist_ok=True)
-    Path(recipe.run_dir, "slurm").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
-    script.write_text(rendered(options, recipe))
-    if not options.submit:
-        print(f"{script}: submit it with sbatch {script}, or with --submit")
-        return
+    text = rendered(options, recipe)
+    if options.submit:
+        _sbatch("--test-only", script=text)
+    script = _written(options, recipe, text)
+    print(_sbatch(str(script)) if options.submit else f"{script}: submit it with sbatch {script}, or with --submit")
+
+
+def _sbatch(*arguments: str, script: str | None = None) -> str:
+    """What it answers."""
     if not shutil.which("sbatch"):
-        raise UserError(f"--submit: there is no sbatch here; run it on a login node, or take {script} there")
-    done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True, check=False)
+        raise UserError("--submit: there is no sbatch here; run it on a login node, or write the script here and take it there")
+    done = subprocess.run(["sbatch", *arguments], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"--submit: sbatch refuses {script}: {' '.join(done.stderr.split())}")
-    print(done.stdout.strip())
+        said = " ".join(line.removeprefix("sbatch: error: ").strip() for line in done.stderr.splitlines())
+        raise UserError(f"--submit: Slurm refuses the job: {said}")
+    return done.stdout.strip()
+
+
+def _written(options: Namespace, recipe: Recipe, text: str) -> Path:
+    logs = Path(recipe.run_dir, "slurm")
+    script = Path(options.out or logs / "train.sbatch")
+    option, path = "run_dir", logs
+    try:
+        logs.mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for its output
+        option, path = "--out" if options.out else "run_dir", script
+        script.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(script, text)
+    except OSError as error:
+        raise UserError(f"{option}: {path} cannot be written: {error.strerror}; choose another") from None
+    return script
 
 
 def rendered(options: Namespace, recipe: Recipe) -> str:
@@ -51,7 +71,7 @@ def rendered(options: Namespace, recipe: Recipe) -> str:
     if options.gpus_per_node:
         lines.append("#SBATCH --exclusive")
     values = {
-        "name": options.job_name or Path(recipe.run_dir).name,
+        "name": shlex.quote(options.job_name or Path(recipe.run_dir).name),
         "nodes": options.nodes,
         "time": options.time,
         "notice": options.notice,
@@ -71,11 +91,25 @@ def _per_node(options: Namespace) -> int:
 
 
 def _checked(options: Namespace) -> Recipe:
+    least = dict.fromkeys(("nodes", "processes_per_node", "cpus_per_task", "notice"), 1)
+    least |= dict.fromkeys(("gpus_per_node", "restarts", "requeues"), 0)
     problems = [
-        f"--{name.replace('_', '-')}: must be at least {least}, got {given}"
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("restarts", 0), ("requeues", 0))
-        if (given := getattr(options, name)) < least
+        f"--{name.replace('_', '-')}: must be at least {number}, got {given}"
+        for name, number in least.items()
+        if (given := getattr(options, name)) is not None and given < number
     ]
+    problems += [
+        f"--{name.replace('_', '-')}: must be one word, got {given!r}"
+        for name in ("account", "partition", "qos", "job_name")
+        if (given := getattr(options, name)) is not None and not re.fullmatch(r"\S+", given)
+    ]
+    if 0 < options.gpus_per_node < _per_node(options):
+        problems.append(
+            f"--processes-per-node: {options.processes_per_node}, but --gpus-per-node is {options.gpus_per_node}, and each "
+            f"process needs a GPU of its own; use at most {options.gpus_per_node}"
+        )
+    if options.notice > _LONGEST_NOTICE:
+        problems.append(f"--notice: must be at most {_LONGEST_NOTICE} s for Slurm, got {options.notice}")
     seconds = _seconds(options.time)
     if seconds is None:
         problems.append(f"--time: {options.time} is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00")

@@ -239,5 +239,9 @@ def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str,
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole: a run that is killed here leaves the old one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -52,6 +52,29 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             ["--time: 5 leaves nothing: a job is told 300 s before its end to save and stop"],
         ),
         (
+            ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
+            ["--processes-per-node: 4, but --gpus-per-node is 2, and each process needs a GPU of its own; use at most 2"],
+        ),
+        (
+            ["--nodes=1", "--gpus-per-node=-1", "--processes-per-node=0", "--cpus-per-task=0", "--notice=0", "--time=60"],
+            [
+                "--gpus-per-node: must be at least 0, got -1",
+                "--processes-per-node: must be at least 1, got 0",
+                "--cpus-per-task: must be at least 1, got 0",
+                "--notice: must be at least 1, got 0",
+            ],
+        ),
+        (
+            ["--nodes=1", "--restarts=-1", "--requeues=-2", "--notice=70000", "--time=2-00", "--account=", "--job-name=a b"],
+            [
+                "--restarts: must be at least 0, got -1",
+                "--requeues: must be at least 0, got -2",
+                "--notice: must be at most 65535 s for Slurm, got 70000",
+                "--account: must be one word, got ''",
+                "--job-name: must be one word, got 'a b'",
+            ],
+        ),
+        (
             ["parallel.cp=3", "--nodes", "2", "--gpus-per-node", "4", "--time", "1-00"],
             ["tiny.yaml: launch.processes: 8 is not a multiple of", "--nodes: 2 with 4 processes each are 8"],
         ),
@@ -90,7 +113,23 @@ def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monk
     monkeypatch.setenv("PATH", str(tmp_path))
     done = longspan("slurm", tiny_recipe, "--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--submit")
     assert done.returncode == 2
-    assert "--submit: there is no sbatch here; run it on a login node, or take " in done.stderr
+    assert "--submit: there is no sbatch here; run it on a login node, or write the script here and take it" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("run_dir={}/file/run", "run_dir: {}/file/run/slurm cannot be written: Not a directory; choose another"),
+        ("--out={}/folder", "--out: {}/folder cannot be written: Is a directory; choose another"),
+    ],
+)
+def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argument, line):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    done = longspan("slurm", tiny_recipe, argument.format(tmp_path), "--nodes", "1", "--gpus-per-node", "0", "--time", "60")
+    assert (done.returncode, done.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
+    assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
 
 
 @pytest.fixture
@@ -159,6 +198,15 @@ def _until(condition, seconds: float, what: str) -> None:
             return
         time.sleep(0.2)
     pytest.fail(f"{what} did not come to pass in {seconds:g} s")
+
+
+def test_slurm_checks_the_request_before_anything_is_written(slurm, longspan, tiny_recipe, tmp_path):
+    asked = ["--nodes", "1", "--gpus-per-node", "0", "--time", "30", "--partition", "nowhere"]
+    done = longspan("slurm", tiny_recipe, *asked, "--submit")
+    line = "longspan: --submit: Slurm refuses the job: invalid partition specified: nowhere"
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(slurm, longspan, tiny_recipe, tmp_path):
