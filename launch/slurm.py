@@ -77,6 +77,7 @@ def rendered(options: Namespace, recipe: Recipe) -> str:
         "notice": options.notice,
         "options": "\n".join(lines) or "# no other options were asked for",
         "setup": "\n".join(options.setup) or ":  # given with --setup",
+        "folder": shlex.quote(str(Path.cwd())),  # where the recipe's paths begin
         "run_dir": shlex.quote(str(Path(recipe.run_dir).absolute())),
         "processes": _per_node(options),
         "restarts": options.restarts,

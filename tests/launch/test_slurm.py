@@ -101,7 +101,7 @@ def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
     assert f"submit it with sbatch {script}" in done.stdout
     text = script.read_text()
     expected = ["nodes=2", "time=2-00:00:00", "account=lab", "partition=gpu", "gpus-per-node=4", "signal=B:USR1@300", "requeue"]
-    for option in expected:
+    for option in [*expected, f"chdir={Path.cwd()}"]:
         assert f"#SBATCH --{option}\n" in text
     assert "\nmodule load cuda\nsource .venv/bin/activate\n" in text
     assert f"-m longspan train {tiny_recipe} parallel.cp=2 training.global_batch_size=8 &" in text
@@ -207,6 +207,23 @@ def test_slurm_checks_the_request_before_anything_is_written(slurm, longspan, ti
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith(line)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_job_works_where_its_command_was_given(slurm, longspan, tiny_recipe, tmp_path, monkeypatch):
+    """Wherever sbatch is; in a folder whose name Slurm could take for two words."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    done = longspan("slurm", tiny_recipe, "run_dir=a run", "--nodes", "1", "--gpus-per-node", "0", "--time", "30")
+    assert done.returncode == 0, done.stderr
+    script = folder / "a run" / "slurm" / "train.sbatch"
+    submitted = subprocess.run(["sbatch", "--hold", script], cwd="/", capture_output=True, text=True, check=False)
+    assert submitted.returncode == 0, submitted.stderr
+    job = re.search(r"\d+", submitted.stdout)[0]
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    assert f"WorkDir={folder}\n" in shown
+    assert f"StdOut={folder}/a run/slurm/{job}.out\n" in shown
+    assert "JobName=a run\n" in shown
 
 
 def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(slurm, longspan, tiny_recipe, tmp_path):
