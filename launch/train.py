@@ -13,7 +13,6 @@ from ..trainer.metrics import require_loggers
 from ..trainer.recipe import Recipe
 from ..trainer.recipe_file import load_recipe, to_yaml
 from ..trainer.run_folder import RunFolder
-from ..trainer.stop import LIFELINE
 from .process import host_memory, process_group, under_torchrun
 from .ranks import run_ranks
 
@@ -29,7 +28,10 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     _require_host_memory(recipe)
     if under_torchrun():
         return _work(recipe)
-    _prepare(recipe, RunFolder(recipe.run_dir))
+    folder = RunFolder(recipe.run_dir)
+    folder.require_usable(recipe)
+    folder.stop_file.unlink(missing_ok=True)  # of before this run; torchrun's ranks may be in the midst of one
+    _prepare(recipe, folder)
     return _start_ranks(recipe, name, overrides) if recipe.launch.processes > 1 else _work(recipe)
 
 
@@ -57,8 +59,6 @@ def _prepare(recipe: Recipe, folder: RunFolder) -> PreparedData:
         require_initial(recipe)
     data = prepare_data(recipe)
     folder.require_same_data(data.fingerprints)
-    if LIFELINE not in os.environ:  # the first process of this run: a STOP from before was meant for another
-        folder.stop_file.unlink(missing_ok=True)
     return data
 
 

@@ -167,14 +167,17 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             if control.any(stop.asked()) and not last:
                 save_and_wait(step)
                 if display:
+                    by = f" by {folder.stop_file}, now removed" if folder.stop_file.exists() else ""
                     folder.stop_file.unlink(missing_ok=True)
-                    display.say(f"stopped after step {step} of {steps}, as asked; the same command goes on from there")
+                    display.say(f"stopped after step {step} of {steps}, as asked{by}; the same command goes on from there")
                 return False
             if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
                 report(step, checkpointer.save(engine, step, tokens))
 
         watchdog.phase("the last checkpoint")
         save_and_wait(steps)
+        if display:
+            folder.stop_file.unlink(missing_ok=True)  # nothing is left to stop
         if control.any(rank == 0 and folder.weights_step() != steps):
             weights = engine.weights()
             with control.together():

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -132,6 +133,42 @@ def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argume
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
+    """With stand-ins for Slurm's commands. The setup may read what is not set, and a STOP of before is not the job's."""
+    run, tools = tmp_path / "run", tmp_path / "tools"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "STOP").touch()
+    asked = ["--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
+    assert longspan("slurm", tiny_recipe, *asked).returncode == 0
+    work = "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
+    commands = {
+        "srun": f"{work}; mkdir run/checkpoints/step-00000006" if saves else work,
+        "scontrol": 'test "$1" = show || echo "$@" >queue',
+    }
+    tools.mkdir()
+    for name, text in commands.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_NNODES": "1",
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    command = ["bash", run / "slurm" / "train.sbatch"]
+    job = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True)
+    _until(lambda: job.poll() is not None or (tmp_path / "started").exists(), 20, "the start")
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=20)
+    queue = tmp_path / "queue"
+    if saves:
+        assert (job.returncode, queue.read_text(), errors) == (0, "requeue 7\n", "")
+    else:
+        assert (job.returncode, queue.exists()) == (1, False)
+        assert errors == "longspan: no checkpoint since this job began, not requeued: give it more --time\n"
+
+
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
     """A Slurm of one node, of what ``slurm_here.sh`` unpacked or the machine has; its commands are on the PATH."""
@@ -227,7 +264,7 @@ def test_a_job_works_where_its_command_was_given(slurm, longspan, tiny_recipe, t
 
 
 def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(slurm, longspan, tiny_recipe, tmp_path):
-    """To the same bits as a run that nothing happens to; two tasks on one node."""
+    """To the same bits as a run that nothing happens to; two processes of one node's task."""
     options = ["training.steps=120", "metrics.log_interval=1", "parallel.cp=2", "checkpoint.interval=0"]
     alone = longspan("train", tiny_recipe, *options, "launch.processes=2", f"run_dir={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr

@@ -47,6 +47,8 @@ def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number)
 
 
 def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tiny_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()  # of before
     process = start()
     assert "running: process " in longspan("status", tmp_path / "run").stdout
     second = longspan("train", tiny_recipe, "training.steps=100000")

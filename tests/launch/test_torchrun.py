@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -98,22 +100,52 @@ def test_a_rank_that_dies_is_started_anew_within_the_job(torchrun, alone, tmp_pa
     agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
     killed: set[int] = set()
     for rank, step in ((1, 6), (0, 20)):
-        for _ in range(600):
-            if (
-                max(losses(tmp_path / "run"), default=0) >= step
-                and (found := _process(agent.pid, rank))
-                and found not in killed
-            ):
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"step {step} was not reached")
-        os.kill(found, signal.SIGKILL)
-        killed.add(found)
+        killed.add(_kill(agent, rank, tmp_path / "run", step, killed))
         time.sleep(1)
     _, errors = agent.communicate(timeout=200)
     assert agent.returncode == 0, errors
     assert losses(tmp_path / "run") == alone
+
+
+def test_a_request_to_stop_outlives_the_ranks(torchrun, tmp_path):
+    """One that comes while they are started anew."""
+    agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
+    _kill(agent, 1, tmp_path / "run", 6)
+    (tmp_path / "run" / "STOP").touch()
+    said, errors = agent.communicate(timeout=200)
+    assert agent.returncode == 0, errors
+    (step,) = re.findall(rf"stopped after step (\d+) of 60, as asked by {tmp_path}/run/STOP, now removed", said)
+    assert int(step) == max(losses(tmp_path / "run")) < 60
+    assert (tmp_path / "run" / "checkpoints" / f"step-{step:0>8}").is_dir()
+    assert not (tmp_path / "run" / "STOP").exists()
+
+
+def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path):
+    file = tmp_path / "run" / "STOP"
+    file.parent.mkdir()
+    for stale, step, line in (
+        (True, 1, f"stopped after step 1 of 60, as asked by {file}, now removed; the same command goes on from there"),
+        (False, 60, "going on from step 1"),
+        (True, 60, "all 60 steps are done"),
+    ):
+        if stale:
+            file.touch()
+        agent = torchrun("--standalone", "--nproc-per-node", "2")
+        said, errors = agent.communicate(timeout=200)
+        assert agent.returncode == 0, errors
+        assert line in said
+        assert max(losses(tmp_path / "run")) == step
+        assert not file.exists()
+
+
+def _kill(agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()) -> int:
+    """A rank that this agent started, once the run has reached a step; which process it was, none of ``but``."""
+    for _ in range(600):
+        if max(losses(run), default=0) >= step and (found := _process(agent.pid, rank)) and found not in but:
+            os.kill(found, signal.SIGKILL)
+            return found
+        time.sleep(0.1)
+    pytest.fail(f"step {step} was not reached")
 
 
 def _process(parent: int, rank: int) -> int | None:
