@@ -229,12 +229,12 @@ def _state(job: str) -> str:
     return re.search(r"JobState=(\w+)", shown)[1]
 
 
-def _until(condition, seconds: float, what: str) -> None:
+def _until(condition, seconds: float, what: str, log: Path = Path(os.devnull)) -> None:
     for _ in range(int(seconds * 5)):
         if condition():
             return
         time.sleep(0.2)
-    pytest.fail(f"{what} did not come to pass in {seconds:g} s")
+    pytest.fail(f"{what} did not come to pass in {seconds:g} s\n{log.read_text()}")
 
 
 def test_slurm_checks_the_request_before_anything_is_written(slurm, longspan, tiny_recipe, tmp_path):
@@ -279,12 +279,12 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(slurm, longspan,
     _until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 5, 120, "training")
     # As Slurm does before the time is up.
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-    _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, f"a requeue: {log.read_text()}")
+    _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
     stopped = max(_losses(run))
     assert stopped < 120
     # Slurm holds a job that was queued again for two minutes.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)
-    _until(lambda: _state(job) == "COMPLETED", 300, f"the end: {log.read_text()}")
+    _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
     assert f"going on from step {stopped}" in log.read_text()
     assert _losses(run) == _losses(tmp_path / "alone")
     assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank
