@@ -21,15 +21,15 @@ from .plain_model import PlainLlama, Size, random_batches, size_of, transformers
 from .process import process_group, quiet_libraries
 from .table import table
 
-OURS: dict[str, dict] = {
+OURS = {
     "longspan": {"loss_tile": 1024},
     "longspan, loss not in tiles": {"loss_tile": 1 << 40},
     "longspan, mlp_tile": {"mlp_tile": 1024},
     "longspan, selective recompute": {"recompute": "selective"},
     "longspan, full recompute": {"recompute": "full"},
     "longspan, full recompute, mlp_tile": {"recompute": "full", "mlp_tile": 1024},
+    "longspan, full recompute, offload_inputs": {"recompute": "full", "offload_inputs": True},  # on CUDA
 }
-ON_CUDA = {"longspan, full recompute, offload_inputs": {"recompute": "full", "offload_inputs": True}}
 THEIRS = ("PyTorch", "transformers", "transformers, gradient checkpointing")
 SHORTEST = 1024
 
@@ -49,7 +49,8 @@ def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
     size, budget = size_of(options), counts(options, "budget_mib")["budget_mib"] * 2**20
     out = measure.out_folder(options)
-    rows = [Row(name) for name in (*_ours_here(), *THEIRS)]
+    ours = [name for name, memory in OURS.items() if measure.device() == "cuda" or "offload_inputs" not in memory]
+    rows = [Row(name) for name in (*ours, *THEIRS)]
     with track("lengths", 6 * len(rows), of_bytes=False) as advance:
         for row in rows:
             _search(row, size, budget, advance)
@@ -58,10 +59,6 @@ def bench_memory(options: Namespace) -> None:
     record = {"machine": measure.machine(), "size": asdict(size), "budget": budget, "loss": loss, "rows": [*map(asdict, rows)]}
     (out / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
     _draw(rows, out / "memory.png")
-
-
-def _ours_here() -> dict[str, dict]:
-    return {**OURS, **ON_CUDA} if measure.device() == "cuda" else OURS
 
 
 def _search(row: Row, size: Size, budget: int, advance: Callable[[int], None]) -> None:
@@ -93,7 +90,7 @@ def work_of(given: dict, most: int | None = None) -> Work:
     """In a fresh process: a step of the candidate on one sequence."""
     size, length = Size(**given["size"]), given["length"]
     if not _models:
-        make = _theirs if given["candidate"] in THEIRS else _ours
+        make = _ours if given["candidate"] in OURS else _theirs
         _models[given["candidate"]] = make(given["candidate"], size, length)
     return _models[given["candidate"]](min(length, most or length))
 
@@ -105,7 +102,7 @@ def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
     from ..trainer.recipe_check import check_recipe
 
     quiet_libraries()
-    recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=_ours_here()[candidate]), candidate)
+    recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=OURS[candidate]), candidate)
     process = ExitStack()
     process.enter_context(process_group(torch.get_num_threads()))
     engine = build_engine(recipe)
@@ -132,7 +129,7 @@ def _theirs(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
         model.train()
         call = lambda tokens, labels: model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # noqa: E731
     device = measure.device()
-    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32)  # as ours
+    model.to(device, getattr(torch, measure.default_dtype()))  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def of(length: int) -> Work:

@@ -240,9 +240,14 @@ def write_report(path: Path, settings, rows: Sequence[Measured], packages: Seque
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def default_dtype() -> str:
+    """What fits the device."""
+    return "bfloat16" if device() == "cuda" else "float32"
+
+
 def dtype_of(options: Namespace) -> str:
     """``--dtype``, or what fits the device."""
-    return ("bfloat16" if device() == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    return default_dtype() if options.dtype == "auto" else options.dtype
 
 
 def out_folder(options: Namespace) -> Path:
