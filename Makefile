@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu lint
+.PHONY: train test test-all test-gpu lint resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -19,6 +19,11 @@ test-gpu: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Whether an ordinary machine can install the constraints: PyPI alone, no local wheels, nothing fetched.
+resolve: $(VENV)/installed
+	env -u UV_FIND_LINKS $(BIN)/uv pip compile -q --no-config --python-version 3.11 \
+		--python-platform x86_64-unknown-linux-gnu -c constraints.txt --extra test pyproject.toml -o /dev/null
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
