@@ -22,4 +22,6 @@ def check_dims(**tensors: Tensor) -> None:
     """Refuse what has not four dimensions, by its name."""
     for name, tensor in tensors.items():
         if tensor.ndim != 4:
-            raise ValueError(f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be [batch, time, heads, dim], got shape {tuple(tensor.shape)}"
+            )

@@ -29,7 +29,9 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor 
 
 def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
     """(batch row, start, stop) of each document, in order."""
-    if not documents.is_cuda or documents.is_inference():  # cheap, and others may write to the memory; or nobody counts writes
+    if (
+        not documents.is_cuda or documents.is_inference()
+    ):  # cheap, and others may write to the memory; or nobody counts writes
         return list(_spans(documents.cpu()))
     version, spans = _found.get(documents, (None, []))
     if version != documents._version:
@@ -40,7 +42,9 @@ def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
 
 def _spans(documents: Tensor):
     if bool((documents[:, 1:] < documents[:, :-1]).any()):
-        raise ValueError("documents must not decrease along time: sort the documents before packing them")
+        raise ValueError(
+            "documents must not decrease along time: sort the documents before packing them"
+        )
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
     starts = first.nonzero().tolist()

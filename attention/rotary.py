@@ -8,7 +8,9 @@ from .arguments import accumulation_dtype
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines, fp32 ``[*positions.shape, dim / 2]``, for integer ``positions`` and an even ``dim``."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim)
+    frequencies = theta ** (
+        -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    )
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 

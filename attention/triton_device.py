@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_shapes import CHIPS
+from .softmax.triton.launch_config import CHIPS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,7 +34,9 @@ def no_device(x: Tensor) -> str | None:
 def aligned(*tensors: Tensor) -> bool:
     """Whether the chip's bulk copies can take rows from these, each a row of its own."""
     return all(
-        x.stride(1) > 0 and x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+        x.stride(1) > 0
+        and x.data_ptr() % 16 == 0
+        and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
         for x in tensors
     )
 
@@ -61,7 +63,15 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def bulk_rows(base, length, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr):
+def bulk_rows(
+    base,
+    length,
+    stride,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+):
     if TMA:
         descriptor = tl.make_tensor_descriptor(base, [length, D], [stride, 1], [SIZE, BLOCK_D])
     else:

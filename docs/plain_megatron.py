@@ -9,9 +9,9 @@ import sys
 import torch
 import torch.distributed as dist
 from longspan.parallel import Layout, Sequence
-from longspan.trainer.cpu import megatron_on_cpu
-from longspan.trainer.layer import hybrid_stack_spec
-from longspan.trainer.recipe import FullBlock, GatedDeltaNetBlock, LightningBlock, S2Block
+from longspan.trainer.model.cpu import megatron_on_cpu
+from longspan.trainer.model.layer import hybrid_stack_spec
+from longspan.trainer.recipe.schema import FullBlock, GatedDeltaNetBlock, LightningBlock, S2Block
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -24,7 +24,9 @@ STACK = [
     FullBlock(mixer="full"),
 ]
 LENGTH, VOCABULARY, STEPS = 96, 128, 15
-DOCUMENTS = torch.tensor([[0] * 24 + [1] * 40 + [2] * 32] * 2).int()  # of each token; attention stays within one
+DOCUMENTS = torch.tensor(
+    [[0] * 24 + [1] * 40 + [2] * 32] * 2
+).int()  # of each token; attention stays within one
 
 
 def main() -> list[float]:
@@ -71,7 +73,9 @@ def main() -> list[float]:
     losses = []
     for _ in range(STEPS):
         sequence = Sequence(layout, rank, DOCUMENTS)
-        loss = (model(own, None, None, labels=labels, packed_seq_params=sequence) * weights).sum() / total
+        loss = (
+            model(own, None, None, labels=labels, packed_seq_params=sequence) * weights
+        ).sum() / total
         optimizer.zero_grad()
         loss.backward()
         for parameter in model.parameters():

@@ -25,7 +25,11 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
     else:
         torch.set_num_threads(threads)
         keep_freed_memory()
-    where = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone or not under_torchrun() else _rendezvous()
+    where = (
+        {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if alone or not under_torchrun()
+        else _rendezvous()
+    )
     dist.init_process_group("nccl" if cuda else "gloo", **where)
     try:
         yield
@@ -39,8 +43,18 @@ def _rendezvous() -> dict:
 
     port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
     theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, world, is_master=not theirs and rank == 0, wait_for_workers=False)
-    return {"store": dist.PrefixStore(_attempt(store, rank, world), store), "rank": rank, "world_size": world}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        port,
+        world,
+        is_master=not theirs and rank == 0,
+        wait_for_workers=False,
+    )
+    return {
+        "store": dist.PrefixStore(_attempt(store, rank, world), store),
+        "rank": rank,
+        "world_size": world,
+    }
 
 
 def _attempt(store, rank: int, world: int) -> str:
@@ -55,7 +69,9 @@ def _attempt(store, rank: int, world: int) -> str:
         store.add(f"{name}/told", 1)
         return name
     places, told = [f"here/{other}" for other in range(1, world)], set()
-    while store.add(f"{mine}/told", 0) < world - 1:  # what is read may still be of a process that is gone
+    while (
+        store.add(f"{mine}/told", 0) < world - 1
+    ):  # what is read may still be of a process that is gone
         for other in {name.decode() for name in store.multi_get(places)} - told:
             store.set(f"{other}/attempt", mine)
             told.add(other)
@@ -86,5 +102,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 def quiet_libraries() -> None:
     """Megatron-core warns of CUDA packages that longspan does not use, and sets off torch's warnings about its own calls."""
     warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*grad attribute of a Tensor that is not a leaf Tensor.*")
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning
+    )
+    warnings.filterwarnings(
+        "ignore", message=".*grad attribute of a Tensor that is not a leaf Tensor.*"
+    )

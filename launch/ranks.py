@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
-from ..trainer.stop import LIFELINE, REPEAT_SECONDS, SIGNALS, heeded
+from ..trainer.run.stop import LIFELINE, REPEAT_SECONDS, SIGNALS, heeded
 
 # How long the others get once a rank has failed: their collectives tell them within a second, then they clean up.
 _GRACE_SECONDS = 30.0
@@ -23,7 +23,9 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
     from torch.distributed import TCPStore
 
     # This process keeps the rendezvous store, as torchrun's agent does, so no port is chosen before it is bound.
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5))
+    store = TCPStore(
+        "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5)
+    )
     lifeline, held = os.pipe()  # this process holds the writing end until it ends, in whatever way
     shared = {
         "WORLD_SIZE": str(count),
@@ -37,13 +39,20 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
     }
     received: list[int] = []
     numbers = heeded((*SIGNALS, signal.SIGHUP))
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in numbers
+    }
     ranks: list[subprocess.Popen] = []
     try:
         for rank in range(count):
             # A session of their own: Ctrl-C in a terminal comes to them once, from here.
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, pass_fds=[lifeline]))
+            ranks.append(
+                subprocess.Popen(
+                    command, env=environment, start_new_session=True, pass_fds=[lifeline]
+                )
+            )
         return _wait(ranks, received)
     finally:
         for rank in ranks:
@@ -70,7 +79,10 @@ def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
                 for rank in running:
                     rank.send_signal(signal.SIGTERM)
             elif time.monotonic() - asked > REPEAT_SECONDS:
-                print(f"longspan: ended at once by a second {signal.Signals(number).name}", file=sys.stderr)
+                print(
+                    f"longspan: ended at once by a second {signal.Signals(number).name}",
+                    file=sys.stderr,
+                )
                 return 128 + number
         if deadline is None and (failed := _failure(ranks)):
             deadline = time.monotonic() + _GRACE_SECONDS
@@ -79,13 +91,23 @@ def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
 
 def _failure(ranks: list[subprocess.Popen]) -> int:
     """The status of a rank that has failed, told on stderr where it could not tell itself; 0 while there is none."""
-    ended = {number: rank.returncode for number, rank in enumerate(ranks) if rank.returncode not in (None, 0, STOPPED)}
+    ended = {
+        number: rank.returncode
+        for number, rank in enumerate(ranks)
+        if rank.returncode not in (None, 0, STOPPED)
+    }
     for number, status in ended.items():  # a rank that was killed is why others have failed
         if status < 0:
-            print(f"longspan: rank {number} was ended by {signal.Signals(-status).name}", file=sys.stderr)
+            print(
+                f"longspan: rank {number} was ended by {signal.Signals(-status).name}",
+                file=sys.stderr,
+            )
             return 128 - status
     for number, status in ended.items():
         if status not in (UserError.exit_status, NonFiniteError.exit_status):
-            print(f"longspan: rank {number} ended with status {status}; its error is above", file=sys.stderr)
+            print(
+                f"longspan: rank {number} ended with status {status}; its error is above",
+                file=sys.stderr,
+            )
         return status
     return 0

@@ -12,6 +12,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     lines = []
     for row in rows:
         sized = zip(row, widths, strict=True)
-        cells = [cell.rjust(width) if _NUMBER.fullmatch(cell) else cell.ljust(width) for cell, width in sized]
+        cells = [
+            cell.rjust(width) if _NUMBER.fullmatch(cell) else cell.ljust(width)
+            for cell, width in sized
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -11,16 +11,23 @@ if TYPE_CHECKING:
     from .convolution import short_convolution
     from .layout import Layout
     from .linear import linear_attention
-    from .schedule import Schedule
+    from .schedules.names import Schedule
     from .sequence import Sequence
     from .softmax import attend
 
 __all__ = ["Layout", "Schedule", "Sequence", "attend", "linear_attention", "short_convolution"]
-_HOMES = {"attend": "softmax", "linear_attention": "linear", "short_convolution": "convolution"}
+_HOMES = {
+    "Layout": "layout",
+    "Schedule": "schedules.names",
+    "Sequence": "sequence",
+    "attend": "softmax",
+    "linear_attention": "linear",
+    "short_convolution": "convolution",
+}
 
 
 def __getattr__(name: str):
-    """Looks where the name lives when it is asked for: a recipe's schedules are checked without waiting for torch."""
-    if name in __all__:
-        return getattr(import_module(f".{_HOMES.get(name, name.lower())}", __name__), name)
+    """Import a public name's module when it is first asked for, so that a recipe's schedules are checked without torch."""
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def start_all_to_all(
-    received: Tensor, sent: Tensor, receive: Sequence[int], send: Sequence[int], peers: Sequence[int], group: dist.ProcessGroup
+    received: Tensor,
+    sent: Tensor,
+    receive: Sequence[int],
+    send: Sequence[int],
+    peers: Sequence[int],
+    group: dist.ProcessGroup,
 ) -> dist.Work:
     """So many rows of ``sent`` for each of ``peers``, and as many of ``received`` from each, one after another.
 
@@ -19,5 +24,10 @@ def start_all_to_all(
         for rank, count in zip(peers, counts, strict=True):
             part[rank] = count
     return dist.all_to_all_single(
-        received, sent, output_split_sizes=splits[0], input_split_sizes=splits[1], group=group, async_op=True
+        received,
+        sent,
+        output_split_sizes=splits[0],
+        input_split_sizes=splits[1],
+        group=group,
+        async_op=True,
     )

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..attention import convolution
-from .exchange import AllGather
+from ..attention.linear import convolution
+from .collectives import AllGather
 from .layout import Layout, check_shard
 
 
@@ -31,7 +31,11 @@ def short_convolution(
     if layout.ranks == 1:
         return convolution.short_convolution(x, weight, bias, documents=documents)
     reach = weight.shape[1] - 1
-    own = [slice(slot, slot + stop - start) for start, stop, rank, slot in layout.in_order if rank == group.rank()]
+    own = [
+        slice(slot, slot + stop - start)
+        for start, stop, rank, slot in layout.in_order
+        if rank == group.rank()
+    ]
     # Of each segment the last tokens, all that later ones can see of it; the same number of rows for every rank.
     most = max(map(len, layout.segments))
     tails = [_padded(x[:, max(at.start, at.stop - reach) : at.stop], reach) for at in own]
@@ -48,7 +52,9 @@ def short_convolution(
                 earlier = documents[:, [max(0, start - reach + i) for i in range(reach)]]
                 halo = before * (earlier == ids[:, :1])[..., None]
             outs.append(
-                convolution.short_convolution(x[:, slot : slot + stop - start], weight, bias, state=halo, documents=ids)
+                convolution.short_convolution(
+                    x[:, slot : slot + stop - start], weight, bias, state=halo, documents=ids
+                )
             )
         tail = gathered[rank, taken[rank]][:, reach - min(reach, stop - start) :]
         before = torch.cat([before, tail], 1)[:, tail.shape[1] :]

@@ -27,7 +27,9 @@ class Layout:
         at = 0
         for start, stop, _, _ in self.in_order:
             if start != at or stop <= start:
-                raise ValueError(f"segments must hold every token once: {start}:{stop} follows upon {at}")
+                raise ValueError(
+                    f"segments must hold every token once: {start}:{stop} follows upon {at}"
+                )
             at = stop
         if any(list(own) != sorted(own) for own in self.segments):
             raise ValueError(f"the segments of a rank must ascend, got {self.segments}")
@@ -47,7 +49,12 @@ class Layout:
     def striped(cls, length: int, ranks: int, block: int = 1) -> "Layout":
         """Rank ``r`` holds the blocks ``r, r + ranks, ...``; the last may be cut short."""
         starts = range(0, length, block)
-        return cls(tuple(tuple((a, min(a + block, length)) for a in starts[rank::ranks]) for rank in range(ranks)))
+        return cls(
+            tuple(
+                tuple((a, min(a + block, length)) for a in starts[rank::ranks])
+                for rank in range(ranks)
+            )
+        )
 
     @property
     def ranks(self) -> int:
@@ -58,7 +65,9 @@ class Layout:
         merged = []
         for first in range(0, self.ranks, size):
             own: list[tuple[int, int]] = []
-            for start, stop in sorted(segment for rank in self.segments[first : first + size] for segment in rank):
+            for start, stop in sorted(
+                segment for rank in self.segments[first : first + size] for segment in rank
+            ):
                 if own and own[-1][1] == start:
                     start = own.pop()[0]
                 own.append((start, stop))
@@ -118,7 +127,13 @@ class Layout:
 
     def unshard(self, parts: list[Tensor]) -> Tensor:
         """The whole sequence from the parts of all ranks, in rank order; a part may be longer than its rank's tokens."""
-        return torch.cat([parts[rank][:, slot : slot + stop - start] for start, stop, rank, slot in self.in_order], 1)
+        return torch.cat(
+            [
+                parts[rank][:, slot : slot + stop - start]
+                for start, stop, rank, slot in self.in_order
+            ],
+            1,
+        )
 
 
 def _edges(length: int, parts: int, block: int) -> list[tuple[int, int]]:
@@ -136,4 +151,6 @@ def check_shard(layout: Layout, group: dist.ProcessGroup, tokens: int) -> None:
     if layout.ranks != group.size():
         raise ValueError(f"layout is over {layout.ranks} ranks, but group has {group.size()}")
     if tokens != layout.lengths[group.rank()]:
-        raise ValueError(f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but it has {tokens}")
+        raise ValueError(
+            f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but it has {tokens}"
+        )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import attention
 from ..attention.documents import check_documents
-from ..attention.linear import check_linear, state_map
-from .exchange import AllGather, AllToAll
+from ..attention.linear.attention import check_linear, state_map
+from .collectives import AllGather, AllToAll
 from .layout import Layout, check_shard
 
 
@@ -67,7 +67,10 @@ def linear_attention(
 
     own, maps = [], []
     for start, stop, slot in layout.placed[rank]:
-        at, ids = slice(slot, slot + stop - start), None if documents is None else documents[:, start:stop]
+        at, ids = (
+            slice(slot, slot + stop - start),
+            None if documents is None else documents[:, start:stop],
+        )
         own.append((q[:, at], k[:, at], v[:, at], piece(decay, at), piece(beta, at), ids))
         kept, added = state_map(*own[-1][1:], backend=backend)
         maps.append(StateMap(added, kept * _goes_on(documents, start)))
@@ -82,9 +85,18 @@ def linear_attention(
     before, last = use(maps, identity, first, layout, group, return_state)
 
     outs = [v[:, :0] + last[:0].sum().to(v.dtype)]
-    for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _), current in zip(own, layout.placed[rank], before, strict=True):
+    for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _), current in zip(
+        own, layout.placed[rank], before, strict=True
+    ):
         current = current * _goes_on(documents, start)
-        options = {"decay": decay_s, "beta": beta_s, "scale": scale, "state": current, "documents": ids, "backend": backend}
+        options = {
+            "decay": decay_s,
+            "beta": beta_s,
+            "scale": scale,
+            "state": current,
+            "documents": ids,
+            "backend": backend,
+        }
         outs.append(attention.linear_attention(q_s, k_s, v_s, **options))
     out = torch.cat(outs, 1)
     return (out, last) if return_state else out
@@ -125,10 +137,19 @@ def _stacked(maps: list[StateMap]) -> Tensor:
 
 
 def _parts(message: Tensor, like: StateMap) -> list[StateMap]:
-    return [StateMap(*one.split([like.added.shape[-1], like.kept.shape[-1]], -1)) for one in message]
+    return [
+        StateMap(*one.split([like.added.shape[-1], like.kept.shape[-1]], -1)) for one in message
+    ]
 
 
-def _gather(maps: list[StateMap], identity: StateMap, first: Tensor, layout: Layout, group: dist.ProcessGroup, last: bool):
+def _gather(
+    maps: list[StateMap],
+    identity: StateMap,
+    first: Tensor,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    last: bool,
+):
     """The states before this rank's segments, and where ``last`` that after all: all maps on every rank, applied in turn."""
     most = max(map(len, layout.segments))
     gathered = AllGather.apply(_stacked(maps + [identity] * (most - len(maps))), group)
@@ -146,7 +167,14 @@ def _distances(layout: Layout) -> list[int]:
     return [1, *(1 << n for n in range((len(layout.in_order) - 1).bit_length()))]
 
 
-def _scan(maps: list[StateMap], identity: StateMap, first: Tensor, layout: Layout, group: dist.ProcessGroup, last: bool):
+def _scan(
+    maps: list[StateMap],
+    identity: StateMap,
+    first: Tensor,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    last: bool,
+):
     """The same in log2 of the number of segments steps, in each of which a map meets that of twice as many segments before it.
 
     Hillis and Steele (1986). Each segment starts with the map of the one before it, the first with what makes any state
@@ -161,7 +189,9 @@ def _scan(maps: list[StateMap], identity: StateMap, first: Tensor, layout: Layou
     maps = [found.get(n, whole) for n in mine]
     for distance in distances:
         found, identity = _meet(maps, identity, mine, holders, distance, group)
-        maps = [one.after(found[n]) if n in found else one for n, one in zip(mine, maps, strict=True)]
+        maps = [
+            one.after(found[n]) if n in found else one for n, one in zip(mine, maps, strict=True)
+        ]
     before = [one.added for one in maps]
     if not last:
         return before, identity.added
@@ -173,7 +203,10 @@ def _meet(maps, identity: StateMap, mine: list[int], holders: list[int], distanc
     """For each of this rank's segments the map of the one ``distance`` before it; and the identity, tied to the exchange."""
     to = sorted((holders[n + distance], n) for n in mine if n + distance < len(holders))
     come = sorted((holders[n - distance], n) for n in mine if n >= distance)
-    send, receive = ([sum(rank == other for other, _ in part) for rank in range(group.size())] for part in (to, come))
+    send, receive = (
+        [sum(rank == other for other, _ in part) for rank in range(group.size())]
+        for part in (to, come)
+    )
     at = {n: i for i, n in enumerate(mine)}
     sent = _stacked([identity, *(maps[at[n]] for _, n in to)])[1:]
     received = AllToAll.apply(sent, send, receive, group)

@@ -22,14 +22,20 @@ class Sequence:
 
     def __init__(self, layout: Layout, rank: int, documents: Tensor):
         if documents.ndim != 2 or documents.shape[1] != layout.length:
-            raise ValueError(f"documents must be [batch, {layout.length}], got {tuple(documents.shape)}")
+            raise ValueError(
+                f"documents must be [batch, {layout.length}], got {tuple(documents.shape)}"
+            )
         self.layout, self.rank, self.all_documents = layout, rank, documents
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def single(cls, batch: int, length: int, device: torch.device) -> "Sequence":
         """One document per row, on one rank."""
-        return cls(Layout.contiguous(length), 0, torch.zeros(batch, length, dtype=torch.int32, device=device))
+        return cls(
+            Layout.contiguous(length),
+            0,
+            torch.zeros(batch, length, dtype=torch.int32, device=device),
+        )
 
     @cached_property
     def documents(self) -> Tensor:
@@ -39,7 +45,9 @@ class Sequence:
     @cached_property
     def positions(self) -> Tensor:
         """Where this rank's tokens stand in their documents, from 0: int64 ``[batch, local time]``."""
-        index = torch.arange(self.layout.length, device=self.all_documents.device).expand_as(self.all_documents)
+        index = torch.arange(self.layout.length, device=self.all_documents.device).expand_as(
+            self.all_documents
+        )
         starts = torch.zeros_like(index)
         starts[:, 1:] = index[:, 1:] * (self.all_documents[:, 1:] != self.all_documents[:, :-1])
         return self.layout.shard(index - starts.cummax(1).values, self.rank)

@@ -10,17 +10,24 @@ from torch.autograd.function import once_differentiable
 
 from .. import attention
 from ..attention.arguments import accumulation_dtype
-from ..attention.blocklists import BlockLists, chosen_lists
 from ..attention.documents import check_documents
-from ..attention.patterns import Causal, Pattern, Ruled
-from ..attention.selection import Selector
-from ..attention.softmax import check_attention, check_logits, check_pattern, choose_backend, sinks_gradient, with_sinks
-from ..attention.tiles import Logits, Tile, merge_, tile_backward, tile_forward
-from .exchange import Homeward, Parcel, agree, as_columns, gather_sequence, new_rows
+from ..attention.patterns.block_lists import BlockLists, chosen_lists
+from ..attention.patterns.patterns import Causal, Pattern, Ruled
+from ..attention.patterns.selection import Selector
+from ..attention.softmax.attend import (
+    check_attention,
+    check_logits,
+    check_pattern,
+    choose_backend,
+    sinks_gradient,
+    with_sinks,
+)
+from ..attention.softmax.tiles import Logits, Tile, merge_, tile_backward, tile_forward
+from .collectives import Homeward, Parcel, agree, as_columns, gather_sequence, new_rows
 from .layout import Layout, check_shard
-from .plan import Job, Plan, Stage, rows_of
-from .schedule import Schedule
-from .schedules import choose_schedule, key_of, plan_attention
+from .schedules.choose import choose_schedule, key_of, plan_attention
+from .schedules.names import Schedule
+from .schedules.plan import Job, Plan, Stage, rows_of
 
 
 def attend(
@@ -63,35 +70,67 @@ def attend(
     documents = check_documents(documents, (q.shape[0], layout.length))
     logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if layout.ranks == 1:
-        options = {"scale": scale, "sinks": sinks, "softcap": softcap, "sigmoid_bias": sigmoid_bias, "return_lse": return_lse}
+        options = {
+            "scale": scale,
+            "sinks": sinks,
+            "softcap": softcap,
+            "sigmoid_bias": sigmoid_bias,
+            "return_lse": return_lse,
+        }
         return attention.attend(q, k, v, pattern, documents=documents, backend=backend, **options)
     kind = None if isinstance(pattern, BlockLists) else pattern
-    chosen = choose_schedule(schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3]))
+    chosen = choose_schedule(
+        schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3])
+    )
     rows = rows_of(documents, q.shape[0], layout.length)
     closed_form = pattern if isinstance(pattern, Ruled) else None
     plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
     agree(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents, layout, group)
-    check_pattern(pattern, k.shape[2], q.shape[0], max(stop - start for own in rows for start, stop in own.documents))
+    check_pattern(
+        pattern,
+        k.shape[2],
+        q.shape[0],
+        max(stop - start for own in rows for start, stop in own.documents),
+    )
     backend = choose_backend(backend, q, k, v, pattern, logits)
     if backend == "flash" and max(map(len, layout.segments)) > 2:
-        raise ValueError("backend flash takes keys side by side, and this layout has each rank's in many pieces; use torch")
-    out, lse = _Attend.apply(q, k, v, sinks, _Work(plan, pattern, logits, backend, group), return_lse)
+        raise ValueError(
+            "backend flash takes keys side by side, and this layout has each rank's in many pieces; use torch"
+        )
+    out, lse = _Attend.apply(
+        q, k, v, sinks, _Work(plan, pattern, logits, backend, group), return_lse
+    )
     return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
-def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, layout: Layout, group) -> Pattern:
+def _select(
+    selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, layout: Layout, group
+) -> Pattern:
     """What the selector chooses from summaries of its blocks, those of the keys gathered from all ranks."""
     block = selector.block
-    if any(start % block or (stop % block and stop != layout.length) for start, stop, _, _ in layout.in_order):
-        raise ValueError(f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks")
-    blocks = Layout(tuple(tuple((start // block, -(-stop // block)) for start, stop in own) for own in layout.segments))
+    if any(
+        start % block or (stop % block and stop != layout.length)
+        for start, stop, _, _ in layout.in_order
+    ):
+        raise ValueError(
+            f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks"
+        )
+    blocks = Layout(
+        tuple(
+            tuple((start // block, -(-stop // block)) for start, stop in own)
+            for own in layout.segments
+        )
+    )
     slots = [(slot, slot + stop - start) for start, stop, slot in layout.placed[group.rank()]]
     summaries = [selector.summaries(q[:, start:stop], k[:, start:stop]) for start, stop in slots]
     none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
-    queries, keys = (torch.cat(parts, 1) for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,))))
+    queries, keys = (
+        torch.cat(parts, 1)
+        for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,)))
+    )
     at = blocks.tokens(group.rank()).to(q.device)
     return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents)
 
@@ -111,16 +150,28 @@ class _Work:
         if isinstance(pattern, BlockLists):
             pattern = pattern.in_document(job.batch, *job.document)
         first = self.plan.first_kv_head + job.heads.start
-        return Tile(pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits)
+        return Tile(
+            pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits
+        )
 
     def stages(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
         """Each stage with its keys and values; while it is computed the next ones are on their way."""
         kv, stages = torch.cat([k, v], -1).contiguous(), self.plan.stages
-        parcels = (stage.exchange and Parcel(kv, stage.exchange, self.plan.peers, self.group) for stage in stages)
+        parcels = (
+            stage.exchange and Parcel(kv, stage.exchange, self.plan.peers, self.group)
+            for stage in stages
+        )
         coming = next(parcels)
         for stage in stages:
             parcel, coming = coming, next(parcels, None)
-            yield stage, *((k, v) if parcel is None else parcel.buffer().split([k.shape[3], v.shape[3]], -1))
+            yield (
+                stage,
+                *(
+                    (k, v)
+                    if parcel is None
+                    else parcel.buffer().split([k.shape[3], v.shape[3]], -1)
+                ),
+            )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(q)
@@ -129,14 +180,18 @@ class _Work:
         for stage, keys, values in self.stages(k, v):
             for job in stage.jobs:
                 rows, columns = self._places(job, q, k)
-                new = tile_forward(q[rows], keys[columns], values[columns], self.tile(job), self.backend)
+                new = tile_forward(
+                    q[rows], keys[columns], values[columns], self.tile(job), self.backend
+                )
                 if job.first:
                     out[rows], lse[rows] = new
                 else:
                     merge_(out[rows], lse[rows], *new, self.logits)
         return out.to(q.dtype), lse
 
-    def backward(self, grad_out: Tensor, grad_lse: Tensor | None, q, k, v, out, lse) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad_out: Tensor, grad_lse: Tensor | None, q, k, v, out, lse
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's tokens, summed over all ranks: in fp32 (fp64 for fp64)."""
         dtype = accumulation_dtype(q)
         dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
@@ -151,11 +206,17 @@ class _Work:
                 parts = (grad_out[own], q[own], keys[columns], values[columns], out[own], lse[own])
                 own_grad_lse = None if grad_lse is None else grad_lse[own]
                 gradients = tile_backward(*parts, self.tile(job), self.backend, own_grad_lse)
-                for sums, at, gradient in zip((dq, dk, dv), (own, columns, columns), gradients, strict=True):
+                for sums, at, gradient in zip(
+                    (dq, dk, dv), (own, columns, columns), gradients, strict=True
+                ):
                     sums[at] += gradient
             if going is not None:
                 going.add_to(total)
-            going = None if rows is None else Homeward(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
+            going = (
+                None
+                if rows is None
+                else Homeward(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
+            )
         if going is not None:
             going.add_to(total)
         return dq, *total.split([k.shape[3], v.shape[3]], -1)
@@ -210,7 +271,10 @@ class _Attend(torch.autograd.Function):
         if heads is not None:
             shares = (heads.heads, heads.kv_heads, heads.kv_heads)
             pairs = zip(gradients, shares, strict=True)
-            gradients = [heads.to_tokens(gradient.to(q.dtype), share, work.group) for gradient, share in pairs]
+            gradients = [
+                heads.to_tokens(gradient.to(q.dtype), share, work.group)
+                for gradient, share in pairs
+            ]
             if sinks is not None:
                 own, dsinks = dsinks, dsinks.new_zeros(ctx.shape[2])
                 dsinks[heads.heads[heads.rank]] = own

@@ -25,7 +25,14 @@ TINY = {
         "layers": {
             "blocks": {
                 "linear": {"mixer": "lightning", "num_heads": 8},
-                "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2, "qk_norm": True, "norm": "sandwich"},
+                "sparse": {
+                    "mixer": "s2",
+                    "block": 8,
+                    "local_blocks": 2,
+                    "stride": 2,
+                    "qk_norm": True,
+                    "norm": "sandwich",
+                },
                 "full": {
                     "mixer": "full",
                     "output_gate": True,
@@ -47,7 +54,10 @@ TINY = {
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """40 documents, 13 to 215 bytes long."""
-    return [f"Document {i}: " + " ".join(f"{i * j % 97}" for j in range(3 + 11 * (i % 7))) for i in range(40)]
+    return [
+        f"Document {i}: " + " ".join(f"{i * j % 97}" for j in range(3 + 11 * (i % 7)))
+        for i in range(40)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +79,9 @@ def tiny_recipe(corpus, tmp_path) -> Path:
     """File of a recipe with all mixers and kinds of norm; its run goes to ``tmp_path / "run"``."""
     import yaml
 
-    content = yaml.safe_load(yaml.safe_dump(TINY).replace("RUN", str(tmp_path / "run")).replace("CORPUS", corpus))
+    content = yaml.safe_load(
+        yaml.safe_dump(TINY).replace("RUN", str(tmp_path / "run")).replace("CORPUS", corpus)
+    )
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -81,7 +93,14 @@ def longspan():
 
     def run(*args: object, **env: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "longspan", *map(str, args)]
-        return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=400, check=False)
+        return subprocess.run(
+            command,
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
 
     return run
 
@@ -93,7 +112,9 @@ class Pipe:
         os.mkfifo(path)
         self.path, self._text = path, ""
         reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self._writing = os.open(path, os.O_WRONLY)  # so that it does not end before its writer comes
+        self._writing = os.open(
+            path, os.O_WRONLY
+        )  # so that it does not end before its writer comes
         os.set_blocking(reading, True)
         self._reader = threading.Thread(target=self._read, args=(reading,))
         self._reader.start()
@@ -113,7 +134,9 @@ class Pipe:
 def forks():
     """Processes that are forked from one that has imported what a rank needs: that alone takes longer than most of them run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longspan.launch.cli", "longspan.trainer.loop", "longspan.trainer.megatron"])
+    context.set_forkserver_preload(
+        ["longspan.launch.cli", "longspan.trainer.run.loop", "longspan.trainer.engines.megatron"]
+    )
     return context
 
 
@@ -124,11 +147,18 @@ def ranks(forks, tmp_path):
     They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
     """
 
-    def run(count: int, script: Path, *args: object, status: int | None = 0) -> list[tuple[str, str]]:
+    def run(
+        count: int, script: Path, *args: object, status: int | None = 0
+    ) -> list[tuple[str, str]]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared = {
+            "WORLD_SIZE": str(count),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
         streams = Path(tempfile.mkdtemp(dir=tmp_path))
         processes, pipes = [], []
         for rank in range(count):
@@ -139,7 +169,9 @@ def ranks(forks, tmp_path):
                 "environment": {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 "streams": [str(pipe.path) for pipe in own],
             }
-            processes.append(forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given})))
+            processes.append(
+                forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given}))
+            )
             processes[-1].start()
             pipes.append(own)
         try:
@@ -151,7 +183,9 @@ def ranks(forks, tmp_path):
                 process.join()
             written = [tuple(pipe.close() for pipe in own) for own in pipes]
         for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
-            assert status in (None, process.exitcode), f"rank {rank} of {count}: {process.exitcode}\n{error[-3000:]}"
+            assert status in (None, process.exitcode), (
+                f"rank {rank} of {count}: {process.exitcode}\n{error[-3000:]}"
+            )
         return written
 
     return run

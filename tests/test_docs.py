@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from longspan.trainer.recipe_keys import recipe_keys
+from longspan.trainer.recipe.keys import recipe_keys
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -17,11 +17,17 @@ BLOCK = re.compile(r"(<!-- [^\n]* -->\n)?^```(sh|python)\n(.*?)^```$", re.MULTIL
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
     """(the comment above, language, text) of each block of code."""
-    return [(comment, language, text) for comment, language, text in BLOCK.findall(page.read_text())]
+    return [
+        (comment, language, text) for comment, language, text in BLOCK.findall(page.read_text())
+    ]
 
 
 def with_runs() -> list[Path]:
-    return [page for page in PAGES if any(not comment.startswith("<!-- not run") for comment, _, _ in blocks(page))]
+    return [
+        page
+        for page in PAGES
+        if any(not comment.startswith("<!-- not run") for comment, _, _ in blocks(page))
+    ]
 
 
 def test_the_keys_are_those_of_the_schema():
@@ -43,17 +49,31 @@ def test_links_and_shown_files_are_there(page):
             continue
         assert (page.parent / target).exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", (page.parent / target).read_text() if target else text, re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings], anchor
-    for name, content in re.findall(r"^```yaml\n# (docs/\S+\.yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            headings = re.findall(
+                r"^#+ (.*)$", (page.parent / target).read_text() if target else text, re.MULTILINE
+            )
+            assert anchor in [
+                re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings
+            ], anchor
+    for name, content in re.findall(
+        r"^```yaml\n# (docs/\S+\.yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    ):
         assert (REPOSITORY / name).read_text() == content, name
 
 
 def test_the_worked_example_is_what_its_page_shows():
-    page, patch = ((REPOSITORY / "docs" / f"extending.{kind}").read_text() for kind in ("md", "diff"))
-    added = [line[1:] for line in patch.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    page, patch = (
+        (REPOSITORY / "docs" / f"extending.{kind}").read_text() for kind in ("md", "diff")
+    )
+    added = [
+        line[1:]
+        for line in patch.splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
     assert len(added) < 36
-    for shown in re.findall(r"^```python\n# \w+/\w+\.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+    for shown in re.findall(
+        r"^```python\n# \w+/\w+\.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    ):
         assert shown.strip("\n") in "\n".join(added)
 
 
@@ -63,21 +83,42 @@ def test_the_worked_example_is_what_its_page_shows():
 def test_what_a_page_says_can_be_done(page, tmp_path):
     """In a copy of the repository, which is the package that runs."""
     here = tmp_path / "longspan"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
+    )
     for name in listed.stdout.decode().splitlines():
         if (REPOSITORY / name).exists():
             (here / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, here / name)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, module in (("longspan", "longspan"), ("torchrun", "torch.distributed.run"), ("python", "")):
+    for name, module in (
+        ("longspan", "longspan"),
+        ("torchrun", "torch.distributed.run"),
+        ("python", ""),
+    ):
         script = f'#!/bin/sh\nexec "{sys.executable}" -W ignore {f"-m {module}" if module else ""} "$@"\n'
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(tmp_path),
+    }
     for comment, language, text in blocks(page):
-        if comment.startswith("<!-- not run") or (language == "python" and re.match(r"# \w+/\w+\.py\n", text)):
+        if comment.startswith("<!-- not run") or (
+            language == "python" and re.match(r"# \w+/\w+\.py\n", text)
+        ):
             continue
-        command = ["bash", "-euo", "pipefail", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+        command = (
+            ["bash", "-euo", "pipefail", "-c", text]
+            if language == "sh"
+            else [sys.executable, "-c", text]
+        )
+        done = subprocess.run(
+            command, cwd=here, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

@@ -9,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def tracked(*patterns: str) -> set[str]:
-    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return set(listed.stdout.split())
 
 
@@ -33,7 +35,11 @@ def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {name for name in tracked("*.py", "recipes", "slurm") if not name.startswith(("tests/", "docs/"))}
+    expected = {
+        name
+        for name in tracked("*.py", "recipes", "slurm")
+        if not name.startswith(("tests/", "docs/"))
+    }
     assert inside == {f"longspan/{name}" for name in expected}
 
 
@@ -44,5 +50,9 @@ def test_no_folder_imports_upwards():
             depth = len(path.relative_to(ROOT).parts)
             for line in path.read_text().splitlines():
                 for above in order[height + 1 :]:
-                    upwards = (f"from {'.' * depth}{above}", f"from longspan.{above}", f"import longspan.{above}")
+                    upwards = (
+                        f"from {'.' * depth}{above}",
+                        f"from longspan.{above}",
+                        f"import longspan.{above}",
+                    )
                     assert not line.strip().startswith(upwards), f"{path}: {line}"

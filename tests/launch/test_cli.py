@@ -19,7 +19,11 @@ def imported_by(arguments: list[str], status: int) -> set[str]:
         "print('\\n' + ' '.join(sys.modules))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", code],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     return set(done.stdout.splitlines()[-1].split())
 
@@ -47,7 +51,15 @@ def test_recipes_are_listed_one_line_each(capsys):
 
 
 def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_path):
-    status, out, _ = run(capsys, "train", tiny_recipe, "training.steps=7", "parallel.tp=2", "--dry-run", "launch.processes=4")
+    status, out, _ = run(
+        capsys,
+        "train",
+        tiny_recipe,
+        "training.steps=7",
+        "parallel.tp=2",
+        "--dry-run",
+        "launch.processes=4",
+    )
     assert status == 0
     assert "steps: 7" in out
     assert "eps: 1.0e-08" in out, "defaults are shown too"
@@ -71,20 +83,44 @@ def test_bad_input_is_one_line_each_and_status_2(capsys, tiny_recipe, tmp_path):
     ("arguments", "message"),
     [
         (["train", "no-such-recipe"], "recipe no-such-recipe: no such file or shipped recipe"),
-        (["train", "{recipe}", "data.tokenizer=missing.json"], "data.tokenizer: missing.json is neither the word bytes"),
-        (["train", "{recipe}", "data.sources={missing: 1.0}"], "missing.bin: no such file; build it with"),
+        (
+            ["train", "{recipe}", "data.tokenizer=missing.json"],
+            "data.tokenizer: missing.json is neither the word bytes",
+        ),
+        (
+            ["train", "{recipe}", "data.sources={missing: 1.0}"],
+            "missing.bin: no such file; build it with",
+        ),
         (["train", "{recipe}", "data.validation=missing"], "missing.bin: no such file"),
-        (["train", "{recipe}", "model.vocab_size=100"], "recorded vocabulary of 257 is larger than model.vocab_size 100"),
-        (["data", "build", "missing.txt", "--out", "{tmp}/x"], "missing.txt: no such file or folder"),
-        (["data", "build", "{recipe}", "--tokenizer", "{recipe}", "--out", "{tmp}/x"], "not a tokenizer.json"),
-        (["train", "{recipe}", "evaluation.interval=5"], "evaluation.interval: there is no held-out data; set data.validation"),
-        (["train", "{recipe}", "run_dir={recipe}/x"], "/x cannot be made or written; choose another run_dir"),
+        (
+            ["train", "{recipe}", "model.vocab_size=100"],
+            "recorded vocabulary of 257 is larger than model.vocab_size 100",
+        ),
+        (
+            ["data", "build", "missing.txt", "--out", "{tmp}/x"],
+            "missing.txt: no such file or folder",
+        ),
+        (
+            ["data", "build", "{recipe}", "--tokenizer", "{recipe}", "--out", "{tmp}/x"],
+            "not a tokenizer.json",
+        ),
+        (
+            ["train", "{recipe}", "evaluation.interval=5"],
+            "evaluation.interval: there is no held-out data; set data.validation",
+        ),
+        (
+            ["train", "{recipe}", "run_dir={recipe}/x"],
+            "/x cannot be made or written; choose another run_dir",
+        ),
         (["generate", "{tmp}"], "not the folder of a run"),
         (["plot", "{tmp}"], "no such file; the run has logged nothing yet"),
     ],
 )
 def test_bad_input_names_its_key_or_file(capsys, tiny_recipe, tmp_path, arguments, message):
-    filled = [argument.replace("{recipe}", str(tiny_recipe)).replace("{tmp}", str(tmp_path)) for argument in arguments]
+    filled = [
+        argument.replace("{recipe}", str(tiny_recipe)).replace("{tmp}", str(tmp_path))
+        for argument in arguments
+    ]
     status, _, err = run(capsys, *filled)
     assert status == 2
     assert message in err
@@ -94,7 +130,13 @@ def test_bad_input_names_its_key_or_file(capsys, tiny_recipe, tmp_path, argument
 
 def test_data_build(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    status, out, _ = run(capsys, "data", "build", tmp_path / "a.txt", "--out", tmp_path / "deep" / "corpus")
+    status, out, _ = run(
+        capsys, "data", "build", tmp_path / "a.txt", "--out", tmp_path / "deep" / "corpus"
+    )
     assert status == 0
     assert "1 documents, 10 tokens, 9 bytes of text" in out
-    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"corpus.bin", "corpus.idx", "corpus.json"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {
+        "corpus.bin",
+        "corpus.idx",
+        "corpus.json",
+    }

@@ -21,9 +21,21 @@ def start(tiny_recipe, tmp_path):
     processes = []
 
     def run(*overrides):
-        command = [sys.executable, "-m", "longspan", "train", tiny_recipe, "launch.processes=2", "training.steps=100000"]
+        command = [
+            sys.executable,
+            "-m",
+            "longspan",
+            "train",
+            tiny_recipe,
+            "launch.processes=2",
+            "training.steps=100000",
+        ]
         log = (tmp_path / "log").open("w")
-        processes.append(subprocess.Popen([*command, *overrides], stdout=log, stderr=log, preexec_fn=_heed_ctrl_c))
+        processes.append(
+            subprocess.Popen(
+                [*command, *overrides], stdout=log, stderr=log, preexec_fn=_heed_ctrl_c
+            )
+        )
         deadline = time.monotonic() + 120
         while "step" not in (tmp_path / "log").read_text():
             assert processes[-1].poll() is None, (tmp_path / "log").read_text()
@@ -36,13 +48,19 @@ def start(tiny_recipe, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.wide)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.wide)]
+)
 def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number):
     process = start("parallel.cp=2")
     process.send_signal(number)
     assert process.wait(60) == 75
-    (step,) = re.findall("stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text())
-    assert re.search(rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE)
+    (step,) = re.findall(
+        "stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text()
+    )
+    assert re.search(
+        rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE
+    )
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -61,7 +79,9 @@ def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tin
 
 
 def test_a_second_signal_ends_it_at_once(start, tmp_path):
-    process = start("training.seq_length=24576", "training.global_batch_size=64")  # a step takes a minute
+    process = start(
+        "training.seq_length=24576", "training.global_batch_size=64"
+    )  # a step takes a minute
     children = children_of(process.pid)
     assert len(children) == 2
     process.send_signal(signal.SIGINT)
@@ -84,7 +104,9 @@ def test_one_request_to_all_processes_is_one_request(start, tmp_path):
     assert "stopped after step" in (tmp_path / "log").read_text()
 
 
-def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(start, longspan, tmp_path):
+def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
+    start, longspan, tmp_path
+):
     process = start("parallel.cp=2")
     children = children_of(process.pid)
     process.kill()
@@ -93,8 +115,12 @@ def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(start,
     while any(os.path.exists(f"/proc/{child}") for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    (step,) = re.findall("stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text())
-    assert re.search(rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE)
+    (step,) = re.findall(
+        "stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text()
+    )
+    assert re.search(
+        rf"^{step} .* whole$", longspan("status", tmp_path / "run").stdout, re.MULTILINE
+    )
 
 
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path):
@@ -107,7 +133,9 @@ with StopRequest(sys.argv[1]):
     print("hanging", flush=True)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)  # in C, where no handler of Python's runs
 """
-    process = subprocess.Popen([sys.executable, "-c", hangs, tmp_path / "STOP"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", hangs, tmp_path / "STOP"], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "hanging\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(2.5)
@@ -126,7 +154,10 @@ with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     __import__("time").sleep(0.2)
     sys.exit(stop.asked())
 """
-    assert subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode
+        == 0
+    )
 
 
 def test_the_first_rank_does_not_outlive_another_that_failed(monkeypatch, capfd):
@@ -148,5 +179,7 @@ def test_a_rank_that_dies_ends_the_others(start, tmp_path):
 
 
 def children_of(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True
+    )
     return [int(child) for child in listed.stdout.split()]

@@ -22,10 +22,16 @@ def torchrun(tiny_recipe):
     """``torchrun(*options)`` starts an agent that trains the tiny recipe, or runs another ``script``."""
     started = []
 
-    def start(*options: str, script: tuple = ("-m", "longspan", "train", tiny_recipe, *OPTIONS)) -> subprocess.Popen:
+    def start(
+        *options: str, script: tuple = ("-m", "longspan", "train", tiny_recipe, *OPTIONS)
+    ) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, script)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
         return started[-1]
 
     yield start
@@ -36,13 +42,19 @@ def torchrun(tiny_recipe):
 @pytest.fixture
 def alone(longspan, tiny_recipe, tmp_path) -> dict[int, float]:
     """The losses of a run on two processes to which nothing happens."""
-    done = longspan("train", tiny_recipe, *OPTIONS, "launch.processes=2", f"run_dir={tmp_path / 'alone'}")
+    done = longspan(
+        "train", tiny_recipe, *OPTIONS, "launch.processes=2", f"run_dir={tmp_path / 'alone'}"
+    )
     assert done.returncode == 0, done.stderr
     return losses(tmp_path / "alone")
 
 
 def losses(run: Path) -> dict[int, float]:
-    lines = run.joinpath("metrics.jsonl").read_text().splitlines() if run.joinpath("metrics.jsonl").exists() else []
+    lines = (
+        run.joinpath("metrics.jsonl").read_text().splitlines()
+        if run.joinpath("metrics.jsonl").exists()
+        else []
+    )
     records = [json.loads(line) for line in lines if line.endswith("}")]
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
@@ -114,7 +126,9 @@ def test_a_request_to_stop_outlives_the_ranks(torchrun, tmp_path):
     (tmp_path / "run" / "STOP").touch()
     said, errors = agent.communicate(timeout=200)
     assert agent.returncode == 0, errors
-    (step,) = re.findall(rf"stopped after step (\d+) of 60, as asked by {tmp_path}/run/STOP, now removed", said)
+    (step,) = re.findall(
+        rf"stopped after step (\d+) of 60, as asked by {tmp_path}/run/STOP, now removed", said
+    )
     assert int(step) == max(losses(tmp_path / "run")) < 60
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:0>8}").is_dir()
     assert not (tmp_path / "run" / "STOP").exists()
@@ -124,7 +138,11 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
     file = tmp_path / "run" / "STOP"
     file.parent.mkdir()
     for stale, step, line in (
-        (True, 1, f"stopped after step 1 of 60, as asked by {file}, now removed; the same command goes on from there"),
+        (
+            True,
+            1,
+            f"stopped after step 1 of 60, as asked by {file}, now removed; the same command goes on from there",
+        ),
         (False, 60, "going on from step 1"),
         (True, 60, "all 60 steps are done"),
     ):
@@ -138,10 +156,16 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
         assert not file.exists()
 
 
-def _kill(agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()) -> int:
+def _kill(
+    agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()
+) -> int:
     """A rank that this agent started, once the run has reached a step; which process it was, none of ``but``."""
     for _ in range(600):
-        if max(losses(run), default=0) >= step and (found := _process(agent.pid, rank)) and found not in but:
+        if (
+            max(losses(run), default=0) >= step
+            and (found := _process(agent.pid, rank))
+            and found not in but
+        ):
             os.kill(found, signal.SIGKILL)
             return found
         time.sleep(0.1)
@@ -152,7 +176,10 @@ def _process(parent: int, rank: int) -> int | None:
     """Of the rank that this agent started."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            status, environment = (entry / "status").read_text(), (entry / "environ").read_bytes().split(b"\0")
+            status, environment = (
+                (entry / "status").read_text(),
+                (entry / "environ").read_bytes().split(b"\0"),
+            )
         except OSError:
             continue
         if f"PPid:\t{parent}\n" in status and b"RANK=%d" % rank in environment:

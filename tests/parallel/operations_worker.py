@@ -26,8 +26,12 @@ def main(out: str) -> None:
     found = []
     for operation in (
         lambda q, k, v: parallel.attend(q, k, v, PATTERN, LAYOUT, group, documents=IDS),
-        lambda q, k, v: parallel.linear_attention(q, k, v, LAYOUT, group, decay=DECAY, documents=IDS),
-        lambda q, k, v: parallel.linear_attention(q, k * 0.3, v, LAYOUT, group, beta=v.sigmoid()[..., 0], documents=IDS),
+        lambda q, k, v: parallel.linear_attention(
+            q, k, v, LAYOUT, group, decay=DECAY, documents=IDS
+        ),
+        lambda q, k, v: parallel.linear_attention(
+            q, k * 0.3, v, LAYOUT, group, beta=v.sigmoid()[..., 0], documents=IDS
+        ),
     ):
         leaves = [x.clone().requires_grad_() for x in own]
         result = operation(*leaves)

@@ -10,7 +10,11 @@ SIZES = [(64, 4, 1), (64, 4, 8), (50, 3, 8), (7, 4, 1), (8, 3, 8)]
 def test_a_layout_is_a_bijection_with_edges_on_blocks(kind, length, ranks, block):
     layout = kind(length, ranks, block)
     assert (layout.length, layout.ranks, sum(layout.lengths)) == (length, ranks, length)
-    assert torch.cat([layout.tokens(rank) for rank in range(ranks)]).sort().values.equal(torch.arange(length))
+    assert (
+        torch.cat([layout.tokens(rank) for rank in range(ranks)])
+        .sort()
+        .values.equal(torch.arange(length))
+    )
     assert all(start % block == 0 for rank in layout.segments for start, _ in rank)
     x = torch.randn(2, length, 3)
     assert torch.equal(layout.unshard([layout.shard(x, rank) for rank in range(ranks)]), x)
@@ -27,13 +31,19 @@ def test_ranks_in_a_row_are_as_one():
     assert Layout.zigzag(16, 4).grouped(2).segments == (((0, 4), (12, 16)), ((4, 12),))
     assert Layout.contiguous(10, 4).grouped(4) == Layout.contiguous(10)
     assert Layout.striped(24, 4, 2).grouped(2).segments[1] == ((4, 8), (12, 16), (20, 24))
-    assert Layout((((0, 1),), (), ((1, 3),), ((3, 4),))).grouped(2).segments == (((0, 1),), ((1, 4),))
+    assert Layout((((0, 1),), (), ((1, 3),), ((3, 4),))).grouped(2).segments == (
+        ((0, 1),),
+        ((1, 4),),
+    )
 
 
 def test_contiguous_is_in_order_and_zigzag_pairs_the_ends():
     assert Layout.contiguous(8, 2).segments == (((0, 4),), ((4, 8),))
     assert Layout.zigzag(8, 2).segments == (((0, 2), (6, 8)), ((2, 4), (4, 6)))
-    assert [Layout.zigzag(8, 2).tokens(rank).tolist() for rank in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert [Layout.zigzag(8, 2).tokens(rank).tolist() for rank in range(2)] == [
+        [0, 1, 6, 7],
+        [2, 3, 4, 5],
+    ]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8, 64])
@@ -44,7 +54,13 @@ def test_zigzag_gives_every_rank_the_same_causal_work(ranks):
 
 
 @pytest.mark.parametrize(
-    "segments", [(((0, 4),), ((5, 8),)), (((0, 4),), ((3, 8),)), (((0, 2), (2, 2)), ((2, 4),)), (((2, 4), (0, 2)),)]
+    "segments",
+    [
+        (((0, 4),), ((5, 8),)),
+        (((0, 4),), ((3, 8),)),
+        (((0, 2), (2, 2)), ((2, 4),)),
+        (((2, 4), (0, 2)),),
+    ],
 )
 def test_a_token_without_a_place_or_with_two_is_refused(segments):
     with pytest.raises(ValueError, match="segments"):

@@ -5,8 +5,19 @@ import json
 PATTERNS = "model.layers=" + json.dumps(
     {
         "blocks": {
-            "window": {"mixer": "window", "window": 11, "attention_sink": True, "norm": "reordered"},
-            "streaming": {"mixer": "streaming", "sinks": 3, "window": 7, "qk_norm": True, "softcap": 4.0},
+            "window": {
+                "mixer": "window",
+                "window": 11,
+                "attention_sink": True,
+                "norm": "reordered",
+            },
+            "streaming": {
+                "mixer": "streaming",
+                "sinks": 3,
+                "window": 7,
+                "qk_norm": True,
+                "softcap": 4.0,
+            },
             "sparse": {
                 "mixer": "s2",
                 "block": 4,
@@ -48,8 +59,14 @@ MIXED = _stack(
 MOBA = _stack({"moba": {"mixer": "moba", "block": 8, "top_k": 3}, "full": {"mixer": "full"}})
 
 EXPERTS = [
-    _stack({"lightning": {"mixer": "lightning", "norm": "post", "mlp": "moe"}, "full": {"mixer": "full", "mlp": "moe"}}),
-    "model.moe=" + json.dumps({"num_experts": 4, "intermediate_size": 48, "router_aux_loss_coef": 0.1}),
+    _stack(
+        {
+            "lightning": {"mixer": "lightning", "norm": "post", "mlp": "moe"},
+            "full": {"mixer": "full", "mlp": "moe"},
+        }
+    ),
+    "model.moe="
+    + json.dumps({"num_experts": 4, "intermediate_size": 48, "router_aux_loss_coef": 0.1}),
 ]
 """A hybrid like MiniMax-01."""
 
@@ -72,7 +89,11 @@ LINEAR = [
     "model.num_hidden_layers=8",
     _stack(
         {
-            "delta": {"mixer": "gated_deltanet", "num_key_heads": 2, "allow_negative_eigenvalues": True},
+            "delta": {
+                "mixer": "gated_deltanet",
+                "num_key_heads": 2,
+                "allow_negative_eigenvalues": True,
+            },
             "kimi": {"mixer": "kda"},
             "sparse": {"mixer": "s2", "block": 8, "local_blocks": 2, "stride": 2},
             "mamba": {"mixer": "mamba2", "num_key_heads": 2, "key_head_dim": 12},
@@ -89,7 +110,11 @@ LINEAR_MORE = [
     "model.num_hidden_layers=8",
     _stack(
         {
-            "transnormer": {"mixer": "lightning", "style": "transnormer", "mlp_activation": "identity"},
+            "transnormer": {
+                "mixer": "lightning",
+                "style": "transnormer",
+                "mlp_activation": "identity",
+            },
             "linear": {"mixer": "linear"},
             "retention": {"mixer": "retention"},
             "based": {"mixer": "based", "key_head_dim": 8},

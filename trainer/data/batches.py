@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...parallel import Layout, Sequence
-from ..recipe import Recipe
+from ..recipe.schema import Recipe
 from .packing import Sample
 from .prepare import PreparedData
 
@@ -50,7 +50,15 @@ class Batches:
         first: the step (from 0) at which the recipe begins, as a stage of a run may.
     """
 
-    def __init__(self, recipe: Recipe, data: PreparedData, vocab_size: int, share: Share, device: torch.device, first: int = 0):
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: PreparedData,
+        vocab_size: int,
+        share: Share,
+        device: torch.device,
+        first: int = 0,
+    ):
         self.recipe, self.share, self.device, self.first = recipe, share, device, first
         self.micro = recipe.training.micro_batch_size
         self.training, self.held_out = data.samples(recipe, vocab_size)
@@ -61,7 +69,12 @@ class Batches:
         shorter = self.recipe.training.seq_length // self.length(step)
         micro, sequences = self.micro * shorter, self.recipe.training.global_batch_size * shorter
         for start in range(rank * micro, sequences, micro * ranks):
-            yield self._batch([self.training.sample(step - self.first, number) for number in range(start, start + micro)])
+            yield self._batch(
+                [
+                    self.training.sample(step - self.first, number)
+                    for number in range(start, start + micro)
+                ]
+            )
 
     def length(self, step: int) -> int:
         """Tokens of each sequence of training step ``step`` (from 0)."""
@@ -77,7 +90,10 @@ class Batches:
             numbers = range(first + rank * self.micro, first + (rank + 1) * self.micro)
             samples = [self.held_out.sample(n) for n in numbers]
             yield self._batch(
-                [s if n < total else s._replace(weights=s.weights * 0) for n, s in zip(numbers, samples, strict=True)]
+                [
+                    s if n < total else s._replace(weights=s.weights * 0)
+                    for n, s in zip(numbers, samples, strict=True)
+                ]
             )
 
     def _batch(self, samples: list[Sample]) -> Microbatch:

@@ -24,20 +24,42 @@ ODDS = {
 class BucketCorpus(Packing):
     """The pieces of one length. What is left of a document below the shortest is padded to it."""
 
-    def __init__(self, corpus: Corpus, seq_length: int, longest: int, shortest: int, alignment: int, order: tuple[int, ...]):
+    def __init__(
+        self,
+        corpus: Corpus,
+        seq_length: int,
+        longest: int,
+        shortest: int,
+        alignment: int,
+        order: tuple[int, ...],
+    ):
         super().__init__(corpus, seq_length, alignment, order)
         lengths, documents = corpus.lengths, np.arange(len(corpus))
         if seq_length == longest:
             counts = lengths // longest
-            found = [(np.repeat(documents, counts), places(counts) * longest, np.full(counts.sum(), longest))]
+            found = [
+                (
+                    np.repeat(documents, counts),
+                    places(counts) * longest,
+                    np.full(counts.sum(), longest),
+                )
+            ]
         else:
             kept = documents[lengths // seq_length % 2 == 1]
-            found = [(kept, lengths[kept] // (2 * seq_length) * 2 * seq_length, np.full(len(kept), seq_length))]
+            found = [
+                (
+                    kept,
+                    lengths[kept] // (2 * seq_length) * 2 * seq_length,
+                    np.full(len(kept), seq_length),
+                )
+            ]
         if seq_length == shortest:
             rest = documents[lengths % shortest > 0]
             found.append((rest, lengths[rest] // shortest * shortest, lengths[rest] % shortest))
         self._pieces = np.concatenate([np.stack(columns, 1) for columns in found])
-        self._order = lru_cache(maxsize=2)(lambda epoch: self.shuffled(self.samples_per_epoch, epoch))
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: self.shuffled(self.samples_per_epoch, epoch)
+        )
         self.samples_per_epoch = len(self._pieces)
 
     @property
@@ -78,16 +100,31 @@ class Buckets:
         parts, shares = [], []
         for length in self.lengths:
             made = [
-                (BucketCorpus(corpus, length, longest, shortest, alignment, (*seed, n)), weight / total)
+                (
+                    BucketCorpus(corpus, length, longest, shortest, alignment, (*seed, n)),
+                    weight / total,
+                )
                 for n, (corpus, weight) in enumerate(corpora)
             ]
-            weights = [weight * bucket.tokens / int(bucket.corpus.lengths.sum()) for bucket, weight in made]
-            filled = [(bucket, weight) for (bucket, _), weight in zip(made, weights, strict=True) if weight]
-            parts.append(Mixture([bucket for bucket, _ in filled], [weight for _, weight in filled]) if filled else None)
+            weights = [
+                weight * bucket.tokens / int(bucket.corpus.lengths.sum()) for bucket, weight in made
+            ]
+            filled = [
+                (bucket, weight)
+                for (bucket, _), weight in zip(made, weights, strict=True)
+                if weight
+            ]
+            parts.append(
+                Mixture([bucket for bucket, _ in filled], [weight for _, weight in filled])
+                if filled
+                else None
+            )
             shares.append(sum(weights))
         self._mixtures = parts
         self._steps = _rounded(np.array(shares) * cycle / sum(shares))
-        self._odds = np.array([ODDS[odds](rank, len(self.lengths)) for rank in range(len(self.lengths))])
+        self._odds = np.array(
+            [ODDS[odds](rank, len(self.lengths)) for rank in range(len(self.lengths))]
+        )
         self._draw = lru_cache(maxsize=2)(self._drawn)
         ratios = [corpus.bytes_per_token for corpus, _ in corpora]
         weights = [weight / total for _, weight in corpora]

@@ -59,7 +59,10 @@ def build_corpus(
             for group in run(groups):
                 builder.data_file.write(group.ids.tobytes())
                 builder.sequence_lengths.extend(group.lengths)
-                ends = range(len(builder.document_indices), len(builder.document_indices) + len(group.lengths))
+                ends = range(
+                    len(builder.document_indices),
+                    len(builder.document_indices) + len(group.lengths),
+                )
                 builder.document_indices.extend(ends)
                 documents, tokens = documents + len(group.lengths), tokens + len(group.ids)
                 size, left_out = size + group.text_bytes, left_out + group.left_out
@@ -67,15 +70,27 @@ def build_corpus(
         builder.finalize(str(index))
         if not documents:
             raise UserError(f"no document found in {', '.join(map(str, sources))}")
-        record = Record(tokenizer.identity, tokenizer.vocab_size, tokenizer.end_of_document, documents, tokens, size)
+        record = Record(
+            tokenizer.identity,
+            tokenizer.vocab_size,
+            tokenizer.end_of_document,
+            documents,
+            tokens,
+            size,
+        )
         write_record(building, record)
-        for built, target in zip((data, record_file, index), (files(prefix)[i] for i in (0, 2, 1)), strict=True):
+        for built, target in zip(
+            (data, record_file, index), (files(prefix)[i] for i in (0, 2, 1)), strict=True
+        ):
             built.rename(target)
     finally:
         for path in (data, index, record_file):
             path.unlink(missing_ok=True)
     if left_out:
-        print(f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}", file=sys.stderr)
+        print(
+            f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}",
+            file=sys.stderr,
+        )
     return record
 
 
@@ -100,7 +115,9 @@ def _tokenizing(tokenizer: Tokenizer, dtype: type, workers: int) -> Iterator:
         return
     # Not forked: the process may have threads of torch's by now.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(tokenizer, dtype)) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=_begin, initargs=(tokenizer, dtype)
+    ) as pool:
         yield lambda groups: pool.map(_tokenize, groups)
 
 

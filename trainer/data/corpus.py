@@ -46,7 +46,9 @@ def read_record(prefix: str) -> Record | None:
     try:
         return Record(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a record of this corpus ({error}); build the corpus again") from None
+        raise UserError(
+            f"{path}: not a record of this corpus ({error}); build the corpus again"
+        ) from None
 
 
 def fingerprint(prefix: str) -> str:
@@ -72,33 +74,56 @@ def check_corpus(prefix: str, tokenizer: str, vocab_size: int) -> None:
     data, index, _ = files(prefix)
     for path in (data, index):
         if not path.is_file():
-            raise UserError(f"{path}: no such file; build it with `longspan data build SOURCE... --out {prefix}`")
+            raise UserError(
+                f"{path}: no such file; build it with `longspan data build SOURCE... --out {prefix}`"
+            )
     size = index.stat().st_size
     with index.open("rb") as stream:
         header = stream.read(_HEADER.size)
         if len(header) < _HEADER.size or header[:9] != b"MMIDIDX\0\0":
-            raise UserError(f"{index}: not an index of Megatron's format, or cut short ({size} bytes)")
+            raise UserError(
+                f"{index}: not an index of Megatron's format, or cut short ({size} bytes)"
+            )
         _, version, code, sequences, documents = _HEADER.unpack(header)
         if version != 1 or code not in _DTYPES:
-            raise UserError(f"{index}: version {version} with dtype code {code} is not one that can be read")
+            raise UserError(
+                f"{index}: version {version} with dtype code {code} is not one that can be read"
+            )
         expected = _HEADER.size + 12 * sequences + 8 * documents
-        if size not in (expected, expected + sequences):  # the rest are the modes of a multimodal corpus
-            raise UserError(f"{index}: is {size} bytes long, but its header asks for {expected}; build it again")
+        if size not in (
+            expected,
+            expected + sequences,
+        ):  # the rest are the modes of a multimodal corpus
+            raise UserError(
+                f"{index}: is {size} bytes long, but its header asks for {expected}; build it again"
+            )
         lengths = np.fromfile(stream, np.int32, sequences)
         stream.seek(8 * sequences, 1)
         edges = np.fromfile(stream, np.int64, documents)
-    if not documents or edges[0] != 0 or edges[-1] != sequences or (np.diff(edges) < 0).any() or (lengths < 0).any():
-        raise UserError(f"{index}: its documents do not fit its {sequences} sequences; build it again")
+    if (
+        not documents
+        or edges[0] != 0
+        or edges[-1] != sequences
+        or (np.diff(edges) < 0).any()
+        or (lengths < 0).any()
+    ):
+        raise UserError(
+            f"{index}: its documents do not fit its {sequences} sequences; build it again"
+        )
     expected = int(lengths.sum(dtype=np.int64)) * np.dtype(_DTYPES[code]).itemsize
     if data.stat().st_size != expected:
-        raise UserError(f"{data}: is {data.stat().st_size} bytes long, but {index.name} describes {expected}; build it again")
+        raise UserError(
+            f"{data}: is {data.stat().st_size} bytes long, but {index.name} describes {expected}; build it again"
+        )
     if not lengths.any():
         raise UserError(f"{data}: holds no tokens")
     record = read_record(prefix)
     if record is None:
         return
     if record.tokenizer != tokenizer:
-        raise UserError(f"{data}: was made with tokenizer {record.tokenizer}, but data.tokenizer is {tokenizer}")
+        raise UserError(
+            f"{data}: was made with tokenizer {record.tokenizer}, but data.tokenizer is {tokenizer}"
+        )
     if record.vocab_size > vocab_size:
         raise UserError(
             f"{data}: its recorded vocabulary of {record.vocab_size} is larger than model.vocab_size {vocab_size}; raise it"

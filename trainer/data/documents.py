@@ -37,7 +37,9 @@ class Part:
             NotTextError: for another that is not UTF-8.
         """
         kind = self.path.suffix
-        yield from _lines(self) if kind == ".jsonl" else _rows(self) if kind == ".parquet" else _text(self)
+        yield from (
+            _lines(self) if kind == ".jsonl" else _rows(self) if kind == ".parquet" else _text(self)
+        )
 
 
 def parts(source: Path, key: str) -> Iterator[Part]:
@@ -46,7 +48,11 @@ def parts(source: Path, key: str) -> Iterator[Part]:
         files = [source]
     elif source.is_dir():
         inside = (path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file())
-        kept = (path for path in inside if not any(part.startswith(".") or part == "__pycache__" for part in path.parts))
+        kept = (
+            path
+            for path in inside
+            if not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+        )
         files = [source / path for path in kept]
     else:
         raise UserError(f"{source}: no such file or folder")
@@ -54,7 +60,9 @@ def parts(source: Path, key: str) -> Iterator[Part]:
         size, named = path.stat().st_size, path == source
         if path.suffix == ".parquet":
             groups = _parquet(path).num_row_groups
-            yield from (Part(path, group, group + 1, size // groups, named, key) for group in range(groups))
+            yield from (
+                Part(path, group, group + 1, size // groups, named, key) for group in range(groups)
+            )
         elif path.suffix == ".jsonl":
             for start in range(0, max(1, size), PART):
                 stop = min(start + PART, size)
@@ -84,7 +92,9 @@ def _text(part: Part) -> Iterator[bytes]:
     except UnicodeDecodeError as error:
         if not part.named:
             raise NotTextError(str(part.path)) from None
-        raise UserError(f"{part.path}: not UTF-8 text (byte {error.start}); leave it out or convert it") from None
+        raise UserError(
+            f"{part.path}: not UTF-8 text (byte {error.start}); leave it out or convert it"
+        ) from None
     yield text
 
 
@@ -116,11 +126,17 @@ def _lines_before(part: Part) -> int:
 def _rows(part: Part) -> Iterator[bytes]:
     file = _parquet(part.path)
     if part.key not in file.schema_arrow.names:
-        raise UserError(f"{part.path}: has no column {part.key}; its columns are {', '.join(file.schema_arrow.names)}")
+        raise UserError(
+            f"{part.path}: has no column {part.key}; its columns are {', '.join(file.schema_arrow.names)}"
+        )
     for group in range(part.start, part.stop):
-        for number, text in enumerate(file.read_row_group(group, columns=[part.key]).column(0).to_pylist()):
+        for number, text in enumerate(
+            file.read_row_group(group, columns=[part.key]).column(0).to_pylist()
+        ):
             if not isinstance(text, str):
-                raise UserError(f"{part.path}: row {number} of row group {group} has no text in column {part.key}")
+                raise UserError(
+                    f"{part.path}: row {number} of row group {group} has no text in column {part.key}"
+                )
             yield text.encode()
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..recipe import MQAR, Recipe
+from ..recipe.schema import MQAR, Recipe
 from .packing import Sample
 from .steps import SameLength
 
@@ -36,13 +36,19 @@ class Examples(NamedTuple):
     """The value of each."""
 
 
-def examples(task: MQAR, count: int, length: int, pairs: int, random: np.random.Generator) -> Examples:
+def examples(
+    task: MQAR, count: int, length: int, pairs: int, random: np.random.Generator
+) -> Examples:
     """``count`` examples, with as many ``pairs`` each.
 
     They must fit: ``length`` is even, ``4 * pairs <= length`` and ``pairs <= task.keys``.
     """
     keys = 1 + _without_replacement(np.ones(task.keys), count, pairs, random)
-    answers = task.vocab_size - task.values + _without_replacement(np.ones(task.values), count, pairs, random)
+    answers = (
+        task.vocab_size
+        - task.values
+        + _without_replacement(np.ones(task.values), count, pairs, random)
+    )
     places = np.arange(1.0, (length - 2 * pairs) // 2 + 1)
     asked = 2 * pairs + 2 * _without_replacement(places ** (task.power_a - 1), count, pairs, random)
     tokens = np.zeros((count, length), np.int64)
@@ -59,7 +65,9 @@ def stream(*seeds: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seeds))
 
 
-def _without_replacement(weights: np.ndarray, count: int, taken: int, random: np.random.Generator) -> np.ndarray:
+def _without_replacement(
+    weights: np.ndarray, count: int, taken: int, random: np.random.Generator
+) -> np.ndarray:
     """``[count, taken]``: numbers of items, drawn one after the other with chances that go with their ``weights``.
 
     The first arrivals where each item takes a time from the exponential distribution of rate ``weights``: the logarithm of
@@ -81,8 +89,19 @@ class MQARSamples:
 
     bytes_per_token = None
 
-    def __init__(self, task: MQAR, seq_length: int, seeds: tuple[int, ...], samples_per_epoch: int | None = None):
-        self.task, self.seq_length, self.seeds, self.samples_per_epoch = task, seq_length, seeds, samples_per_epoch
+    def __init__(
+        self,
+        task: MQAR,
+        seq_length: int,
+        seeds: tuple[int, ...],
+        samples_per_epoch: int | None = None,
+    ):
+        self.task, self.seq_length, self.seeds, self.samples_per_epoch = (
+            task,
+            seq_length,
+            seeds,
+            samples_per_epoch,
+        )
         self._documents = np.zeros(seq_length, np.int32)
         self._chunk = lru_cache(maxsize=2)(self._make)
 
@@ -95,7 +114,9 @@ class MQARSamples:
     def _make(self, chunk: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         random = stream(*self.seeds, chunk)
         pairs_of_row = random.choice(self.task.pairs, _CHUNK)
-        tokens, labels, weights = (np.zeros((_CHUNK, self.seq_length), dtype) for dtype in (np.int64, np.int64, np.float32))
+        tokens, labels, weights = (
+            np.zeros((_CHUNK, self.seq_length), dtype) for dtype in (np.int64, np.int64, np.float32)
+        )
         for pairs in sorted(set(self.task.pairs)):
             rows = np.flatnonzero(pairs_of_row == pairs)
             made = examples(self.task, len(rows), self.seq_length, pairs, random)

@@ -60,9 +60,16 @@ class Packing(ABC):
 
     samples_per_epoch: int
 
-    def __init__(self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None):
+    def __init__(
+        self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None
+    ):
         assert seq_length % alignment == 0
-        self.corpus, self.seq_length, self.alignment, self.order = corpus, seq_length, alignment, order
+        self.corpus, self.seq_length, self.alignment, self.order = (
+            corpus,
+            seq_length,
+            alignment,
+            order,
+        )
         self.bytes_per_token = corpus.bytes_per_token
 
     def sample(self, number: int) -> Sample:
@@ -81,10 +88,14 @@ class Packing(ABC):
 
     def _lay_out(self, pieces: Iterable[Piece]) -> Sample:
         length = self.seq_length
-        tokens, labels, weights, documents = (np.zeros(length, d) for d in (np.int64, np.int64, np.float32, np.int32))
+        tokens, labels, weights, documents = (
+            np.zeros(length, d) for d in (np.int64, np.int64, np.float32, np.int32)
+        )
         filled = real = number = 0
         for document, start, count in pieces:
-            ids = self.corpus.read(document, start, min(count + 1, int(self.corpus.lengths[document]) - start))
+            ids = self.corpus.read(
+                document, start, min(count + 1, int(self.corpus.lengths[document]) - start)
+            )
             tokens[filled : filled + count] = ids[:count]
             labels[filled : filled + len(ids) - 1] = ids[1:]
             weights[filled : filled + len(ids) - 1] = 1.0
@@ -100,9 +111,13 @@ class PackedCorpus(Packing):
     that crosses an edge is cut there.
     """
 
-    def __init__(self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None):
+    def __init__(
+        self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None
+    ):
         super().__init__(corpus, seq_length, alignment, order)
-        self._epoch = lru_cache(maxsize=2)(self._line)  # of this corpus alone: a mixture walks through several
+        self._epoch = lru_cache(maxsize=2)(
+            self._line
+        )  # of this corpus alone: a mixture walks through several
         self._room = -(-corpus.lengths // alignment) * alignment
         self.samples_per_epoch = int(-(-self._room.sum() // seq_length))
 
@@ -114,7 +129,9 @@ class PackedCorpus(Packing):
         filled = 0
         while filled < self.seq_length and place < len(order):
             index = int(order[place])
-            yield Piece(index, skip, min(int(self.corpus.lengths[index]) - skip, self.seq_length - filled))
+            yield Piece(
+                index, skip, min(int(self.corpus.lengths[index]) - skip, self.seq_length - filled)
+            )
             filled, place, skip = filled + int(self._room[index]) - skip, place + 1, 0
 
     def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,14 +145,18 @@ class BestFitCorpus(Packing):
     well as they can, the longest first, each where least room remains (best-fit packing, arXiv 2404.10830).
     """
 
-    def __init__(self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None):
+    def __init__(
+        self, corpus: Corpus, seq_length: int, alignment: int, order: tuple[int, ...] | None
+    ):
         super().__init__(corpus, seq_length, alignment, order)
         self._epoch = lru_cache(maxsize=2)(self._pack)
         whole, rest = np.divmod(corpus.lengths, seq_length)
         counts = whole + (rest > 0)
         documents = np.repeat(np.arange(len(corpus)), counts)
         starts = places(counts) * seq_length
-        self._pieces = np.stack([documents, starts, np.minimum(corpus.lengths[documents] - starts, seq_length)], 1)
+        self._pieces = np.stack(
+            [documents, starts, np.minimum(corpus.lengths[documents] - starts, seq_length)], 1
+        )
         self.samples_per_epoch = len(self._epoch(0))  # as many in any order
 
     def pieces(self, epoch: int, number: int) -> Iterable[Piece]:
@@ -152,7 +173,9 @@ class BestFitCorpus(Packing):
         bins: list[list[int]] = []
         left: dict[int, list[int]] = {}  # bins by the room that is left in them
         sizes: list[int] = []  # of that, ascending
-        for index, size in zip(order[longest_first].tolist(), room[longest_first].tolist(), strict=True):
+        for index, size in zip(
+            order[longest_first].tolist(), room[longest_first].tolist(), strict=True
+        ):
             place = bisect_left(sizes, size)
             if place < len(sizes):
                 free = sizes[place]

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Protocol
 
 from ..errors import UserError
-from ..recipe import Data, Recipe
+from ..recipe.schema import Data, Recipe
 from .buckets import Buckets
 from .corpus import Corpus, check_corpus, fingerprint
 from .mqar import MQARData
@@ -40,10 +40,16 @@ class DataPaths:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Of each source, by its name."""
-        return {name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)}
+        return {
+            name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)
+        }
 
     def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, PackedCorpus | None]:
-        length, alignment, seed = recipe.training.seq_length, recipe.model.document_alignment, recipe.training.seed
+        length, alignment, seed = (
+            recipe.training.seq_length,
+            recipe.model.document_alignment,
+            recipe.training.seed,
+        )
         sequences, weights = recipe.training.global_batch_size, list(self.sources.values())
         corpora = [Corpus(prefix, vocab_size) for prefix in self.sources]
         held_out = None
@@ -66,10 +72,14 @@ class StagedData:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {name: digest for _, data in self.stages for name, digest in data.fingerprints.items()}
+        return {
+            name: digest for _, data in self.stages for name, digest in data.fingerprints.items()
+        }
 
     def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, HeldOutSamples | None]:
-        return next(data for section, data in self.stages if section == recipe.data).samples(recipe, vocab_size)
+        return next(data for section, data in self.stages if section == recipe.data).samples(
+            recipe, vocab_size
+        )
 
 
 def prepare_data(recipe: Recipe) -> PreparedData:
@@ -79,7 +89,9 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         UserError: naming the key or file.
     """
     if any(stage.data for stage in recipe.stages):
-        return StagedData([(now.data, _prepare(now)) for now in map(recipe.at, recipe.stage_starts)])
+        return StagedData(
+            [(now.data, _prepare(now)) for now in map(recipe.at, recipe.stage_starts)]
+        )
     return _prepare(recipe)
 
 
@@ -90,12 +102,19 @@ def _prepare(recipe: Recipe) -> PreparedData:
     sources, validation = dict(recipe.data.sources), recipe.data.validation
     if NAME in sources or validation == NAME:
         train, held_out = python_stdlib(tokenizer)
-        sources = {train if prefix == NAME else prefix: weight for prefix, weight in sources.items()}
+        sources = {
+            train if prefix == NAME else prefix: weight for prefix, weight in sources.items()
+        }
         validation = held_out if validation in (None, NAME) else validation
     if not validation:
-        for key, value in {"interval": recipe.evaluation.interval, "ngram_baseline": recipe.evaluation.ngram_baseline}.items():
+        for key, value in {
+            "interval": recipe.evaluation.interval,
+            "ngram_baseline": recipe.evaluation.ngram_baseline,
+        }.items():
             if value:
-                raise UserError(f"evaluation.{key}: there is no held-out data; set data.validation, or {key} to 0 or false")
+                raise UserError(
+                    f"evaluation.{key}: there is no held-out data; set data.validation, or {key} to 0 or false"
+                )
     for prefix in (*sources, *([validation] if validation else [])):
         check_corpus(prefix, tokenizer.identity, vocab_size)
     return DataPaths(sources, validation, tuple(recipe.data.sources))

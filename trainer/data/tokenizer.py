@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
-from ..recipe import Recipe
+from ..recipe.schema import Recipe
 
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
 
@@ -48,7 +48,9 @@ class HubTokenizer:
         ends = [self._tokenizer.token_to_id(token) for token in _END_OF_DOCUMENT]
         known = [token for token in ends if token is not None]
         if not known:
-            raise UserError(f"{path}: has no end-of-document token; add one of {', '.join(_END_OF_DOCUMENT)}")
+            raise UserError(
+                f"{path}: has no end-of-document token; add one of {', '.join(_END_OF_DOCUMENT)}"
+            )
         self.end_of_document = known[0]
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.identity = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
@@ -77,7 +79,9 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
         UserError: where there is none, since the recipe's tokens are no text.
     """
     if recipe.data.mqar:
-        raise UserError("data.mqar: its tokens are no text; use `longspan eval mqar RUN` to see what the model has learned")
+        raise UserError(
+            "data.mqar: its tokens are no text; use `longspan eval mqar RUN` to see what the model has learned"
+        )
     return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
 
 

@@ -8,7 +8,7 @@ from ..data.corpus import Corpus, check_corpus
 from ..data.stdlib import NAME, python_stdlib
 from ..data.tokenizer import Tokenizer, recipe_tokenizer, recipe_vocab_size
 from ..errors import UserError
-from ..recipe import Recipe
+from ..recipe.schema import Recipe
 
 
 def held_out_corpus(recipe: Recipe, prefix: str | None = None) -> Corpus:
@@ -20,7 +20,9 @@ def held_out_corpus(recipe: Recipe, prefix: str | None = None) -> Corpus:
     tokenizer, data = recipe_tokenizer(recipe), recipe.data
     prefix = prefix or data.validation or (NAME if NAME in data.sources else None)
     if prefix is None:
-        raise UserError("data.validation: the run has no held-out text; name some with --data PREFIX")
+        raise UserError(
+            "data.validation: the run has no held-out text; name some with --data PREFIX"
+        )
     if prefix == NAME:
         prefix = python_stdlib(tokenizer)[1]
     vocab_size = recipe_vocab_size(recipe)
@@ -48,7 +50,9 @@ class Haystack:
     def _from(self, first: int) -> Iterator[int]:
         """Documents without end."""
         if not (self._corpus.lengths > 1).any():
-            raise UserError(f"{self._corpus.prefix}: has no document of more than one token to make a text of")
+            raise UserError(
+                f"{self._corpus.prefix}: has no document of more than one token to make a text of"
+            )
         while True:
             yield first
             first = (first + 1) % len(self._corpus)

@@ -6,17 +6,22 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from ..checkpoint.run_folder import RunFolder
 from ..data.mqar import EVALUATION, examples, stream
-from ..engine import Engine
+from ..engines.engine import Engine
 from ..progress import track
-from ..recipe import MQAR
-from ..run_folder import RunFolder
+from ..recipe.schema import MQAR
 from .at_once import sequences_at_once
 from .mqar_settings import Setting, trained_settings
 
 
 def accuracy(
-    engine: Engine, task: MQAR, setting: Setting, count: int, seed: int, advance: Callable[[int], None] = lambda done: None
+    engine: Engine,
+    task: MQAR,
+    setting: Setting,
+    count: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> float:
     """Mean over ``count`` examples of the share of their questions that the likeliest token answers.
 
@@ -27,14 +32,20 @@ def accuracy(
     made = examples(task, count, setting.length, setting.pairs, random)
     right, size = [], sequences_at_once(setting.length)
     for first in range(0, count, size):
-        tokens, asked, answers = (torch.from_numpy(part[first : first + size]).to(engine.device) for part in made)
-        _, likeliest = engine.token_losses(tokens, torch.zeros_like(tokens).scatter(1, asked, answers))
+        tokens, asked, answers = (
+            torch.from_numpy(part[first : first + size]).to(engine.device) for part in made
+        )
+        _, likeliest = engine.token_losses(
+            tokens, torch.zeros_like(tokens).scatter(1, asked, answers)
+        )
         right.append(likeliest.gather(1, asked).double().mean(1).cpu().numpy())
         advance(len(tokens))
     return float(np.concatenate(right).mean())
 
 
-def evaluate_mqar(folder: RunFolder, engine: Engine, settings: list[Setting], count: int, seed: int) -> dict:
+def evaluate_mqar(
+    folder: RunFolder, engine: Engine, settings: list[Setting], count: int, seed: int
+) -> dict:
     """The accuracy in each setting, with what it depends on; also written to ``RUN/eval/mqar.json``."""
     recipe, task = folder.recipe, folder.recipe.data.mqar
     trained, rows = trained_settings(recipe), []

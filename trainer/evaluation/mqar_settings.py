@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..recipe import MQAR, Recipe
+from ..recipe.schema import MQAR, Recipe
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,11 @@ class Setting:
 def trained_settings(recipe: Recipe) -> list[Setting]:
     """Those that the model has seen, the hardest last."""
     stages = [stage for stage in map(recipe.at, recipe.stage_starts) if stage.data.mqar]
-    seen = {Setting(stage.training.seq_length, pairs) for stage in stages for pairs in stage.data.mqar.pairs}
+    seen = {
+        Setting(stage.training.seq_length, pairs)
+        for stage in stages
+        for pairs in stage.data.mqar.pairs
+    }
     return sorted(seen, key=lambda setting: (setting.length, setting.pairs))
 
 
@@ -28,7 +32,9 @@ def default_settings(recipe: Recipe) -> list[Setting]:
     return trained + [setting for setting in longer if _problem(setting, recipe.data.mqar) is None]
 
 
-def settings_of(recipe: Recipe, lengths: list[int] | None, pairs: list[int] | None) -> list[Setting]:
+def settings_of(
+    recipe: Recipe, lengths: list[int] | None, pairs: list[int] | None
+) -> list[Setting]:
     """All of the ``lengths`` with all of the ``pairs`` that fit; None stands for those that were trained.
 
     Raises:
@@ -36,12 +42,21 @@ def settings_of(recipe: Recipe, lengths: list[int] | None, pairs: list[int] | No
     """
     if lengths is None and pairs is None:
         return default_settings(recipe)
-    every_length, every_pairs = lengths or [recipe.training.seq_length], pairs or recipe.data.mqar.pairs
-    grid = [Setting(length, count) for length in sorted(set(every_length)) for count in sorted(set(every_pairs))]
+    every_length, every_pairs = (
+        lengths or [recipe.training.seq_length],
+        pairs or recipe.data.mqar.pairs,
+    )
+    grid = [
+        Setting(length, count)
+        for length in sorted(set(every_length))
+        for count in sorted(set(every_pairs))
+    ]
     problems = {setting: _problem(setting, recipe.data.mqar) for setting in grid}
     for option, field, values in (("--lengths", "length", lengths), ("--pairs", "pairs", pairs)):
         for value in values or ():
-            own = [problem for setting, problem in problems.items() if getattr(setting, field) == value]
+            own = [
+                problem for setting, problem in problems.items() if getattr(setting, field) == value
+            ]
             if None not in own:
                 raise UserError(f"{option}: {value} fits nothing: {own[0]}")
     return [setting for setting, problem in problems.items() if problem is None]

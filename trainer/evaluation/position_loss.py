@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..data.corpus import Corpus
-from ..engine import Engine
+from ..engines.engine import Engine
 from ..errors import UserError
 from .at_once import sequences_at_once
 
@@ -42,7 +42,9 @@ def lengths_of(corpus: Corpus, asked: list[int] | None, trained: int) -> list[in
         if length < _FIRST:
             raise UserError(f"--lengths: must be at least {_FIRST}, got {length}")
         if length > longest:
-            raise UserError(f"--lengths: {length:,}, but the longest document of {corpus.prefix} has {longest:,} labels")
+            raise UserError(
+                f"--lengths: {length:,}, but the longest document of {corpus.prefix} has {longest:,} labels"
+            )
     if asked:
         return asked
     return [times * trained for times in (1, 2, 4) if times * trained <= second] or [
@@ -57,7 +59,11 @@ def documents_of(corpus: Corpus, length: int, most: int) -> np.ndarray:
 
 
 def position_loss(
-    engine: Engine, corpus: Corpus, length: int, documents: np.ndarray, advance: Callable[[int], None] = lambda done: None
+    engine: Engine,
+    corpus: Corpus,
+    length: int,
+    documents: np.ndarray,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> list[Range]:
     """Of the first ``length`` tokens of these documents, in ranges of places that double.
 
@@ -65,9 +71,16 @@ def position_loss(
     that they have. The gain compares the same tokens with and without a part of theirs.
     """
     size, edges = sequences_at_once(length), _edges(length)
-    found: list[np.ndarray] = []  # [2, documents, ranges]: with all that lies before, and without a part
+    found: list[
+        np.ndarray
+    ] = []  # [2, documents, ranges]: with all that lies before, and without a part
     for first in range(0, len(documents), size):
-        ids = np.stack([corpus.read(int(document), 0, length + 1) for document in documents[first : first + size]])
+        ids = np.stack(
+            [
+                corpus.read(int(document), 0, length + 1)
+                for document in documents[first : first + size]
+            ]
+        )
         ids = torch.from_numpy(ids).to(engine.device)
 
         def losses(begin: int, stop: int, ids=ids) -> torch.Tensor:
@@ -76,8 +89,14 @@ def position_loss(
 
         whole = losses(0, length)
         with_all = [whole[:, start:stop].mean(1) for start, stop in edges]
-        without = [losses(start // 2, stop)[:, start - start // 2 :].mean(1) for start, stop in edges[1:]]
-        found.append(torch.stack([torch.stack(with_all, 1), torch.stack([with_all[0], *without], 1)]).cpu().numpy())
+        without = [
+            losses(start // 2, stop)[:, start - start // 2 :].mean(1) for start, stop in edges[1:]
+        ]
+        found.append(
+            torch.stack([torch.stack(with_all, 1), torch.stack([with_all[0], *without], 1)])
+            .cpu()
+            .numpy()
+        )
         advance(len(ids))
     with_all, without = np.concatenate(found, axis=1)
     ranges = []
@@ -85,7 +104,11 @@ def position_loss(
         gains, error = without[:, i] - with_all[:, i], None
         if i and len(gains) > 1:
             error = float(gains.std(ddof=1) / math.sqrt(len(gains)))
-        ranges.append(Range(start, stop, float(with_all[:, i].mean()), float(gains.mean()) if i else None, error))
+        ranges.append(
+            Range(
+                start, stop, float(with_all[:, i].mean()), float(gains.mean()) if i else None, error
+            )
+        )
     return ranges
 
 

@@ -54,23 +54,31 @@ def needle(random: np.random.Generator, depth: float) -> Puzzle:
     """One number in the text, at a ``depth`` from 0 (its beginning) to 1; another one, anywhere, is wrong."""
     (name, other), (number, wrong) = _names(random, 2), _numbers(random, 2)
     return Puzzle(
-        [(depth, _fact(name, number)), (random.random(), _fact(other, wrong))], [Question(_stem(name), number, wrong)]
+        [(depth, _fact(name, number)), (random.random(), _fact(other, wrong))],
+        [Question(_stem(name), number, wrong)],
     )
 
 
 def several(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
     """Four numbers under four names, all asked for one after the other (RULER's multi-query needles); the next is wrong."""
     names, numbers = _names(random, 4), _numbers(random, 4)
-    facts = [(random.random(), _fact(name, number)) for name, number in zip(names, numbers, strict=True)]
+    facts = [
+        (random.random(), _fact(name, number)) for name, number in zip(names, numbers, strict=True)
+    ]
     order = random.permutation(4)
-    return Puzzle(facts, [Question(_stem(names[i]), numbers[i], numbers[(i + 1) % 4]) for i in order])
+    return Puzzle(
+        facts, [Question(_stem(names[i]), numbers[i], numbers[(i + 1) % 4]) for i in order]
+    )
 
 
 def crowd(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
     """As many numbers as fit, each under a name; one is asked for (RULER's multi-key needles), another is wrong."""
     count = max(2, _fitting(haystack, length, _fact("{}", "12345"), beside=_stem("bababa")))
     names, numbers = _names(random, count), _numbers(random, count)
-    facts = [(i / count, _fact(name, number)) for i, (name, number) in enumerate(zip(names, numbers, strict=True))]
+    facts = [
+        (i / count, _fact(name, number))
+        for i, (name, number) in enumerate(zip(names, numbers, strict=True))
+    ]
     one, other = random.choice(count, 2, replace=False)
     return Puzzle(facts, [Question(_stem(names[one]), numbers[one], numbers[other])])
 
@@ -83,7 +91,9 @@ def chain(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzl
     def passed_on(depths: Iterator[float]) -> tuple[list[tuple[float, str]], str, str]:
         names, (number,) = _names(random, _HOPS + 1), _numbers(random, 1)
         facts = [(next(depths), _fact(names[0], number))]
-        facts += [(next(depths), _fact(after, f"that of {name}")) for name, after in pairwise(names)]
+        facts += [
+            (next(depths), _fact(after, f"that of {name}")) for name, after in pairwise(names)
+        ]
         return facts, f"\nIn digits, the number of {names[-1]} is", number
 
     def placed() -> Iterator[float]:
@@ -105,12 +115,20 @@ def frequent(random: np.random.Generator, haystack: Haystack, length: int) -> Pu
         times = np.floor(count * chances / chances.sum()).astype(int)
         times[0] += count - times.sum()
         words = random.permutation(np.repeat(names, times)).tolist()
-        return ["\n" + " ".join(words[i : i + 8]) + "\n" for i in range(0, count, 8)], names[0], names[1]
+        return (
+            ["\n" + " ".join(words[i : i + 8]) + "\n" for i in range(0, count, 8)],
+            names[0],
+            names[1],
+        )
 
     stem, (lines, first, _) = "\nThe most frequent word is", drawn(24)
     example = "".join(lines) + f"{stem} {first}.\n"
     lines, first, second = drawn(max(24, _fitting(haystack, length, " {}", beside=example + stem)))
-    return Puzzle([(i / len(lines), line) for i, line in enumerate(lines)], [Question(stem, first, second)], example)
+    return Puzzle(
+        [(i / len(lines), line) for i, line in enumerate(lines)],
+        [Question(stem, first, second)],
+        example,
+    )
 
 
 TASKS: dict[str, Callable[[np.random.Generator, Haystack, int], Puzzle]] = {
@@ -119,7 +137,9 @@ TASKS: dict[str, Callable[[np.random.Generator, Haystack, int], Puzzle]] = {
 """Of RULER's kind, by name: what makes a puzzle for a text of so many tokens."""
 
 
-def lay_out(puzzle: Puzzle, haystack: Haystack, length: int, random: np.random.Generator) -> Example:
+def lay_out(
+    puzzle: Puzzle, haystack: Haystack, length: int, random: np.random.Generator
+) -> Example:
     """The puzzle in a text of the haystack, ``length`` tokens with the right answers.
 
     Raises:
@@ -130,7 +150,9 @@ def lay_out(puzzle: Puzzle, haystack: Haystack, length: int, random: np.random.G
     solved, asked = encode(puzzle.solved.encode()), _questions(puzzle, haystack)
     room = length - len(solved) - sum(len(fact) for _, fact in facts) - len(asked.right.tokens)
     if room < 0:
-        raise UserError(f"--lengths: a question and what it asks for take {length - room:,} tokens; use at least 64 more")
+        raise UserError(
+            f"--lengths: a question and what it asks for take {length - room:,} tokens; use at least 64 more"
+        )
     hay, text, done = haystack.text(room, random), solved, 0
     for depth, fact in sorted(facts, key=lambda fact: fact[0]):
         place = round(depth * room)
@@ -146,7 +168,10 @@ def _questions(puzzle: Puzzle, haystack: Haystack) -> Example:
 
     def answered(stem: str, answer: str) -> tuple[list[int], range]:
         alone, whole = encode(stem.encode()), encode(f"{stem} {answer}".encode())
-        same = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), min(len(alone), len(whole)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b),
+            min(len(alone), len(whole)),
+        )
         return tokens + whole, range(len(tokens) + same, len(tokens) + len(whole))
 
     for question in puzzle.questions:
@@ -158,14 +183,23 @@ def _questions(puzzle: Puzzle, haystack: Haystack) -> Example:
 
 
 def _after(text: list[int], asked: Asked) -> Asked:
-    return Asked(text + asked.tokens, [range(place.start + len(text), place.stop + len(text)) for place in asked.answers])
+    return Asked(
+        text + asked.tokens,
+        [range(place.start + len(text), place.stop + len(text)) for place in asked.answers],
+    )
 
 
 def _fitting(haystack: Haystack, length: int, fact: str, beside: str) -> int:
     """How many such facts, with names for ``{}``, fill about nine tenths of what is left ``beside`` a text."""
     encode = haystack.tokenizer.encode
     tried = "".join(fact.format(name) for name in _names(np.random.default_rng(0), 64))
-    return max(0, length - 16 - len(encode(beside.encode()))) * 64 * 9 // 10 // len(encode(tried.encode()))
+    return (
+        max(0, length - 16 - len(encode(beside.encode())))
+        * 64
+        * 9
+        // 10
+        // len(encode(tried.encode()))
+    )
 
 
 def _stem(name: str) -> str:

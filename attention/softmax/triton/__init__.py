@@ -1,0 +1,1 @@
+"""The Triton kernels of softmax attention, and how they are launched."""

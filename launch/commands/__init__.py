@@ -1,0 +1,1 @@
+"""The commands of ``longspan``, one a module."""

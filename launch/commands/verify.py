@@ -1,0 +1,129 @@
+"""``longspan verify``: a recipe's layers over context-parallel ranks against one rank, in a table."""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from ...trainer.errors import UserError
+from ...trainer.recipe.file import load_recipe
+from ...trainer.recipe.schema import Recipe
+from ..process import process_group
+from ..ranks import run_ranks
+from ..table import table
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print the table; 0 where all is as on one rank, else 1. With --seen this process is a rank that looks."""
+    recipe = load_recipe(options.recipe, options.overrides)
+    cp = max(2, recipe.parallel.cp) if options.cp is None else options.cp
+    if cp < 2:
+        raise UserError(
+            f"--cp: must be at least 2, got {cp}: there is nothing to compare with one rank"
+        )
+    if options.seen:
+        _look(recipe, cp, Path(options.seen))
+        return 0
+    _check(recipe, options, cp)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {ranks: Path(folder, f"{ranks}.pt") for ranks in (1, cp)}
+        for ranks, file in files.items():
+            again = [options.recipe, *options.overrides, "--cp", str(cp), "--seen", str(file)]
+            command = [sys.executable, "-u", "-m", "longspan", "verify", *again]
+            if status := run_ranks(command, ranks, 1):
+                return status
+        return _report(recipe, cp, files)
+
+
+def _check(recipe: Recipe, options: argparse.Namespace, cp: int) -> None:
+    """Refuse schedules that cannot do it before any process starts."""
+    from ...trainer.predict.communication import schedule_problems
+
+    parallel = recipe.parallel.model_copy(update={"cp": cp, "tp": 1})
+    if problems := [
+        f"{options.recipe}: {key}: {reason}"
+        for key, reason in schedule_problems(recipe.model, parallel)
+    ]:
+        raise UserError("\n".join(problems))
+
+
+def _look(recipe: Recipe, cp: int, file: Path) -> None:
+    """As one of ``cp`` ranks, or the only one: write down what each case does."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # exactness is shown in fp32, which GPUs do not add up in one order
+    )
+    import torch
+    import torch.distributed as dist
+
+    from ...trainer.evaluation.parity import cases, documents_of, look, probes_of, small
+
+    shrunk = small(recipe, cp)
+    with process_group(1):
+        seen = {}
+        documents = documents_of(shrunk)
+        probes = probes_of(shrunk, documents)
+        for name, case in cases(shrunk):
+            if dist.get_world_size() == 1:
+                case = case.model_copy(
+                    update={"parallel": case.parallel.model_copy(update={"cp": 1})}
+                )
+            seen[name] = look(case, documents, probes)
+        if dist.get_rank() == 0:
+            torch.save(seen, file)
+
+
+def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
+    import torch
+
+    from ...trainer.evaluation.parity import GRADIENT, LOSS, STACK, cases, documents_of, leak, small
+    from ...trainer.predict.communication import choices
+
+    shrunk = small(recipe, cp)
+    alone, several = (torch.load(files[ranks], weights_only=False) for ranks in (1, cp))
+    documents, schedules = (
+        documents_of(shrunk),
+        {choice.block: str(choice.schedule) for choice in choices(shrunk, 4)},
+    )
+    rows, wrong = [("layers", "mixer", "schedule", "probes", "loss", "worst gradient", "")], []
+    for name, case in cases(shrunk):
+        one, many = alone[name], several[name]
+        reason = leak(case, documents, many.changed) or leak(case, documents, one.changed)
+        loss = abs(many.loss - one.loss) / abs(one.loss)
+        gradients = {
+            key: _distance(many.gradients[key], value) for key, value in one.gradients.items()
+        }
+        worst = max(gradients, key=lambda key: (math.isnan(gradients[key]), gradients[key]))
+        good = not reason and loss <= LOSS and gradients[worst] <= GRADIENT
+        if not good:
+            wrong.append(
+                f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
+            )
+        mixer = "" if name == STACK else case.model.stack[0].mixer
+        rows.append(
+            (
+                name,
+                mixer,
+                schedules.get(name, ""),
+                "exact" if not reason else "WRONG",
+                f"{loss:.1e}",
+                f"{gradients[worst]:.1e} {worst}",
+                "ok" if good else "WRONG",
+            )
+        )
+    tokens, ends = shrunk.training.seq_length, int(documents.max()) + 1
+    print(
+        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: {tokens:,} tokens in {ends} documents,"
+    )
+    print(
+        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; differences are relative\n"
+    )
+    print(table(rows))
+    for line in wrong:
+        print(f"longspan: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _distance(ours, expected) -> float:
+    return float((ours - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -1,0 +1,1 @@
+"""How keys and values reach the queries of other ranks: one schedule a module."""

@@ -1,0 +1,271 @@
+"""The fla backend: everywhere against operations that read their arguments as fla's do, and on CUDA with the real ones."""
+
+import inspect
+import sys
+from importlib.metadata import PackageNotFoundError
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from longspan.attention import linear_attention
+from longspan.attention.linear import fla as linear_fla
+
+from .recurrence import FAMILIES, document_ids, errors, make, recurrence
+
+# Another number of documents in each row, some of a single token.
+DOCUMENTS = {"one": None, "several": [[20], [10, 1, 8, 1]]}
+# Edges in fla's chunks of 64 and on them.
+LONG = {"one": None, "edges": [[17, 1, 46, 64, 1, 71], [3, 125, 72]]}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+SHAPES = {
+    "alike": {"key_heads": 4, "dim": 32, "value_dim": 16},
+    "grouped, odd": {"dim": 9, "value_dim": 5},
+}
+
+
+def operation(decay_dims=None, delta=False, grouped=False):
+    """One of fla 0.6.0's by the recurrence, with its defaults and limits. It is given ``g`` with so many dims."""
+
+    def run(
+        q,
+        k,
+        v,
+        g=None,
+        beta=None,
+        scale=None,
+        initial_state=None,
+        output_final_state=False,
+        cu_seqlens=None,
+        cu_seqlens_cpu=None,
+    ):
+        heads = v.shape[2]
+        assert q.shape == k.shape
+        assert grouped or q.shape[2] == heads
+        assert q.shape[3] % 16 == v.shape[3] % 16 == 0
+        assert {q.dtype} == {k.dtype} == {v.dtype}
+        assert (None if g is None else g.ndim) == decay_dims
+        assert g is None or (g.dtype == torch.float32 and g.shape[:3] == v.shape[:3])
+        assert (beta is not None) == delta
+        assert initial_state.dtype == torch.float32
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        edges = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        if cu_seqlens is None:
+            out, last = recurrence(q, k, v, initial_state, g, beta, scale)
+        else:
+            assert q.shape[0] == 1
+            assert len(initial_state) == len(edges) - 1
+            assert torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu)
+            assert edges[-1] == q.shape[1]
+            pieces = []
+            for i, (start, stop) in enumerate(pairwise(edges)):
+                tokens = [None if x is None else x[:, start:stop] for x in (q, k, v, g, beta)]
+                pieces.append(recurrence(*tokens[:3], initial_state[i, None], *tokens[3:], scale))
+            out, last = (
+                torch.cat(x, dim) for x, dim in zip(zip(*pieces, strict=True), (1, 0), strict=True)
+            )
+        return out, last if output_final_state else None
+
+    return run
+
+
+OPERATIONS = {
+    "none": ("chunk_simple_gla", operation()),
+    "constant": ("chunk_simple_gla", operation(3)),
+    "scalar": ("chunk_simple_gla", operation(3)),
+    "vector": ("chunk_gla", operation(4)),
+    "delta": ("chunk_delta_rule", operation(delta=True)),
+    "gated delta": ("chunk_gated_delta_rule", operation(3, delta=True, grouped=True)),
+    "gated delta by key": ("chunk_kda", operation(4, delta=True, grouped=True)),
+}
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Have the backend run on any device with ``fla.ops`` of these attributes."""
+
+    def install(**operations):
+        monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace(**operations))
+        monkeypatch.setattr(linear_fla, "_missing", lambda: None)
+        monkeypatch.setattr(linear_fla, "_miscompiled_by", lambda device: None)
+        monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
+        monkeypatch.setattr(linear_fla, "_DTYPES", ({torch.float32},))
+
+    return install
+
+
+def run(**arguments):
+    return linear_attention(**arguments, return_state=True, backend="fla")
+
+
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_operations_are_called_as_they_expect(install, family, shape, documents):
+    name, like_fla = OPERATIONS[family]
+    install(**{name: like_fla})
+    given = make(family, 20, dtype=torch.float32, **shape)
+    found = errors(run, given, scale=0.7, documents=document_ids(documents))
+    assert max(found.values()) < 1e-5, found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_leaves_nothing_behind_that_training_cannot_use(install, family):
+    name, like_fla = OPERATIONS[family]
+    install(**{name: like_fla})
+    given, documents = make(family, 20, dtype=torch.float32), document_ids([[3, 17], [9, 11]])
+    with torch.inference_mode():
+        run(**given, documents=documents)
+    assert max(errors(run, given, documents=documents).values()) < 1e-5
+
+
+def test_no_tokens(install):
+    install()
+    given = make("none", 0, dtype=torch.float32)
+    out, last = run(**given)
+    assert out.shape == given["v"].shape
+    assert torch.equal(last, given["state"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_real_signatures_take_the_call(install, family):
+    name, like_fla = OPERATIONS[family]
+    real = inspect.signature(
+        getattr(pytest.importorskip("fla.ops", reason="needs flash-linear-attention"), name)
+    )
+    if reason := linear_fla._missing():
+        pytest.skip(reason)
+
+    def bound(**given):
+        arguments = real.bind(**given)
+        arguments.apply_defaults()
+        meant = {
+            "use_qk_l2norm_in_kernel",
+            "use_beta_sigmoid_in_kernel",
+            "state_v_first",
+            "safe_gate",
+            "use_graph",
+        }
+        assert not any(
+            arguments.arguments.get(x) for x in (*meant, "g_gamma", "kwargs", "lower_bound")
+        )
+        return like_fla(**given)
+
+    install(**{name: bound})
+    run(**make(family, 20, dtype=torch.float32), documents=document_ids([[3, 17], [9, 11]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"dtype": torch.float32},
+            r"fla takes q, k and v all in bf16 or fp16, not in torch.float32.*; use torch",
+        ),
+        (
+            {"family": "delta", "dim": 257},
+            r"fla does the delta rule \(beta\) for key dims up to 256, not 257; use torch",
+        ),
+        ({}, r"fla needs CUDA, but q is on cpu; use torch"),
+    ],
+)
+def test_what_it_refuses(change, message):
+    given = {"family": "none", "dim": 16, "dtype": torch.bfloat16} | change
+    with pytest.raises(ValueError, match=message):
+        run(**tensors(given["family"], given["dim"], given["dtype"]))
+
+
+@pytest.mark.parametrize(
+    ("versions", "message"),
+    [
+        ({}, r"needs a package: pip install 'longspan\[gpu\]' \(.*fla-core\)"),
+        ({"fla-core": "0.5.2"}, r"fla-core is 0\.5\.2, must be at least 0\.6\.0"),
+    ],
+)
+def test_it_says_what_to_install(monkeypatch, versions, message):
+    def version(package):
+        if package not in versions:
+            raise PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(linear_fla, "version", version)
+    linear_fla._missing.cache_clear()
+    with pytest.raises(ValueError, match=message):
+        run(**tensors("vector"))
+    linear_fla._missing.cache_clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("triton", "capability", "wrong"),
+    [("3.6.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 10, False)],
+)
+def test_what_triton_compiles_wrongly_for_hopper(monkeypatch, triton, capability, wrong, family):
+    monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
+    monkeypatch.setattr(linear_fla, "_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(
+        linear_fla, "import_module", lambda name: SimpleNamespace(__version__=triton)
+    )
+    monkeypatch.setattr(linear_fla, "_miscompiled_by", linear_fla._miscompiled_by.__wrapped__)
+    given = tensors(family)
+    reason = linear_fla.refusal(*(given.get(name) for name in ("q", "k", "v", "decay", "beta")))
+    if wrong and family in ("constant", "scalar", "gated delta"):
+        assert reason.endswith("by Triton 3.6.0, must be at least 3.7.1; use torch")
+    else:
+        assert reason is None
+
+
+def tensors(family, dim=16, dtype=torch.bfloat16):
+    """Detached, those that fla wants in low precision in ``dtype``, others in fp32."""
+    given = make(family, 8, dim=dim, dtype=torch.float32)
+    return {
+        name: x.detach().to(dtype) if name in ("q", "k", "v", "beta") else x.detach()
+        for name, x in given.items()
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestOnCuda:
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("documents", LONG.values(), ids=LONG)
+    @pytest.mark.parametrize(
+        "shape",
+        [{"key_heads": 4, "dim": 64, "value_dim": 128}, {"dim": 20, "value_dim": 33}],
+        ids=str,
+    )
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_parity(self, family, shape, documents, dtype):
+        found = self.errors(family, dtype, documents, **shape)
+        assert max(found.values()) < TOLERANCE[dtype], found
+
+    @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("none", "delta")])
+    def test_strong_decays(self, family):
+        found = self.errors(
+            family, torch.bfloat16, LONG["edges"], dim=64, value_dim=64, strength=150.0
+        )
+        assert max(found.values()) < TOLERANCE[torch.bfloat16], found
+
+    @staticmethod
+    def errors(family, dtype, documents, **shape):
+        """Against the reference on the CPU, which has the same rounded inputs."""
+        pytest.importorskip("fla.ops", reason="needs flash-linear-attention")
+        given = make(family, 200, dtype=torch.float32, **shape)
+        given = {
+            name: x.detach().to(dtype if name in "qkv" else x.dtype).requires_grad_()
+            for name, x in given.items()
+        }
+
+        def on_cuda(scale, documents, **arguments):
+            arguments = {name: x.cuda() for name, x in arguments.items()}
+            if reason := linear_fla.refusal(
+                *(arguments.get(name) for name in ("q", "k", "v", "decay", "beta"))
+            ):
+                pytest.skip(reason)
+            return run(
+                **arguments, scale=scale, documents=None if documents is None else documents.cuda()
+            )
+
+        return errors(on_cuda, given, scale=0.7, documents=document_ids(documents))

@@ -1,0 +1,108 @@
+"""Linear attention's Triton kernels on a GPU, against the recurrence in fp64 on the same inputs. `make test-gpu`."""
+
+import pytest
+import torch
+from longspan.attention import linear_attention
+
+from .recurrence import document_ids, errors, make
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
+FAMILIES = ("none", "constant", "scalar")
+LENGTH = 300  # three segments, the last of them short; the recurrence takes its time
+DOCUMENTS = [[17, 1, 110, 64, 1, 107], [3, 125, 172]]  # inside segments and at their edges
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    monkeypatch.setattr("longspan.attention.linear.triton._SHORTEST", 128)
+
+
+def run(**given):
+    """On the GPU from arguments on the CPU, where the recurrence runs."""
+    given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    return linear_attention(**given, return_state=True, backend="triton")
+
+
+def arguments(family, dim, dtype, value_dim=None, **options):
+    """In ``dtype``, but for what stays in fp32."""
+    given = make(
+        family,
+        LENGTH,
+        heads=2,
+        key_heads=1,
+        dim=dim,
+        value_dim=value_dim or dim,
+        dtype=torch.float32,
+        **options,
+    )
+    kept = ("decay", "state")
+    return {
+        name: x if name in kept else x.detach().to(dtype).requires_grad_()
+        for name, x in given.items()
+    }
+
+
+def check(given, **options):
+    found, tolerance = errors(run, given, **options), TOLERANCE[given["q"].dtype]
+    assert found.pop("decay", 0.0) < 3 * tolerance, found  # small differences of large sums
+    assert max(found.values()) < tolerance, found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity(family, dim, dtype):
+    check(arguments(family, dim, dtype), scale=0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents(family):
+    check(arguments(family, 64, torch.bfloat16), documents=document_ids(DOCUMENTS))
+
+
+@pytest.mark.parametrize("strength", [5.0, 1000.0])
+@pytest.mark.parametrize("family", ["constant", "scalar"])
+def test_strong_decays(family, strength):
+    check(arguments(family, 64, torch.bfloat16, strength=strength))
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 128), (128, 16), (96, 96), (36, 100)])
+def test_odd_dims(dim, value_dim):
+    check(arguments("scalar", dim, torch.bfloat16, value_dim))
+
+
+def on_the_gpu(length):
+    given = make("scalar", length, heads=4, key_heads=2, dim=64, value_dim=64, dtype=torch.float32)
+    return {name: x.detach().cuda().requires_grad_() for name, x in given.items()}
+
+
+def gradients(given):
+    low = {name: x if name in ("decay", "state") else x.bfloat16() for name, x in given.items()}
+    out, last = linear_attention(**low, return_state=True, backend="triton")
+    return [
+        out,
+        last,
+        *torch.autograd.grad(out.float().square().sum() + last.sum(), list(given.values())),
+    ]
+
+
+def test_reruns_are_bitwise_equal():
+    given = on_the_gpu(9000)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(given), gradients(given), strict=True))
+
+
+def test_another_length_compiles_nothing():
+    from longspan.attention.linear.triton import carry_kernel, decay_kernel, walk_kernel
+
+    def kernels(length):
+        gradients(on_the_gpu(length))
+        return [
+            len(kernel.device_caches[0][0]) for kernel in (walk_kernel, carry_kernel, decay_kernel)
+        ]
+
+    assert kernels(640) == kernels(1111) == kernels(2048)

@@ -1,0 +1,112 @@
+"""Compile kernels ahead of time, without a GPU, and print what each needs as JSON lines. ARCH KERNEL:DIM:VARIANT ..."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from longspan.attention.softmax.triton.dkv import keys_kernel
+from longspan.attention.softmax.triton.forward_dq import rows_kernel
+from longspan.attention.softmax.triton.launch_config import shape
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# (bands, fixed far rules, all far rules, far rule of the launch, lists)
+VARIANTS = {
+    "causal": (1, 0, 0, -1, False),
+    "s2": (1, 1, 1, -1, False),
+    "s2-far": (1, 1, 1, 0, False),
+    "dilated-far": (1, 0, 1, 0, False),
+    "lists": (0, 0, 0, -1, True),
+}
+TENSORS = dict.fromkeys(("Q", "K", "V", "OUT", "DO"), "*bf16")
+TENSORS |= dict.fromkeys(("LSE", "DELTA", "DK", "DV_OUT"), "*fp32") | dict.fromkeys(
+    ("TABLE", "LISTS", "POINTERS"), "*i32"
+)
+# What the launcher cannot promise to be a multiple of 16.
+ODD = {
+    "heads",
+    "kv_heads",
+    "group",
+    "q_start",
+    "q_len",
+    "k_start",
+    "k_step",
+    "k_size",
+    "k_len",
+    "splits",
+    "list_b",
+    "list_h",
+    "list_q",
+}
+
+
+def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
+    """Registers, spills and shared memory of one kernel."""
+    size = shape(kernel, arch, 2, dim)
+    bands, fixed, fars, far, lists = VARIANTS[variant]
+    function = keys_kernel if kernel == "dkv" else rows_kernel
+    constants = {
+        "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": size.queries, "BN": size.keys, "BANDS": bands,
+        "FIXED": fixed, "FARS": fars, "LISTED": lists, "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90,
+        "PRECISION": "tf32",
+    } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
+    if lists:
+        constants |= {"BM": min(64, size.queries), "BN": min(64, size.keys)}
+    signature, hints = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        floats = ("scale", "softcap", "sigmoid_bias")
+        signature[name] = (
+            "*fp32"
+            if name == "OUT" and kernel == "dq"
+            else TENSORS.get(name, "fp32" if name in floats else "i32")
+        )
+        if name not in floats and name not in ODD:
+            hints[(index,)] = [["tt.divisibility", 16]]
+    values = {(function.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=hints)
+    target = GPUTarget("cuda", arch, 32)
+    found = triton.compile(
+        source, target=target, options={"num_warps": size.warps, "num_stages": size.stages}
+    )
+    assembly = found.asm["ptx"]
+    return {
+        "kernel": kernel,
+        "arch": arch,
+        "dim": dim,
+        "variant": variant,
+        "shape": vars(size),
+    } | _resources(assembly, found)
+
+
+def _resources(assembly: str, found) -> dict:
+    chip = re.search(r"\.target (\w+)", assembly).group(1)
+    name = "ptxas-blackwell" if chip.startswith("sm_10") else "ptxas"
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(assembly)
+        file.flush()
+        command = [str(ptxas), "-v", f"--gpu-name={chip}", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = map(
+        int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told).groups()
+    )
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", told).group(1)),
+        "spills": max(stores, loads),
+        "shared": found.metadata.shared,
+        "wgmma": assembly.count("wgmma.mma_async"),
+        "tma": assembly.count("cp.async.bulk.tensor"),
+    }
+
+
+if __name__ == "__main__":
+    for case in sys.argv[2:]:
+        kernel, dim, variant = case.split(":")
+        print(json.dumps(compiled(int(sys.argv[1]), kernel, int(dim), variant)), flush=True)

@@ -1,0 +1,274 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from longspan.attention import (
+    S2,
+    BlockLists,
+    Causal,
+    Dilated,
+    PerHead,
+    Sinks,
+    Stripes,
+    Window,
+    attend,
+)
+from longspan.attention.softmax import pieces as stretches
+
+from ..patterns.test_patterns import PATTERNS, patterns
+from .oracle import document_ids, errors, make
+
+DOCUMENTS = {"one": None, "edges": [17, 1, 24, 31], "aligned": [32, 8, 33], "tiny": [1] * 73}
+LISTS = BlockLists.where(8, lambda i, j, h: (i * 7 + j * 3 + h) % 5 < 2, 400, num_kv_heads=2)
+
+
+def compare(
+    pattern,
+    documents=None,
+    heads=4,
+    kv_heads=2,
+    value_dim=None,
+    backend="torch",
+    length=73,
+    dtype=torch.float64,
+    **options,
+):
+    inputs, ids = make(2, length, heads, kv_heads, 16, value_dim, dtype), document_ids(documents)
+    lse = options.get("sigmoid_bias") is None
+
+    def run():
+        out = attend(*inputs, pattern, documents=ids, backend=backend, return_lse=lse, **options)
+        return out if lse else (out, None)
+
+    return errors(run, inputs, pattern=pattern, documents=ids, **options)
+
+
+@pytest.fixture
+def small_stretches(monkeypatch):
+    """Lengths of some hundred tokens take all the paths of some ten thousand."""
+    monkeypatch.setattr(stretches, "_STRETCH", 32)
+    monkeypatch.setattr(stretches, "_LEAST", 4)
+    monkeypatch.setattr(stretches, "_NARROW", 12)
+    stretches._mask.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize(
+    "pattern",
+    [Causal(), S2(8, 2, 3), S2(4, 1, 16, head_step=5), Window(9), Sinks(3) | Window(5), LISTS],
+    ids=repr,
+)
+def test_parity_with_the_dense_formula(pattern, documents, backend):
+    for name, error in compare(pattern, documents, backend=backend).items():
+        assert error < 1e-10, name
+
+
+@pytest.mark.parametrize(
+    "length", [200, *(pytest.param(length, marks=pytest.mark.wide) for length in (5, 333))]
+)
+@pytest.mark.parametrize("pattern", [*PATTERNS, Window(40), LISTS], ids=repr)
+def test_every_pattern_in_stretches(small_stretches, pattern, length):
+    for name, error in compare(
+        pattern, length=length, heads=4, kv_heads=4 if isinstance(pattern, PerHead) else 2
+    ).items():
+        assert error < 1e-10, name
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "value_dim"), [(1, 1, 16), (6, 3, 8), (4, 1, 32), (3, 3, 16)]
+)
+def test_head_ratios_and_value_dims(small_stretches, heads, kv_heads, value_dim):
+    for name, error in compare(
+        S2(8, 2, 4) | Sinks(5), DOCUMENTS["edges"], heads, kv_heads, value_dim
+    ).items():
+        assert error < 1e-10, name
+
+
+OPTIONS = {
+    "scale": {"scale": 0.1},
+    "sinks": {"sinks": torch.tensor([-1.0, 2.0, 9.0, 0.5], dtype=torch.float64).requires_grad_()},
+    "softcap": {"softcap": 3.0},
+    "sinks-softcap": {
+        "sinks": torch.tensor([-1.0, 2.0, 9.0, 0.5], dtype=torch.float64).requires_grad_(),
+        "softcap": 5.0,
+    },
+    "sigmoid": {"sigmoid_bias": -4.0},
+    "sigmoid-softcap": {"sigmoid_bias": -1.0, "softcap": 4.0},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), Stripes(4, 5, 2), LISTS], ids=repr)
+def test_options(small_stretches, pattern, options, backend):
+    for name, error in compare(pattern, DOCUMENTS["aligned"], backend=backend, **options).items():
+        assert error < 1e-10, name
+
+
+@pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), LISTS], ids=repr)
+def test_devices_without_the_flash_kernel(pattern, monkeypatch):
+    monkeypatch.setattr("longspan.attention.softmax.torch._FLASH_DEVICES", set())
+    monkeypatch.setattr("longspan.attention.softmax.torch._PAIRS", 100)
+    for name, error in compare(pattern, DOCUMENTS["edges"], 6, 2, value_dim=8).items():
+        assert error < 1e-10, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(patterns(), st.integers(1, 150), st.sampled_from([1, 2]))
+def test_any_pattern_and_length(pattern, length, group):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_STRETCH": 32, "_LEAST": 4, "_NARROW": 12}.items():
+            patch.setattr(stretches, name, value)
+        for name, error in compare(pattern, length=length, heads=4 * group, kv_heads=4).items():
+            assert error < 1e-10, name
+
+
+class TestDKernelsTraps:
+    """What the reference implementation gets wrong (its gradients there are NaN, garbage, or another pattern's)."""
+
+    @pytest.mark.parametrize(
+        ("pattern", "length", "heads", "kv_heads"),
+        [
+            pytest.param(S2(8, 2, 4), 96, 8, 2, id="grouped queries"),
+            pytest.param(
+                BlockLists.where(8, lambda i, j, h: (i - j) % 3 == 0, 96),
+                96,
+                2,
+                2,
+                id="keys that come back",
+            ),
+            pytest.param(Dilated(8, 3, 9), 90, 2, 2, id="keys that come back, in closed form"),
+            pytest.param(S2(8, 2, 64), 60, 2, 2, id="shorter than the stride"),
+            pytest.param(S2(8, 2, 3), 91, 2, 2, id="no multiple of the block"),
+            pytest.param(Stripes(8, 4, 1), 91, 2, 2, id="rows without keys"),
+        ],
+    )
+    def test_they_are_right_here(self, pattern, length, heads, kv_heads):
+        for name, error in compare(pattern, length=length, heads=heads, kv_heads=kv_heads).items():
+            assert error < 1e-10, name
+
+
+def shifted(rule):
+    return stretches.replace(rule, residue=(rule.residue + 1) % rule.step)
+
+
+def one_short(rule):
+    return stretches.replace(rule, reach=rule.reach - 1) if rule.is_band and rule.reach else rule
+
+
+@pytest.mark.parametrize("mutate", [shifted, one_short])
+@pytest.mark.parametrize("pattern", [S2(4, 2, 5), S2(4, 2, 8, near=(5, 4))], ids=repr)
+def test_a_stripe_off_by_one_and_a_band_too_short_are_caught(monkeypatch, pattern, mutate):
+    real = S2.rules
+    clean = compare(pattern)
+
+    class Mutant(S2):
+        def rules(self, head):
+            return tuple(map(mutate, real(self, head)))
+
+    mutant = Mutant(pattern.block, pattern.local_blocks, pattern.stride, near=pattern.near)
+    inputs = make(2, 73, 4, 2, 16)
+    wrong = errors(lambda: attend(*inputs, mutant, return_lse=True), inputs, pattern=pattern)
+    assert max(clean.values()) < 1e-10
+    assert min(wrong.values()) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", [Causal(), S2(16, 2, 2), Window(33)], ids=repr)
+def test_half_precision_stays_close(dtype, pattern):
+    inputs = make(1, 200, 4, 2, 32, dtype=torch.float32)
+    narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = attend(*narrow, pattern)
+    assert out.dtype == dtype
+    found = errors(lambda: attend(*narrow, pattern, return_lse=True), narrow, pattern=pattern)
+    assert max(found.values()) < 2e-2
+
+
+def test_a_closed_sink_beside_rows_that_see_nothing():
+    sinks = torch.tensor(
+        [-torch.inf, 1.0, -torch.inf, 0.0], dtype=torch.float64, requires_grad=True
+    )
+    q, k, v = make(1, 40, 4, 2, 8)
+    out = attend(q, k, v, Stripes(8, 4, 1), sinks=sinks)
+    assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v, sinks))))
+
+
+def test_documents_that_were_written_to_are_read_again():
+    ids = torch.zeros(1, 64, dtype=torch.int32)
+    q, k, v = make(1, 64, 2, 2, 8)
+    attend(q, k, v, Causal(), documents=ids)
+    ids.numpy()[:, 32:] = 1
+    assert torch.equal(
+        attend(q, k, v, Causal(), documents=ids)[:, 32:],
+        attend(q[:, 32:], k[:, 32:], v[:, 32:], Causal()),
+    )
+    with torch.inference_mode():
+        attend(q, k, v, Causal(), documents=torch.zeros(1, 64).int())
+
+
+def test_fp32_is_precise():
+    assert max(compare(S2(8, 2, 3), length=200, dtype=torch.float32).values()) < 1e-5
+
+
+def test_reruns_are_bitwise_equal():
+    q, k, v = make(1, 3000, 4, 2, 16, dtype=torch.float32)
+    runs = []
+    for _ in range(2):
+        out = attend(q, k, v, S2(16, 4, 4) | Sinks(3))
+        runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 4, 3, 8)}, "2 heads, which do not divide the 3 heads"),
+        ({"k": torch.zeros(1, 5, 2, 8)}, "shapes do not fit"),
+        ({"v": torch.zeros(1, 4, 2, 8, dtype=torch.float64)}, "v is torch.float64"),
+        (
+            {"v": torch.zeros(1, 4, 2, 8, device="meta")},
+            "v is torch.float32 on meta, but q is torch.float32 on cpu",
+        ),
+        ({"q": torch.zeros(4, 4, 8)}, "q must be"),
+        ({"documents": torch.tensor([[0, 1, 0, 1]])}, "must not decrease"),
+        ({"documents": torch.zeros(1, 4)}, "must be integers"),
+        (
+            {"backend": "cuda"},
+            "backend must be auto, torch, triton, flash or reference, got 'cuda'",
+        ),
+        (
+            {"pattern": PerHead([Causal()])},
+            "PerHead has patterns for 1 KV heads, but is asked for head 1",
+        ),
+        (
+            {"pattern": BlockLists(2, torch.zeros(1, 1, 1).int())},
+            "lists for 1 blocks of 2, but a document has 4 tokens",
+        ),
+        (
+            {"pattern": BlockLists(4, torch.zeros(3, 1, 1).int()).from_head(2)},
+            "lists for 3 KV heads, but is asked for head 3",
+        ),
+        (
+            {"pattern": BlockLists(4, torch.zeros(3, 1, 1, 1).int())},
+            "lists for a batch of 3, but q has 1 rows",
+        ),
+        ({"pattern": "S2"}, "pattern must be a Pattern, as S2.64, 16, 16., got 'S2'"),
+        (
+            {"sinks": torch.zeros(2)},
+            r"sinks must be one number for each head of q, shape \(4,\), got \(2,\)",
+        ),
+        ({"softcap": 0.0}, "softcap must be positive, got 0"),
+        ({"sinks": torch.zeros(4), "sigmoid_bias": 0.0}, "sinks belongs to softmax"),
+        ({"return_lse": True, "sigmoid_bias": 0.0}, "return_lse belongs to softmax"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {
+        "q": torch.zeros(1, 4, 4, 8),
+        "k": torch.zeros(1, 4, 2, 8),
+        "v": torch.zeros(1, 4, 2, 8),
+        "pattern": Causal(),
+    }
+    with pytest.raises(ValueError, match=message):
+        attend(**arguments | change)

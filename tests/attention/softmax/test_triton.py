@@ -1,0 +1,91 @@
+"""The Triton kernels without a GPU: right in the interpreter, and compiled for the chips that they are made for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+# All that a shape must be fit for; by head dim the same.
+AHEAD = [
+    "forward:{}:s2",
+    "forward:{}:lists",
+    "dq:{}:s2",
+    "dkv:{}:causal",
+    "dkv:{}:s2-far",
+    "dkv:{}:lists",
+]
+WIDE = ["forward:{}:causal", "dq:{}:causal", "dq:{}:lists", "dkv:{}:dilated-far"]
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+INTERPRETED = [
+    ["causal", "s2", "window", "streaming"],
+    ["stripes alone", "dilated", "two ranges", "lists"],
+    ["documents", "other sinks in each head", "shorter than the stride", "sink and softcap"],
+    ["sigmoid", "odd dims", "tiles"],
+    ["mutants"],
+]
+INTERPRETED_WIDE = [
+    ["all at once", "two dilations"],
+    ["each head its own", "lists of each row", "documents and lists"],
+    ["grouped queries", "sigmoid and softcap on lists"],
+]
+
+
+def python(script: str, *args: object, **env: str) -> str:
+    command = [sys.executable, str(HERE / script), *map(str, args)]
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [*INTERPRETED, *(pytest.param(cases, marks=pytest.mark.wide) for cases in INTERPRETED_WIDE)],
+    ids=", ".join,
+)
+def test_parity_in_the_interpreter(cases):
+    python("triton_worker.py", *cases)
+
+
+@pytest.mark.parametrize(
+    "arch", [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))]
+)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    "cases", [AHEAD, pytest.param(WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
+)
+def test_compiled_ahead_of_time(arch, dim, cases):
+    """No register spills worth the name, shared memory in bounds, and the chip's own instructions."""
+    for line in python("aot_worker.py", arch, *(case.format(dim) for case in cases)).splitlines():
+        found = json.loads(line)
+        assert found["spills"] <= 64, found
+        assert found["shared"] <= SHARED[arch], found
+        assert arch != 90 or (found["wgmma"] and found["tma"]), found
+        assert arch != 100 or found["tma"], found
+
+
+def test_it_is_refused_without_a_gpu():
+    import torch
+    from longspan.attention import Causal, attend
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    x = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="backend triton needs CUDA, but q is on cpu; use torch"):
+        attend(x, x, x, Causal(), backend="triton")
+
+
+def test_lengths_are_no_part_of_what_is_compiled():
+    from longspan.attention.softmax.triton.dkv import keys_kernel
+    from longspan.attention.softmax.triton.forward_dq import rows_kernel
+
+    for kernel in (rows_kernel, keys_kernel):
+        general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        assert {"q_start", "q_len", "k_start", "k_len"} <= general

@@ -1,0 +1,211 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from longspan.launch.bench import (linear as bench_linear, linear_candidates, measure)
+from longspan.launch.cli import (main)
+from longspan.launch.bench.linear_candidates import (BLOCKS, Width)
+
+SMALL = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
+DENSE = "dense (sdpa)"
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "linear", *map(str, arguments)])
+    return ended.value.code, *capsys.readouterr()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are slow with several where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(measure, "device", lambda: "cpu")
+
+
+@pytest.fixture
+def peak(monkeypatch):
+    """Starts no process for the peak memory."""
+    monkeypatch.setattr(bench_linear, "cpu_peak", lambda settings, row: 3 << 20)
+
+
+def rows_of(folder) -> dict[tuple[str, int], dict]:
+    rows = json.loads((folder / "linear.json").read_text())["rows"]
+    return {(row["candidate"], row["length"]): row for row in rows}
+
+
+def line_of(out: str, row: dict) -> str:
+    return next(line for line in out.splitlines() if line.startswith(f"{row['length']:>9,}  {row['candidate']} "))
+
+
+def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_cpu, peak):
+    from matplotlib.pyplot import imread
+
+    monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
+    status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
+    assert status == 0
+    report, rows = json.loads((tmp_path / "deep" / "linear.json").read_text()), rows_of(tmp_path / "deep")
+    assert set(report) == {"machine", "versions", "settings", "rows"}
+    assert set(report["versions"]) == {"python", "torch", "triton", "flash-linear-attention"}
+    assert report["settings"] == {
+        "mixers": list(BLOCKS),
+        "lengths": [70, 130],
+        "dense_up_to": 70,
+        "backends": ["torch"],
+        "heads": 2,
+        "head_dim": 8,
+        "dtype": "float32",
+        "repeats": 1,
+    }
+    assert list(rows) == [(name, length) for length in (70, 130) for name in (DENSE, *BLOCKS)]
+    skipped, dense = rows.pop((DENSE, 130)), rows[DENSE, 70]
+    assert skipped["status"] == "skipped: longer than --dense-up-to 70"
+    assert line_of(out, skipped).endswith(skipped["status"])
+    assert not any(skipped[key] for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy"))
+    step = "forward+backward"
+    for (name, length), row in rows.items():
+        assert row["status"] == "measured"
+        assert [len(row["seconds"][step]) for step in ("forward", step)] == [1, 1]
+        assert row["tokens_per_second"][step] == length / row["median"][step]
+        first = rows[name, 70]["tokens_per_second"][step]
+        assert row["constancy"] == row["tokens_per_second"][step] / first
+        assert f" {row['constancy']:.2f} " in line_of(out, row)
+        assert " 3.0 " in line_of(out, row)
+        if length == 70:
+            assert row["ratio"][step] == dense["median"][step] / row["median"][step]
+            assert f" {row['ratio'][step]:.2f}x " in line_of(out, row)
+        else:
+            assert row["ratio"] is None, "dense attention was not measured"
+    units = 2 * 70 * 2 * 4 * 4 * 8  # their tensors and gradients: 70 tokens of two heads, q, k, v and o of 8 dims, in fp32
+    assert rows["linear", 70]["peak_multiple"] == rows[DENSE, 70]["peak_multiple"] == (3 << 20) / units
+
+    picture = imread(tmp_path / "deep" / "linear.png")[..., :3]
+    half = picture.shape[1] // 2
+    for panel in (picture[:, :half], picture[:, half:]):
+        assert len({tuple(pixel) for pixel in panel.reshape(-1, 3)}) > 20
+
+
+@pytest.mark.parametrize(
+    ("mixer", "shapes"),
+    [
+        ("linear", {"q": (4, 32), "k": (4, 32), "v": (4, 32)}),
+        ("retention", {"q": (4, 32), "k": (4, 32), "v": (4, 64)}),
+        ("simple_gla", {"q": (4, 32), "k": (4, 32), "v": (4, 32), "decay": (4,)}),
+        ("gla", {"q": (4, 16), "k": (4, 16), "v": (4, 32), "decay": (4, 16)}),
+        ("based", {"q": (4, 153), "k": (4, 153), "v": (4, 32)}),
+        ("hedgehog", {"q": (4, 64), "k": (4, 64), "v": (4, 32)}),
+        ("mamba2", {"q": (1, 128), "k": (1, 128), "v": (4, 64), "decay": (4,)}),
+        ("gated_deltanet", {"q": (4, 24), "k": (4, 24), "v": (4, 48), "decay": (4,), "beta": (4,)}),
+        ("kda", {"q": (4, 32), "k": (4, 32), "v": (4, 32), "decay": (4, 32), "beta": (4,)}),
+    ],
+)
+def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
+    calls = []
+
+    def attend(q, k, v, *, scale, backend, **gates):
+        calls.append({"q": q, "k": k, "v": v, **gates})
+        return v + sum(x.sum() for x in (q, k, *gates.values()))
+
+    monkeypatch.setattr(linear_candidates, "linear_attention", attend)
+    grads = linear_candidates.linear_work(Width(4, 32, "bfloat16"), mixer, "torch", 5)()[1:]
+    assert [tuple(grad.shape) for grad in grads] == [(1, 5, *shape) for shape in shapes.values()]
+    (call,) = calls
+    fixed = {"decay": (4,)} if mixer == "retention" else {}
+    ones = mixer in ("linear", "based", "hedgehog")  # a column that counts the weights
+    wanted = {name: (1, 5, *shape) for name, shape in shapes.items()} | fixed
+    wanted["v"] = (*wanted["v"][:-1], wanted["v"][-1] + ones)
+    assert {name: tuple(x.shape) for name, x in call.items()} == wanted
+    assert {x.dtype for name, x in call.items() if name != "decay"} == {torch.bfloat16}
+    if "decay" in call:
+        assert call["decay"].dtype == torch.float32
+        assert call["decay"].max() <= 0
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
+    settings = bench_linear.Settings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
+    peak = bench_linear.cpu_peak(settings, bench_linear.Row("linear", "linear", "torch", 8192))
+    left = 4 * 8192 * 2 * 16 * 4  # bytes of the output and three gradients
+    assert 0.9 * left < peak < 8192**2, "far from holding every pair"
+
+
+def _wrong_gradient(out, q):
+    return out + 1e-2 * (q - q.detach()).sum(-1, keepdim=True)
+
+
+def _wrong_output(out, q):
+    return out * torch.ones(out.shape[1], 1, 1).index_fill(0, torch.tensor([out.shape[1] - 1]), float("nan"))
+
+
+def _too_large(out, q):
+    raise torch.OutOfMemoryError("tried to allocate more than there is\nand more of that")
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        (_wrong_gradient, "wrong: gradient of q at 70 tokens has a relative error of"),
+        (_wrong_output, "wrong: output at 70 tokens has a relative error of nan"),
+        (_too_large, "cannot run: OutOfMemoryError: tried to allocate more than there is"),
+    ],
+)
+def test_what_is_wrong_or_fails_is_listed_and_never_timed(capsys, tmp_path, monkeypatch, on_cpu, peak, change, status):
+    right = linear_candidates.linear_attention
+
+    def attend(q, k, v, *, backend, **options):
+        out = right(q, k, v, backend=backend, **options)
+        return change(out, q) if "beta" in options and backend != "reference" else out
+
+    monkeypatch.setattr(linear_candidates, "linear_attention", attend)
+    exit_status, out, _ = run(capsys, "--mixer", "deltanet", "--mixer", "gla", *SMALL, "--lengths", "70", "--out", tmp_path)
+    assert exit_status == 0
+    rows = rows_of(tmp_path)
+    bad, good = rows["deltanet", 70], rows["gla", 70]
+    assert bad["status"].startswith(status)
+    assert line_of(out, bad).endswith(bad["status"])
+    assert not any(bad[key] for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy"))
+    assert good["status"] == "measured"
+
+
+def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
+    monkeypatch.setattr(measure, "device", lambda: "cuda")
+    options = {"lengths": "70", "dense_up_to": 70, "heads": 2, "head_dim": 8, "repeats": 1, "backend": "auto", "dtype": "auto"}
+    settings = bench_linear._settings(SimpleNamespace(mixer=["kda"], **options))
+    rows = list(bench_linear._rows(settings, 70))
+    assert [row.candidate for row in rows] == [DENSE, "kda (torch)", "kda (triton)", "kda (fla)"]
+    assert settings.dtype == "bfloat16"
+    monkeypatch.setattr(measure, "device", lambda: "cpu")
+    monkeypatch.setattr(bench_linear, "cpu_peak", lambda settings, row: None)
+    bench_linear._measure(settings, rows, {}, lambda count: None)
+    dense, ours, *others = rows
+    assert (dense.status, ours.status) == ("measured", "measured")
+    assert all(row.status.startswith("cannot run: ") and row.seconds is None for row in others)
+    assert "backend triton" in others[0].status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mixer", "full"], "--mixer: there is no linear 'full', only linear, lightning, retention, "),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, as 4096,65536, got '8k'"),
+        (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
+        (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
+        (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
+        (["--backend", "cuda"], "--backend: backend must be auto, torch"),
+        (["--mixer", "gla", "--head-dim", "5"], "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part"),
+        (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
+    (tmp_path / "file").touch()
+    status, _, err = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,41 @@
+"""What a machine has and lacks, as it is told."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+from longspan.launch.commands import doctor
+from longspan.trainer import versions
+
+
+def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
+    done = longspan("doctor", "--folder", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    for name in doctor.NEEDED:
+        assert re.search(rf"^{name} +{re.escape(version(name))}$", done.stdout, re.M)
+    assert re.search(
+        rf"^disk +{tmp_path}: [0-9,.]+ GiB free, [0-9,]+ MB/s written through$", done.stdout, re.M
+    )
+    assert "GPU     none: training runs on the CPU, over gloo" in done.stdout
+    assert re.search(r"^between 2 ranks over gloo: [0-9.]+ GB/s out of each", done.stdout, re.M)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_path):
+    def without(name):
+        if name in ("deepspeed", "wandb"):
+            raise PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr(versions, "version", without)
+    assert doctor.doctor(str(tmp_path)) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"^deepspeed +MISSING$", told, re.M)
+    assert re.search(r"^wandb +not there: metrics.wandb is refused$", told, re.M)
+    assert "cannot train without deepspeed: pip install deepspeed" in told
+
+
+def test_a_folder_that_takes_nothing_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})
+    )
+    assert doctor._disk(tmp_path / "a" / "b") == f"{tmp_path}: 1 MiB free, TOO LITTLE"

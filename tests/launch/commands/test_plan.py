@@ -1,0 +1,148 @@
+"""``longspan plan``: predictions add up, at sizes that no test can run."""
+
+import pytest
+from longspan.trainer.predict.estimate import DEVICES, estimate
+from longspan.trainer.predict.flops import parameter_count
+from longspan.trainer.recipe.file import load_recipe
+
+LARGE = [
+    "model.hidden_size=4096",
+    "model.num_attention_heads=32",
+    "model.num_key_value_heads=8",
+    "model.num_hidden_layers=32",
+    "model.intermediate_size=14336",
+    "model.layers.blocks.sparse={mixer: s2, block: 64, local_blocks: 128, stride: 16}",
+    "model.layers.blocks.linear={mixer: lightning, num_heads: 32}",
+    "training.seq_length=1048576",
+    "training.micro_batch_size=1",
+    "evaluation.ngram_baseline=false",
+]
+
+
+def large(ranks, *overrides):
+    sizes = [f"parallel.cp={ranks}", f"launch.processes={ranks}", "training.global_batch_size=1"]
+    return load_recipe("quickstart", [*LARGE, *sizes, *overrides])
+
+
+def test_memory_and_arithmetic_shrink_with_the_ranks():
+    device = DEVICES["h100"]
+    made = {ranks: estimate(large(ranks), 257, device) for ranks in (8, 64)}
+    total = parameter_count(large(8).model, 257)
+    for ranks, one in made.items():
+        assert one.parameters == total
+        assert one.memory.weights == 2 * total
+        assert one.memory.optimizer == 12 * total / ranks
+        assert one.tokens_per_second == pytest.approx((1 << 20) / one.step_s)
+        # Matrices take two operations a parameter and token, but embeddings; attention and states come on top.
+        matrices = 2 * (total - 384 * 4096)
+        forward = one.head_flops + sum(
+            kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in one.kinds
+        )
+        assert forward > matrices
+    assert made[8].compute_s == pytest.approx(
+        8 * made[64].compute_s, rel=1e-3
+    )  # how even it is differs
+    assert made[8].memory.activations == pytest.approx(8 * made[64].memory.activations)
+
+
+def test_the_sparse_layers_move_less_than_the_full_ones():
+    made = estimate(large(64, "parallel.schedules.sparse=stripes"), 257, DEVICES["h100"])
+    kinds = {kind.name: kind for kind in made.kinds}
+    assert kinds["linear"].received < kinds["sparse"].received < kinds["full"].received
+    # Forward, and again with their gradients backward: three times what the plan's forward is.
+    assert kinds["sparse"].received / 2**20 == pytest.approx(3 * 316, rel=0.02)
+
+
+def test_the_rank_with_most_work_sets_the_time():
+    even, uneven = (
+        estimate(
+            large(8, f"parallel.layout={layout}", "parallel.schedule=ring"), 257, DEVICES["h100"]
+        )
+        for layout in ("zigzag", "contiguous")
+    )
+    kinds = {kind.name: kind for kind in uneven.kinds}
+    assert kinds["full"].work == pytest.approx(15 / 8, rel=1e-3)
+    assert 1.5 < kinds["sparse"].work < kinds["full"].work
+    assert kinds["linear"].work == 1.0
+    assert max(kind.work for kind in even.kinds) < 1.02
+    assert uneven.compute_s > 1.5 * even.compute_s
+
+
+def test_the_command(longspan, tmp_path):
+    picture = tmp_path / "new" / "plan.png"
+    recipe = ["quickstart", "parallel.cp=16", "training.seq_length=65536"]
+    done = longspan("plan", *recipe, "--gpus", "64", "--device", "h200", "-o", picture)
+    assert done.returncode == 0, done.stderr
+    assert "predicted for 64 x h200; nothing here was measured" in done.stdout
+    assert "dp 4 x cp 16 x pp 1 x tp 1" in done.stdout
+    assert "sparse: schedule " in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_linear_layers_alone_have_no_schedules_to_draw(longspan, tmp_path):
+    linear = [
+        "model.layers.pattern=[linear]",
+        "model.layers.blocks.full=null",
+        "model.layers.blocks.sparse=null",
+    ]
+    done = longspan("plan", "quickstart", *linear, "-o", tmp_path / "plan.png")
+    assert done.returncode == 0, done.stderr
+    assert "only states move" in done.stdout
+    assert not (tmp_path / "plan.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--device", "h10"],
+            "--device: unknown (did you mean h100?); known: a100, h100, h200, b200",
+        ),
+        (["--gpus", "0"], "--gpus: must be at least 1, got 0"),
+        (
+            ["--gpus", "7"],
+            "launch.processes: 7 is not a multiple of parallel.tp * cp * pp = 2; use 2",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
+    done = longspan("plan", "quickstart", *arguments, "-o", tmp_path / "plan.png")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_engines_and_options_change_what_is_held():
+    device, options = DEVICES["h100"], {"engine.name=deepspeed"}
+    total = parameter_count(large(8).model, 257)
+    for stage, weights, gradients in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
+        made = estimate(
+            large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32"), 257, device
+        )
+        assert (made.memory.weights, made.memory.gradients) == (
+            2 * total / weights,
+            4 * total / gradients,
+        )
+        assert made.memory.optimizer == 12 * total / (8 if stage else 1)
+    kept, selective, full = (
+        estimate(large(8, f"memory.recompute={mode}"), 257, device)
+        for mode in ("none", "selective", "full")
+    )
+    assert kept.memory.activations > selective.memory.activations > full.memory.activations
+    assert kept.compute_s < selective.compute_s < full.compute_s < 1.34 * kept.compute_s
+
+
+def test_experts_are_spread_over_their_ranks():
+    experts = [
+        "model.moe={num_experts: 8}",
+        *(f"model.layers.blocks.{name}.mlp=moe" for name in ("full", "sparse", "linear")),
+    ]
+    one, spread = (
+        estimate(large(8, *experts, f"parallel.ep={ep}"), 257, DEVICES["h100"]) for ep in (1, 8)
+    )
+    assert one.parameters == spread.parameters
+    assert spread.memory.weights < 0.3 * one.memory.weights
+    assert spread.memory.optimizer == pytest.approx(
+        one.memory.optimizer
+    )  # all of it is shared either way
+    assert spread.compute_s == pytest.approx(one.compute_s)

@@ -1,0 +1,84 @@
+"""The recipes that are shipped: each is one that trains; its twin for a CPU does so, goes on and leaves for transformers."""
+
+import pytest
+from longspan.trainer.data.tokenizer import recipe_vocab_size
+from longspan.trainer.huggingface.native import Source
+from longspan.trainer.huggingface.target import choose_target
+from longspan.trainer.predict.estimate import DEVICES, GIB, estimate
+from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
+from transformers import AutoModelForCausalLM
+
+TARGETS = {
+    "llama-1.3b": "llama",
+    "s2-llama-1.3b": "longspan",
+    "s2-llama-7b": "longspan",
+    "phi-3-small": "longspan",
+    "minimax-01": "minimax",
+    "transnormer-1b": "longspan",
+    "qwen3.5-9b": "qwen3_5_text",
+    "olmo-hybrid-7b": "olmo_hybrid",
+    "kimi-linear": "longspan",
+    "based-1.3b": "longspan",
+    "samba-1.3b": "longspan",
+    "masformer-1.3b": "ministral",
+    "gemma-3-1b": "longspan",
+    "llama-1.3b-1m": "longspan",
+}
+
+
+def target(name: str) -> str:
+    recipe = load_recipe(name)
+    source = Source(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
+    return choose_target(source)[0].model_type
+
+
+def test_every_recipe_has_a_twin_and_is_named_here():
+    names = {str(path.relative_to(SHIPPED).with_suffix("")) for path in shipped_recipes()}
+    others = {name for name in names if name == "quickstart" or name.startswith("mqar/")}
+    assert names - others == set(TARGETS) | {f"{name}-tiny" for name in TARGETS}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_recipe_and_its_twin_become_the_same_architecture(name):
+    assert target(name) == target(f"{name}-tiny") == TARGETS[name]
+    whole, twin = load_recipe(name), load_recipe(f"{name}-tiny")
+    mixers = [{block.mixer for block in recipe.model.stack} for recipe in (whole, twin)]
+    assert mixers[0] == mixers[1]
+    lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")  # where it comes from
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", TARGETS)
+def test_its_header_has_what_plan_predicts(name):
+    recipe = load_recipe(name)
+    made = estimate(recipe, recipe_vocab_size(recipe), DEVICES["h100"])
+    memory, speed = sum(made.memory) / GIB, made.tokens_per_second / 1e6
+    assert memory < DEVICES["h100"].memory_gib
+    numbers = f"{memory:.1f} GiB, {made.step_s:.2f} s a step, {speed:.2f} M tokens/s (predicted)."
+    header = f"# longspan plan, {recipe.launch.processes} x H100: {numbers}"
+    assert header in SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_twin_trains_goes_on_and_leaves(longspan, corpus, tmp_path, name):
+    def run(*arguments):
+        done = longspan(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    twin = [
+        f"{name}-tiny",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.validation={corpus}",
+    ]  # less held-out text than its own
+    steps = 16 if "1m" in name else 3  # into its second stage
+    run("train", *twin, f"training.steps={steps}")
+    assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
+    said = run("export", tmp_path / "run", tmp_path / "model")
+    assert "tokens of greedy text are the same" in said
+    own = TARGETS[name] == "longspan"
+    assert bool(list((tmp_path / "model").glob("*.py"))) == own
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=own)
+    assert model.config.model_type == TARGETS[name]

@@ -1,0 +1,436 @@
+"""Batch scripts: what is refused, what is written, and on a real Slurm a job that is told to stop, queued again and goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+PluginDir={plugins}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+KillWait=30
+JobRequeue=1
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["--nodes", "0", "--time", "10"], ["--nodes: must be at least 1, got 0"]),
+        (
+            ["--nodes", "1", "--time", "a day"],
+            ["--time: a day is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00"],
+        ),
+        (
+            ["--nodes", "1", "--time", "5"],
+            ["--time: 5 leaves nothing: a job is told 300 s before its end to save and stop"],
+        ),
+        (
+            ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
+            [
+                "--processes-per-node: 4, but --gpus-per-node is 2, and each process needs a GPU of its own; use at most 2"
+            ],
+        ),
+        (
+            [
+                "--nodes=1",
+                "--gpus-per-node=-1",
+                "--processes-per-node=0",
+                "--cpus-per-task=0",
+                "--notice=0",
+                "--time=60",
+            ],
+            [
+                "--gpus-per-node: must be at least 0, got -1",
+                "--processes-per-node: must be at least 1, got 0",
+                "--cpus-per-task: must be at least 1, got 0",
+                "--notice: must be at least 1, got 0",
+            ],
+        ),
+        (
+            [
+                "--nodes=1",
+                "--restarts=-1",
+                "--requeues=-2",
+                "--notice=70000",
+                "--time=2-00",
+                "--account=",
+                "--job-name=a b",
+            ],
+            [
+                "--restarts: must be at least 0, got -1",
+                "--requeues: must be at least 0, got -2",
+                "--notice: must be at most 65535 s for Slurm, got 70000",
+                "--account: must be one word, got ''",
+                "--job-name: must be one word, got 'a b'",
+            ],
+        ),
+        (
+            ["parallel.cp=3", "--nodes", "2", "--gpus-per-node", "4", "--time", "1-00"],
+            [
+                "tiny.yaml: launch.processes: 8 is not a multiple of",
+                "--nodes: 2 with 4 processes each are 8",
+            ],
+        ),
+        (
+            ["training.stpes=3", "--nodes", "1", "--time", "60"],
+            ["tiny.yaml: training.stpes: unknown key (did you mean steps?)"],
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(longspan, tiny_recipe, tmp_path, arguments, lines):
+    done = longspan("slurm", tiny_recipe, *arguments)
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
+    for line in lines:
+        assert f"longspan: {line}" in done.stderr
+
+
+def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
+    setup = ["--setup", "module load cuda", "--setup", "source .venv/bin/activate"]
+    asked = [
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--time",
+        "2-00:00:00",
+        "--account",
+        "lab",
+        "--partition",
+        "gpu",
+        *setup,
+    ]
+    done = longspan("slurm", tiny_recipe, "parallel.cp=2", "training.global_batch_size=8", *asked)
+    assert done.returncode == 0, done.stderr
+    script = tmp_path / "run" / "slurm" / "train.sbatch"
+    assert f"submit it with sbatch {script}" in done.stdout
+    text = script.read_text()
+    expected = [
+        "nodes=2",
+        "time=2-00:00:00",
+        "account=lab",
+        "partition=gpu",
+        "gpus-per-node=4",
+        "signal=B:USR1@300",
+        "requeue",
+    ]
+    for option in [*expected, f"chdir={Path.cwd()}"]:
+        assert f"#SBATCH --{option}\n" in text
+    assert "\nmodule load cuda\nsource .venv/bin/activate\n" in text
+    assert f"-m longspan train {tiny_recipe} parallel.cp=2 training.global_batch_size=8 &" in text
+    assert "{{" not in text
+    assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+
+
+def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = longspan(
+        "slurm", tiny_recipe, "--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--submit"
+    )
+    assert done.returncode == 2
+    assert (
+        "--submit: there is no sbatch here; run it on a login node, or write the script here and take it"
+        in done.stderr
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        (
+            "run_dir={}/file/run",
+            "run_dir: {}/file/run/slurm cannot be written: Not a directory; choose another",
+        ),
+        ("--out={}/folder", "--out: {}/folder cannot be written: Is a directory; choose another"),
+    ],
+)
+def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argument, line):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    done = longspan(
+        "slurm",
+        tiny_recipe,
+        argument.format(tmp_path),
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "0",
+        "--time",
+        "60",
+    )
+    assert (done.returncode, done.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
+    assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
+    """With stand-ins for Slurm's commands. The setup may read what is not set, and a STOP of before is not the job's."""
+    run, tools = tmp_path / "run", tmp_path / "tools"
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (run / "STOP").touch()
+    asked = [
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "0",
+        "--time",
+        "60",
+        "--setup",
+        'echo "$OF_A_MODULE" >setup',
+    ]
+    assert longspan("slurm", tiny_recipe, *asked).returncode == 0
+    work = (
+        "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
+    )
+    commands = {
+        "srun": f"{work}; mkdir run/checkpoints/step-00000006" if saves else work,
+        "scontrol": 'test "$1" = show || echo "$@" >queue',
+    }
+    tools.mkdir()
+    for name, text in commands.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    variables = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_NNODES": "1",
+        "PATH": f"{tools}:{os.environ['PATH']}",
+    }
+    command = ["bash", run / "slurm" / "train.sbatch"]
+    job = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
+    )
+    _until(lambda: job.poll() is not None or (tmp_path / "started").exists(), 20, "the start")
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=20)
+    queue = tmp_path / "queue"
+    if saves:
+        assert (job.returncode, queue.read_text(), errors) == (0, "requeue 7\n", "")
+    else:
+        assert (job.returncode, queue.exists()) == (1, False)
+        assert (
+            errors
+            == "longspan: no checkpoint since this job began, not requeued: give it more --time\n"
+        )
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm of one node, of what ``slurm_here.sh`` unpacked or the machine has; its commands are on the PATH."""
+    unpacked = Path(os.environ.get("LONGSPAN_SLURM", "/nowhere"), "root")
+    if unpacked.is_dir():
+        library = next(unpacked.glob("usr/lib/*-linux-gnu"))
+        monkeypatch.setenv(
+            "LD_LIBRARY_PATH",
+            f"{library}:{library}/slurm-wlm:{unpacked}/{library.relative_to(unpacked / 'usr')}",
+        )
+        monkeypatch.setenv("PATH", f"{unpacked}/usr/bin:{unpacked}/usr/sbin:{os.environ['PATH']}")
+    commands = [
+        shutil.which(name) or shutil.which(f"{name}-wlm") for name in ("slurmctld", "slurmd")
+    ]  # Debian's names
+    if None in commands:
+        pytest.skip("needs Slurm, as tests/launch/slurm_here.sh unpacks it")
+    where = Path(os.path.realpath(commands[0]))
+    plugins = next(
+        (
+            path
+            for path in (unpacked, Path("/"))
+            for path in path.glob("usr/lib/*-linux-gnu/slurm-wlm")
+        ),
+        None,
+    )
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool"):
+        folder.joinpath(name).mkdir(parents=True)
+    ports = [_free_port(), _free_port()]
+    host, user = socket.gethostname().split(".")[0], os.environ.get("USER", "root")
+    text = CONF.format(
+        host=host, user=user, ports=ports, folder=folder, plugins=plugins, cpus=os.cpu_count()
+    )
+    conf = folder / "slurm.conf"
+    conf.write_text(text)
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    stepd = next(
+        iter([*where.parent.glob("slurmstepd*"), *where.parent.parent.glob("sbin/slurmstepd*")])
+    )
+    daemons = []
+    for name, command, *options in (
+        ("slurmctld", commands[0]),
+        ("slurmd", commands[1], "-d", str(stepd)),
+    ):
+        log = folder.joinpath(f"{name}.log").open("w")
+        daemons.append(
+            subprocess.Popen([command, "-D", "-f", str(conf), *options], stdout=log, stderr=log)
+        )
+    try:
+        for _ in range(120):
+            if (
+                "idle"
+                in subprocess.run(
+                    ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False
+                ).stdout
+            ):
+                break
+            time.sleep(0.5)
+        else:
+            pytest.fail(
+                folder.joinpath("slurmctld.log").read_text()
+                + folder.joinpath("slurmd.log").read_text()
+            )
+        yield folder
+    finally:
+        subprocess.run(["scancel", "--signal=KILL", "--full", f"--user={user}"], check=False)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(20)
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+
+
+def _state(job: str) -> str:
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
+    ).stdout
+    return re.search(r"JobState=(\w+)", shown)[1]
+
+
+def _until(condition, seconds: float, what: str, log: Path = Path(os.devnull)) -> None:
+    for _ in range(int(seconds * 5)):
+        if condition():
+            return
+        time.sleep(0.2)
+    pytest.fail(f"{what} did not come to pass in {seconds:g} s\n{log.read_text()}")
+
+
+def test_slurm_checks_the_request_before_anything_is_written(
+    slurm, longspan, tiny_recipe, tmp_path
+):
+    asked = ["--nodes", "1", "--gpus-per-node", "0", "--time", "30", "--partition", "nowhere"]
+    done = longspan("slurm", tiny_recipe, *asked, "--submit")
+    line = "longspan: --submit: Slurm refuses the job: invalid partition specified: nowhere"
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_works_where_its_command_was_given(
+    slurm, longspan, tiny_recipe, tmp_path, monkeypatch
+):
+    """Wherever sbatch is; in a folder whose name Slurm could take for two words."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    done = longspan(
+        "slurm",
+        tiny_recipe,
+        "run_dir=a run",
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "0",
+        "--time",
+        "30",
+    )
+    assert done.returncode == 0, done.stderr
+    script = folder / "a run" / "slurm" / "train.sbatch"
+    submitted = subprocess.run(
+        ["sbatch", "--hold", script], cwd="/", capture_output=True, text=True, check=False
+    )
+    assert submitted.returncode == 0, submitted.stderr
+    job = re.search(r"\d+", submitted.stdout)[0]
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"WorkDir={folder}\n" in shown
+    assert f"StdOut={folder}/a run/slurm/{job}.out\n" in shown
+    assert "JobName=a run\n" in shown
+
+
+def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
+    slurm, longspan, tiny_recipe, tmp_path
+):
+    """To the same bits as a run that nothing happens to; two processes of one node's task."""
+    options = [
+        "training.steps=120",
+        "metrics.log_interval=1",
+        "parallel.cp=2",
+        "checkpoint.interval=0",
+    ]
+    alone = longspan(
+        "train", tiny_recipe, *options, "launch.processes=2", f"run_dir={tmp_path / 'alone'}"
+    )
+    assert alone.returncode == 0, alone.stderr
+    path = f"export PATH={Path(sys.executable).parent}:$PATH"
+    package = f"export PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
+    asked = [
+        "--nodes",
+        "1",
+        "--gpus-per-node",
+        "0",
+        "--processes-per-node",
+        "2",
+        "--time",
+        "30",
+        "--notice",
+        "60",
+    ]
+    done = longspan(
+        "slurm", tiny_recipe, *options, *asked, "--setup", path, "--setup", package, "--submit"
+    )
+    assert done.returncode == 0, done.stderr
+    job = re.fullmatch(r"Submitted batch job (\d+)\n", done.stdout)[1]
+    run = tmp_path / "run"
+    log = run / "slurm" / f"{job}.out"
+    _until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 5, 120, "training")
+    # As Slurm does before the time is up.
+    subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
+    _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
+    stopped = max(_losses(run))
+    assert stopped < 120
+    # Slurm holds a job that was queued again for two minutes; its node refuses one that comes in the second of its end.
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
+    _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
+    assert f"going on from step {stopped}" in log.read_text()
+    assert _losses(run) == _losses(tmp_path / "alone")
+    assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank

@@ -1,0 +1,287 @@
+"""The main door, with real processes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from longspan.launch.commands.train import train
+from longspan.trainer.errors import UserError
+from longspan.trainer.predict.flops import training_flops
+from longspan.trainer.recipe.file import load_recipe
+
+
+def read(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_path):
+    run = tmp_path / "run"
+    overrides = [
+        "launch.processes=2",
+        "parallel.cp=2",
+        f"data.validation={corpus}",
+        "evaluation.interval=10",
+    ]
+    overrides += ["evaluation.ngram_baseline=true", "evaluation.sample_prompt=Document"]
+    done = longspan("train", tiny_recipe, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "step 20/20" in done.stdout
+    assert "held-out: " in done.stdout
+    assert "an order-2 byte model on the same: " in done.stdout
+    assert "a sample:\nDocument" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    records = read(run)
+    assert records[0]["step"] == 1
+    assert set(records[0]) == {"step", "flops/linear", "flops/sparse", "flops/full", "flops/output"}
+    assert records[0]["flops/full"] > records[0]["flops/sparse"] > 0
+    training, evaluations = (
+        [r for r in records if key in r] for key in ("train/loss", "eval/loss")
+    )
+    assert [r["step"] for r in training] == [1, 5, 10, 15, 20]
+    assert [r["step"] for r in evaluations] == [10, 20]
+    assert training[-1]["train/loss"] < training[0]["train/loss"]
+    assert evaluations[-1]["eval/bits_per_byte"] == pytest.approx(
+        evaluations[-1]["eval/loss"] / 0.693, rel=0.05
+    )
+    expected = {
+        "train/grad_norm",
+        "train/lr",
+        "train/tokens",
+        "perf/step_time_s",
+        "perf/tokens_per_sec_per_device",
+    }
+    assert expected <= training[-1].keys()
+    assert 0 < training[-1]["data/padding_ratio"] < 0.5
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "torch 2." in (run / "versions.txt").read_text()
+
+    (run / "plots" / "loss.png").unlink()
+    assert longspan("plot", run).stdout.strip() == str(run / "plots" / "loss.png")
+    assert (run / "plots" / "loss.png").exists()
+
+    said = longspan(
+        "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
+    )
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("Document 1")
+    assert (
+        said.stdout
+        == longspan(
+            "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
+        ).stdout
+    )
+
+    again = longspan("train", tiny_recipe, *overrides)
+    assert again.returncode == 0, again.stderr
+    assert "all 20 steps are done; raise training.steps" in again.stdout
+    assert "held-out: " in again.stdout
+    assert read(run) == records
+
+
+def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, tmp_path):
+    options = [
+        "training.seq_length=192",
+        "data.packing=buckets",
+        "data.buckets={shortest: 24, cycle_steps: 12}",
+    ]
+    done = longspan("train", tiny_recipe, *options, "training.steps=12", "metrics.log_interval=1")
+    assert done.returncode == 0, done.stderr
+    model = load_recipe(str(tiny_recipe)).model
+    possible = {
+        length: sum(training_flops(model, length, 257).values()) for length in (24, 48, 96, 192)
+    }
+    seen = set()
+    for record in read(tmp_path / "run"):
+        if "train/loss" in record:
+            flops = (
+                record["perf/tflops_per_device"] * 1e12 / record["perf/tokens_per_sec_per_device"]
+            )
+            (length,) = [
+                length
+                for length, each in possible.items()
+                if flops == pytest.approx(each, rel=1e-6)
+            ]
+            seen.add(length)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "gib"),
+    [
+        (
+            [
+                "engine={name: deepspeed, zero_stage: 2, config: {zero_optimization: {offload_optimizer: {device: cpu}}}}",
+                "model.hidden_size=65536",
+            ],
+            "engine.config.zero_optimization",
+            16 * (4 * (4 * 65536**2 + 3 * 65536 * 96) + 2 * 384 * 65536) / 2**30,
+        ),
+        (
+            ["memory.recompute=full", "memory.offload_inputs=true", f"training.seq_length={2**34}"],
+            "memory.offload_inputs",
+            2 * 2 * 2**34 * 64 * 4 / 2**30,
+        ),
+    ],
+    ids=["Adam", "inputs"],
+)
+def test_what_is_offloaded_must_fit_into_memory(tiny_recipe, tmp_path, overrides, key, gib):
+    with pytest.raises(UserError) as caught:
+        train(str(tiny_recipe), [*overrides, "launch.processes=2"], dry_run=False)
+    found = re.fullmatch(
+        rf"{key}: what the 2 processes here offload takes ([0-9,.]+) GiB, .* has [0-9.]+ GiB; .*",
+        str(caught.value),
+    )
+    assert float(found[1].replace(",", "")) == pytest.approx(gib, rel=0.1)  # gates beside
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_recipe, tmp_path):
+    done = longspan("train", tiny_recipe, "training.steps=6", "evaluation.sample_prompt=Doc")
+    assert done.returncode == 0, done.stderr
+    assert "a sample:\nDoc" in done.stdout
+    first, resolved = tmp_path / "run", tmp_path / "run" / "recipe.yaml"
+    assert longspan("train", resolved, f"run_dir={tmp_path / 'again'}").returncode == 0
+    losses = [
+        [record["train/loss"] for record in read(folder) if "train/loss" in record]
+        for folder in (first, tmp_path / "again")
+    ]
+    assert losses[0] == losses[1], "same recipe, same sizes, same bits"
+
+
+def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
+    longspan, tiny_recipe, corpus, tmp_path
+):
+    for suffix in ("idx", "json"):
+        (tmp_path / f"bad.{suffix}").write_bytes(Path(f"{corpus}.{suffix}").read_bytes())
+    content = bytearray(Path(f"{corpus}.bin").read_bytes())
+    content[2000:2002] = (999).to_bytes(2, "little")
+    (tmp_path / "bad.bin").write_bytes(content)
+    done = longspan(
+        "train",
+        tiny_recipe,
+        "launch.processes=2",
+        "training.steps=500",
+        "checkpoint.interval=1",
+        f"data.sources={{{tmp_path / 'bad'}: 1.0}}",
+    )
+    assert done.returncode == 2, done.stderr
+    assert (
+        f"{tmp_path / 'bad'}.bin: token id 999 at byte offset 2000 (token 1000) is outside the vocabulary of 257"
+        in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_under_torchrun_ends_all_ranks_cleanly(tiny_recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "longspan",
+    ]
+    done = subprocess.run(
+        [*command, "train", tiny_recipe], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode != 0
+    assert (
+        f"longspan: rank 0: run_dir: {tmp_path / 'run'} holds a run whose recipe cannot be read"
+        in done.stderr
+    )
+    assert "[rank1]: Traceback" not in done.stderr
+
+
+def test_damaged_weights_are_named(longspan, tiny_recipe, tmp_path):
+    assert longspan("train", tiny_recipe, "training.steps=1").returncode == 0
+    weights = tmp_path / "run" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = longspan("generate", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"{weights}: is damaged" in done.stderr
+
+
+def wandb_records(file: Path):
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, parts = file.read_bytes(), 7, b""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:  # no header fits in what is left of a block
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def test_tensorboard_holds_the_metrics(longspan, tiny_recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = longspan("train", tiny_recipe, "metrics.tensorboard=true", "training.steps=10")
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    for name in ("train/loss", "perf/tflops_per_device"):
+        logged = {record["step"]: record[name] for record in records if name in record}
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(
+            logged, rel=1e-6
+        )
+
+
+def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
+    done = longspan(
+        "train",
+        tiny_recipe,
+        "metrics.wandb=true",
+        "training.steps=10",
+        HOME=str(tmp_path),
+        WANDB_MODE="",
+        WANDB_API_KEY="",
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    logged = [
+        {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in wandb_records(file)
+        if record.WhichOneof("record_type") == "history"
+    ]
+    losses = [
+        [entry["train/loss"] for entry in entries if "train/loss" in entry]
+        for entries in (logged, read(tmp_path / "run"))
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+def test_the_weights_of_a_run_are_whole_and_named_globally(longspan, tiny_recipe, tmp_path):
+    done = longspan("train", tiny_recipe, "training.steps=2", "launch.processes=2", "parallel.pp=2")
+    assert done.returncode == 0, done.stderr
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "run" / "weights.safetensors")
+    assert {int(name.split(".")[2]) for name in weights if name.startswith("decoder.layers.")} == {
+        0,
+        1,
+        2,
+        3,
+    }
+    assert weights["embedding.word_embeddings.weight"].shape == torch.Size([384, 64])

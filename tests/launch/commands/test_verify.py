@@ -1,0 +1,117 @@
+"""``longspan verify``: exact layers pass, and each kind of mistake is seen."""
+
+import os
+import re
+
+import pytest
+import torch
+from longspan.trainer.data.batches import recipe_layout
+from longspan.trainer.evaluation.parity import (
+    STACK,
+    allowed,
+    cases,
+    documents_of,
+    leak,
+    probes_of,
+    small,
+)
+from longspan.trainer.recipe.file import load_recipe
+
+
+def test_the_quickstart_is_what_it_is_on_one_rank(longspan):
+    done = longspan(
+        "verify", "quickstart", "parallel.schedules.full=ring", "parallel.schedules.sparse=stripes"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [re.split(r"  +", line) for line in done.stdout.splitlines() if line.endswith("  ok")]
+    assert {row[0] for row in rows} == {"linear", "sparse", "full", STACK}
+    assert "full          full       ring" in done.stdout
+    assert "sparse        s2         stripes" in done.stdout
+
+
+@pytest.mark.wide
+def test_what_is_wrong_ends_with_status_1(longspan, tmp_path):
+    """A rank whose convolution takes one token too few of its neighbour."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('WORLD_SIZE') == '2':\n"
+        "    import longspan.parallel.convolution as c\n"
+        "    real = c._padded\n"
+        "    c._padded = lambda x, rows: real(x[:, 1:], rows)\n"
+    )
+    recipe = tmp_path / "conv.yaml"
+    recipe.write_text(
+        "base: quickstart\nmodel: {layers: {blocks: {linear: {mixer: conv, num_heads: null}}}}\n"
+    )
+    done = longspan(
+        "verify",
+        recipe,
+        PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"^linear .* WRONG$", done.stdout, re.MULTILINE)
+    assert re.search(r"^full .* ok$", done.stdout, re.MULTILINE)
+    assert "longspan: linear: with token" in done.stderr
+
+
+def test_a_leak_and_a_loss_are_both_seen():
+    recipe = small(load_recipe("quickstart"), 2)
+    documents = documents_of(recipe)
+    found = dict(cases(recipe))
+    assert list(found) == ["linear", "sparse", "full", STACK]
+    probe = probes_of(recipe, documents)[0]
+    may, must = allowed(found["sparse"], documents, probe)
+    assert must.sum() > 1
+    assert torch.equal(may, must)
+    assert leak(found["sparse"], documents, {probe: may}) is None
+    later = int(may.nonzero()[-1])
+    for position, what in (
+        (later, "does not change, and must"),
+        (documents.shape[1] - 1, "changes, and must not"),
+    ):
+        changed = may.clone()
+        changed[position] = not changed[position]
+        assert f"with token {probe} position {position} {what}" in leak(
+            found["sparse"], documents, {probe: changed}
+        )
+    across = torch.zeros(documents.shape[1], dtype=torch.bool)
+    across[probe] = across[-1] = True
+    assert "must not" in leak(found[STACK], documents, {probe: across})
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("cp", [2, 3, 4])
+def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
+    recipe = small(load_recipe("quickstart", [f"parallel.layout={layout}"]), cp)
+    assert (
+        recipe.model.layers.blocks["sparse"]
+        == load_recipe("quickstart").model.layers.blocks["sparse"]
+    )
+    assert recipe.model.kv_heads == 4
+    edges = {start for start, *_ in recipe_layout(recipe).in_order}
+    starts = ((documents_of(recipe)[0].diff() != 0).nonzero().flatten() + 1).tolist()
+    assert all(start % 32 == 0 for start in starts)
+    assert set(starts) & edges
+    assert set(starts) - edges
+    assert sum(edge > starts[-1] for edge in edges) == len(edges - {0}) - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--cp", "0"],
+            "--cp: must be at least 2, got 0: there is nothing to compare with one rank",
+        ),
+        (
+            ["--cp", "3", "parallel.schedule=heads"],
+            "heads cannot do model.layers.blocks.sparse: 4 query heads do not",
+        ),
+        (["parallel.schedule=rings"], "parallel.schedule: schedule must be one of auto"),
+    ],
+)
+def test_bad_input_is_told_before_any_process_starts(longspan, arguments, message):
+    done = longspan("verify", "quickstart", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,119 @@
+"""Checkpoints as files; what ranks do with them is in test_resume.py."""
+
+import pytest
+from longspan.trainer.checkpoint.files import (
+    DamagedError,
+    Manifest,
+    checkpoints,
+    clean_up,
+    commit,
+    partial_path,
+    prune,
+    set_aside,
+    sha256,
+)
+from longspan.trainer.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 5, 50 and 500."""
+    for step in (5, 50, 500):
+        partial = partial_path(tmp_path, step)
+        partial.mkdir()
+        (partial / "data").write_bytes(b"weights" * step)
+        files = {"data": (7 * step, sha256(partial / "data"))}
+        commit(partial, Manifest(step, 10 * step, "two ranks", "now", files))
+    return tmp_path
+
+
+def test_committed_checkpoints_are_whole_and_listed_from_the_newest(folder):
+    assert [checkpoint.step for checkpoint in checkpoints(folder)] == [500, 50, 5]
+    assert checkpoints(folder / "none") == []
+    for checkpoint in checkpoints(folder):
+        manifest = checkpoint.manifest()
+        assert (manifest.step, manifest.tokens, manifest.ranks) == (
+            checkpoint.step,
+            10 * checkpoint.step,
+            "two ranks",
+        )
+        assert checkpoint.damage(manifest) is None
+
+
+def test_what_is_not_committed_is_not_listed_and_cleaned_up(folder):
+    partial_path(folder, 1000).mkdir()
+    (partial_path(folder, 1000) / "data").touch()
+    (folder / "notes").mkdir()
+    assert len(checkpoints(folder)) == 3
+    clean_up(folder)
+    assert not partial_path(folder, 1000).exists()
+    assert (folder / "notes").exists()
+
+
+def test_a_share_of_the_files_finds_only_its_own_damage(folder):
+    newest = checkpoints(folder)[0]
+    (newest.path / "data").write_bytes(b"Weights" * 500)
+    manifest = newest.manifest()
+    assert (
+        newest.damage(manifest, 0, 2) == "data has changed since it was written (SHA-256 differs)"
+    )
+    assert newest.damage(manifest, 1, 2) is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, [500, 50, 5]), (2, [500, 50]), (9, [500, 50, 5])])
+def test_prune_keeps_the_newest(folder, keep, left):
+    prune(folder, keep)
+    assert [checkpoint.step for checkpoint in checkpoints(folder)] == left
+    assert sorted(folder.iterdir()) == sorted(checkpoint.path for checkpoint in checkpoints(folder))
+
+
+def test_a_damaged_checkpoint_set_aside_is_kept_but_not_listed(folder):
+    newest = checkpoints(folder)[0]
+    (folder / "step-00000500.damaged-1").mkdir()
+    assert set_aside(newest).name == "step-00000500.damaged-2"
+    assert [checkpoint.step for checkpoint in checkpoints(folder)] == [50, 5]
+    clean_up(folder)
+    assert (folder / "step-00000500.damaged-2" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not a manifest"),
+        ("[1]", "is not a manifest"),
+        ('{"version": "x"}', "is not a manifest"),
+        ('{"version": 1}', "is not a manifest"),
+        ('{"version": 1, "digest": "0"}', "has changed since it was written"),
+        (Manifest(4, 1, "two ranks", "now", {}).to_json(), "says step 4"),
+    ],
+)
+def test_a_bad_manifest_is_damage(folder, content, message):
+    newest = checkpoints(folder)[0]
+    (newest.path / "manifest.json").write_text(content)
+    with pytest.raises(DamagedError, match=f"manifest.json {message}"):
+        newest.manifest()
+
+
+def test_every_bit_of_a_manifest_counts(folder):
+    newest = checkpoints(folder)[0]
+    content = (newest.path / "manifest.json").read_text()
+    for old, new in (
+        ('"tokens": 5000', '"tokens": 5001'),
+        ("two ranks", "tvo ranks"),
+        ('"now"', '"nox"'),
+    ):
+        assert old in content
+        (newest.path / "manifest.json").write_text(content.replace(old, new))
+        with pytest.raises(DamagedError, match=r"manifest\.json has changed"):
+            newest.manifest()
+
+
+def test_a_newer_format_is_refused(folder):
+    newest = checkpoints(folder)[0]
+    (newest.path / "manifest.json").write_text(
+        Manifest(500, 1, "two ranks", "now", {}, version=2).to_json()
+    )
+    with pytest.raises(
+        UserError, match=r"step-00000500: was written by a newer longspan \(format 2"
+    ):
+        newest.manifest()

@@ -1,0 +1,341 @@
+"""What ``longspan eval`` asks and how it counts, by models whose answers are known; then the commands on a run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from longspan.launch.cli import main
+from longspan.trainer.data.build import build_corpus
+from longspan.trainer.data.corpus import Corpus
+from longspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
+from longspan.trainer.errors import UserError
+from longspan.trainer.evaluation.held_out import Haystack
+from longspan.trainer.evaluation.position_loss import documents_of, lengths_of, position_loss
+from longspan.trainer.evaluation.retrieval import examples, measure, needles
+from longspan.trainer.evaluation.tasks import TASKS
+
+LENGTH = 700
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory, texts):
+    """Bytes, and byte pairs that split numbers and words as they like."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer, pairs.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    more = ["The number of kuvamu is 53132.\n In digits, the most frequent word"] * 9
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    pairs.train_from_iterator(texts + more, trainer)
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    pairs.save(str(path))
+    return {"bytes": ByteTokenizer(), "pairs": load_tokenizer(str(path), "--tokenizer")}
+
+
+@pytest.fixture(scope="module")
+def haystack(tmp_path_factory, texts, tokenizers):
+    def make(name="bytes"):
+        prefix = str(tmp_path_factory.mktemp("held-out") / "text")
+        (tmp_path_factory.getbasetemp() / "lines.txt").write_text("\n".join(texts))
+        build_corpus([tmp_path_factory.getbasetemp() / "lines.txt"], tokenizers[name], prefix)
+        return Haystack(Corpus(prefix, 500), tokenizers[name])
+
+    return make
+
+
+class Copying:
+    """After the last ``seen`` tokens it says what followed where they stood last, up to ``reach`` tokens back."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seen: int, reach: int = 10**9):
+        self.seen, self.reach = seen, reach
+
+    def token_losses(self, tokens, labels):
+        said = torch.full_like(tokens, -1)
+        for row, text in enumerate(tokens.tolist()):
+            last = {}
+            for at in range(self.seen - 1, len(text)):
+                here = tuple(text[at - self.seen + 1 : at + 1])
+                found = last.get(here)
+                if found is not None and at - found <= self.reach:
+                    said[row, at] = text[found + 1]
+                last[here] = at
+        right = said == labels
+        return torch.where(right, 0.1, 5.0), right
+
+
+def text_of(haystack, asked):
+    decode = haystack.tokenizer.decode
+    return decode(asked.tokens), [
+        decode([asked.tokens[i] for i in answer]) for answer in asked.answers
+    ]
+
+
+@pytest.mark.parametrize("name", ["bytes", "pairs"])
+@pytest.mark.parametrize("task", ["needle", *TASKS])
+def test_what_is_asked_stands_in_the_text(haystack, name, task):
+    made = haystack(name)
+    asked = (
+        needles(made, 5, 1, LENGTH, 0.5)
+        if task == "needle"
+        else list(examples(made, 5, 1, task, LENGTH))
+    )
+    seen = set()
+    for right, wrong in asked:
+        assert len(right.tokens) == LENGTH
+        (text, answers), others = text_of(made, right), [text_of(made, each) for each in wrong]
+        seen.add(text)
+        assert len(answers) == len(others) == (4 if task == "several" else 1)
+        assert text.endswith(answers[-1])
+        for answer, (other, (instead,)) in zip(answers, others, strict=True):
+            assert answer != instead
+            assert other.endswith(instead)
+            assert text.startswith(other.removesuffix(instead) + answer), "all is right before it"
+            if task in ("needle", "several", "crowd"):
+                assert text.count(f" is{answer}") == 2, "once in the text and once as the answer"
+                assert f" is{instead}." in text
+        body, question = text.rsplit("\n", 1)
+        if task == "chain":
+            name_asked = question.removeprefix("In digits, the number of ").split(" ")[0]
+            for _ in range(3):
+                (name_asked,) = [
+                    line.removesuffix(".").rsplit(" ", 1)[1]
+                    for line in body.splitlines()
+                    if f"The number of {name_asked} is that of" in line
+                ]
+            assert f"The number of {name_asked} is{answers[0]}." in body
+        if task == "frequent":
+            first, second = (
+                body.split("is ", 1)[1].split().count(word.strip())
+                for word in (answers[0], others[0][1][0])
+            )
+            assert first > second > 0
+    assert len(seen) == 5
+
+
+def test_a_needle_is_as_deep_as_it_says(haystack):
+    made, fact = haystack(), len("\nThe number of kuvamu is 53132.\n")
+    for depth in (0.0, 0.25, 1.0):
+        for right, _ in needles(made, 8, 0, 1500, depth):
+            text, (answer,) = text_of(made, right)
+            place = text.index(f"is{answer}.") - (fact - 9)
+            assert place == pytest.approx(depth * (1500 - 3 * fact), abs=fact + 2), (
+                "another fact may lie before it"
+            )
+
+
+def test_a_model_that_copies_is_seen_to(haystack):
+    made, model = haystack(), Copying(12)
+    advanced = []
+    assert measure(model, needles(made, 30, 0, LENGTH, 0.2), LENGTH, advanced.append)[:4] == (
+        1.0,
+        0.0,
+        1.0,
+        0.0,
+    )
+    assert sum(advanced) == 30
+    found = {task: measure(model, examples(made, 20, 0, task, LENGTH), LENGTH) for task in TASKS}
+    assert found["several"][:4] == found["crowd"][:4] == (1.0, 0.0, 1.0, 0.0)
+    assert found["crowd"].loss == pytest.approx(0.1, abs=1e-6)
+    assert found["chain"].exact == 0.0, "the last name leads to another name"
+    assert found["frequent"].exact == 0.0, "it says the example's word"
+
+
+def test_a_model_of_a_short_reach_misses_what_lies_deep(haystack):
+    made, model = haystack(), Copying(12, reach=400)
+    near, far = (measure(model, needles(made, 20, 0, 1500, depth), 1500) for depth in (1.0, 0.0))
+    assert near[:4] == (1.0, 0.0, 1.0, 0.0)
+    assert far.exact == 0.0
+    assert 0.0 <= far.preferred < 0.9, "the other number is near in some of them"
+    assert far.loss > 4
+
+
+def test_examples_are_a_pure_function_of_the_seed(haystack):
+    made = haystack()
+    once, again, other = (list(examples(made, 4, seed, "several", LENGTH)) for seed in (0, 0, 1))
+    assert once == again
+    assert not any(a == b for a, b in zip(once, other, strict=True))
+    assert list(examples(made, 2, 0, "several", LENGTH)) == once[:2]
+
+
+class Knowing:
+    """A token with ``n`` others before it, as far as it sees, costs ``8 / (1 + n)`` nats and its own id over 1,000."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, sees=10**9):
+        self.sees = sees
+
+    def token_losses(self, tokens, labels):
+        before = torch.arange(tokens.shape[1]).clamp(max=self.sees)
+        return (8 / (1 + before) + labels / 1000).float(), None
+
+
+def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
+    lengths = [30, 200, 97, 400, 98]
+    for i, length in enumerate(lengths):
+        tmp_path.joinpath(f"{i}.txt").write_bytes(
+            bytes((7 * i + j) % 100 + 20 for j in range(length - 1))
+        )  # and its end
+    build_corpus([tmp_path], ByteTokenizer(), str(tmp_path / "held"))
+    corpus, advanced = Corpus(str(tmp_path / "held"), 257), []
+    chosen = documents_of(corpus, 97, 8)
+    assert chosen.tolist() == [1, 3, 4], "one of 97 tokens has 96 labels"
+    assert documents_of(corpus, 97, 2).tolist() == [1, 4]
+    ranges = position_loss(Knowing(), corpus, 97, chosen, advanced.append)
+    assert sum(advanced) == 3
+    assert [r[:2] for r in ranges] == [(0, 16), (16, 32), (32, 64), (64, 97)]
+    texts = np.stack([corpus.read(document, 0, 98) for document in chosen])
+    for start, stop, loss, gain, error in ranges:
+        own = texts[:, start + 1 : stop + 1].mean() / 1000
+        assert loss == pytest.approx(
+            own + np.mean([8 / (1 + p) for p in range(start, stop)]), rel=1e-5
+        )
+        if start:
+            without = own + np.mean([8 / (1 + p - start // 2) for p in range(start, stop)])
+            assert gain == pytest.approx(without - loss, abs=1e-6)
+            assert error == pytest.approx(0, abs=1e-6), "it is the same for all documents"
+    assert ranges[0].gain is ranges[0].error is None
+    assert ranges[1].gain > 0.1
+
+    near = position_loss(Knowing(sees=16), corpus, 97, chosen)
+    assert near[1].gain > 0.01
+    assert [r.gain for r in near[2:]] == pytest.approx([0, 0], abs=1e-6), (
+        "nothing that lies farther back than it sees"
+    )
+
+    assert lengths_of(corpus, None, 97) == [97, 194], "two documents should have them"
+    assert lengths_of(corpus, None, 1000) == [128]
+    assert lengths_of(corpus, [16, 399], 97) == [16, 399]
+    assert position_loss(Knowing(), corpus, 399, documents_of(corpus, 399, 8))[1].error is None
+    with pytest.raises(
+        UserError, match=r"--lengths: 400, but the longest document of .* has 399 labels"
+    ):
+        lengths_of(corpus, [400], 97)
+
+
+def test_documents_that_are_empty_end(tmp_path, tokenizers):
+    tmp_path.joinpath("none.jsonl").write_text('{"text": ""}\n' * 3)
+    build_corpus([tmp_path / "none.jsonl"], tokenizers["bytes"], str(tmp_path / "none"))
+    made = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
+    with pytest.raises(UserError, match="has no document of more than one token"):
+        made.text(10, np.random.default_rng(0))
+    with pytest.raises(
+        UserError, match=r"--lengths: 16, but the longest document of .* has 0 labels"
+    ):
+        lengths_of(Corpus(str(tmp_path / "none"), 257), None, 64)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, corpus):
+    """The folder of a run that has not learned anything."""
+    from longspan.launch.process import process_group
+    from longspan.trainer.checkpoint.run_folder import RunFolder
+    from longspan.trainer.recipe.file import load_recipe
+    from longspan.trainer.run.loop import build_engine
+
+    folder = tmp_path_factory.mktemp("runs")
+    overrides = [
+        "model.hidden_size=32",
+        "model.intermediate_size=32",
+        "launch.processes=1",
+        "parallel.cp=1",
+    ]
+    overrides += [
+        f"data.sources={{{corpus}: 1.0}}",
+        f"data.validation={corpus}",
+        "training.seq_length=128",
+    ]
+    recipe = load_recipe("quickstart", [*overrides, f"run_dir={folder / 'run'}"])
+    made = RunFolder(recipe.run_dir)
+    made.begin(recipe, 0, {})
+    with process_group(1):
+        engine = build_engine(recipe)
+        made.write_weights(engine.weights(), 0)
+        engine.close()
+    return made
+
+
+def ended(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("command", "rows", "line"),
+    [
+        ("loss --lengths 64,150", "ranges", "       150  128 .. 150  "),
+        ("loss --lengths 16", "ranges", "        16  0 .. 16  "),
+        ("needle --lengths 200,256 --depths 2 --examples 3", "settings", "   256   100%  "),
+        ("tasks --tasks several,chain --lengths 700 --examples 3", "settings", "chain       700  "),
+        ("tasks --tasks chain,frequent --examples 1", "settings", "frequent     512  "),
+    ],
+)
+def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
+    name, *options = command.split()
+    status, out, err = ended(capsys, "eval", name, run.path, *options)
+    assert status == 0, err
+    assert line in out
+    report = json.loads(run.evaluation(name).read_text())
+    assert report["step"] == 0
+    for row in report[rows]:
+        assert (f"{row['loss']:.4f}" if name == "loss" else f"{row['loss']:.3f}") in out
+        assert 3 < row["loss"] < 10, "of 257 ids"
+        assert row["trained"] == (row.get("stop", row["length"]) <= 128)
+    assert run.evaluation(name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("loss {run} --lengths 8", "--lengths: must be at least 16, got 8"),
+        ("loss {run} --lengths 4096", "--lengths: 4,096, but the longest document of"),
+        ("loss {run} --documents 0", "--documents: must be at least 1, got 0"),
+        ("loss {run} --data {run}/nothing", "nothing.bin: no such file; build it with"),
+        ("loss {run}/none", "not the folder of a run"),
+        ("needle {run} --lengths 64,x", "--lengths: must be whole numbers"),
+        (
+            "needle {run} --lengths 40",
+            "--lengths: a question and what it asks for take 94 tokens; use at least 64 more",
+        ),
+        ("needle {run} --depths 1", "--depths: must be at least 2, got 1"),
+        ("needle {run} --examples 0", "--examples: must be at least 1, got 0"),
+        (
+            "tasks {run} --tasks chain,ruler",
+            "--tasks: ruler is none; known: several, crowd, chain, frequent",
+        ),
+        ("tasks {run} --lengths 300", "tokens; use at least 64 more"),
+        ("tasks {run} --seed -1", "--seed: must not be negative, got -1"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, run, arguments, message):
+    status, _, err = ended(capsys, "eval", *arguments.replace("{run}", str(run.path)).split())
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_runs_without_held_out_text_are_told(capsys, run, tmp_path):
+    content = yaml.safe_load(run.recipe_file.read_text())
+    content["data"]["validation"] = None
+    tmp_path.joinpath("recipe.yaml").write_text(yaml.safe_dump(content))
+    shutil.copy(run.weights, tmp_path)
+    status, _, err = ended(capsys, "eval", "needle", tmp_path)
+    assert (status, err) == (
+        2,
+        "longspan: data.validation: the run has no held-out text; name some with --data PREFIX\n",
+    )

@@ -1,0 +1,128 @@
+"""What long sequences need changes no gradient, and keeps what it says."""
+
+import contextlib
+
+import pytest
+import torch
+from longspan.launch.process import process_group
+from longspan.trainer.errors import UserError
+from longspan.trainer.recipe.file import load_recipe
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..stacks import LINEAR, LINEAR_MORE, PATTERNS
+
+OPTIONS = {
+    "full": ["memory.recompute=full"],
+    "selective": ["memory.recompute=selective"],
+    "tiles": ["memory.mlp_tile=17", "memory.loss_tile=10"],
+    "all": [
+        "memory.recompute=full",
+        "memory.mlp_tile=17",
+        "memory.loss_tile=10",
+        "memory.offload_inputs=true",
+    ],
+}
+
+
+@contextlib.contextmanager
+def batches_on(recipe_file, *overrides):
+    """An engine on one process, and the microbatches of its first step."""
+    from longspan.trainer.data.batches import Batches
+    from longspan.trainer.data.prepare import prepare_data
+    from longspan.trainer.data.tokenizer import recipe_vocab_size
+    from longspan.trainer.run.loop import build_engine
+
+    recipe = load_recipe(str(recipe_file), ["training.micro_batch_size=2", *overrides])
+    with process_group(2):
+        engine = build_engine(recipe)
+        with contextlib.closing(engine):
+            batches = Batches(
+                recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.share, engine.device
+            )
+            yield engine, list(batches.step(0))
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [],
+        [PATTERNS],
+        pytest.param(LINEAR, marks=pytest.mark.wide),
+        pytest.param(LINEAR_MORE, marks=pytest.mark.wide),
+    ],
+    ids=["tiny", "patterns", "linear", "more linear"],
+)
+def test_gradients_are_the_same(tiny_recipe, stack):
+    with batches_on(tiny_recipe, *stack) as (engine, batches):
+        expected = engine.gradients(batches)
+    for name, options in OPTIONS.items():
+        with batches_on(tiny_recipe, *stack, *options) as (engine, batches):
+            gradients = engine.gradients(batches)
+        assert gradients.keys() == expected.keys()
+        for key, gradient in gradients.items():
+            if "tile" in "".join(options):  # sums of other parts
+                assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), (name, key)
+            else:
+                assert torch.equal(gradient, expected[key]), (name, key)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_inputs_that_wait_on_the_host_come_back_as_they_were(tiny_recipe):
+    found = []
+    for more in ([], ["memory.offload_inputs=true"]):
+        with batches_on(tiny_recipe, "memory.recompute=full", *more) as (engine, batches):
+            found.append(engine.gradients(batches))
+    for key, expected in found[0].items():
+        assert (found[1][key] - expected).norm() <= 1e-5 * expected.norm(), key
+
+
+def kept(recipe_file, *overrides):
+    """Bytes that a forward pass keeps for its backward pass, of tensors that are no parameters, each once."""
+    with batches_on(recipe_file, *overrides) as (engine, batches):
+        weights = {parameter.data_ptr() for parameter in engine.model.parameters()}
+        sizes = {}
+
+        def pack(x):
+            if x.data_ptr() not in weights:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                found.append(x)  # so that no address is used twice
+            return x
+
+        found = []
+        with saved_tensors_hooks(pack, lambda x: x):
+            batch = batches[0]
+            engine.model(
+                batch.tokens,
+                None,
+                None,
+                labels=batch.labels,
+                loss_mask=batch.weights,
+                packed_seq_params=batch.sequence,
+            )
+        return sum(sizes.values())
+
+
+def test_less_is_kept(tiny_recipe):
+    layer = 2 * 96 * 64 * 4  # a hidden state
+    loss = 2 * 96 * 64 * 4 + 384 * 64 * 4  # its gradients, made in the forward pass
+    everything = kept(tiny_recipe)
+    selective = kept(tiny_recipe, "memory.recompute=selective")
+    full = kept(tiny_recipe, "memory.recompute=full")
+    assert loss + 4 * layer <= full < loss + 7 * layer
+    assert full < selective < 0.6 * everything
+    of_one = kept(tiny_recipe, "memory.recompute=full", "memory.recompute_blocks={full: none}")
+    assert full < of_one < everything
+    assert kept(tiny_recipe, "memory.mlp_tile=16") < 0.8 * everything
+
+
+def test_offloading_needs_full_recompute(tiny_recipe):
+    with pytest.raises(UserError) as caught:
+        load_recipe(
+            str(tiny_recipe), ["memory.offload_inputs=true", "memory.recompute_blocks={ful: full}"]
+        )
+    assert "memory.recompute_blocks.ful: names no block (did you mean full?)" in str(caught.value)
+    assert (
+        "memory.offload_inputs: block full keeps more than its input (recompute none); set"
+        in str(caught.value)
+    )

@@ -1,0 +1,424 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from longspan.trainer.errors import UserError
+from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes, to_yaml
+from longspan.trainer.recipe.learning_rate import learning_rate
+
+
+def problems(recipe, *overrides) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(recipe), list(overrides))
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_described(path):
+    assert load_recipe(str(path)).description
+
+
+def test_a_resolved_recipe_loads_as_itself(tiny_recipe, tmp_path):
+    recipe = load_recipe(str(tiny_recipe))
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(recipe))
+    assert load_recipe(str(again)) == recipe
+
+
+def test_all_problems_are_told_at_once(tiny_recipe):
+    found = problems(
+        tiny_recipe,
+        "training.stpes=3",
+        "model.hidden_size=wide",
+        "model.layers.blocks.full.rotary_fraction=1.5",
+        "parallel.tp=3",
+        "launch.processes=3",
+    )
+    expected = {
+        "training.stpes": "unknown key (did you mean steps?)",
+        "model.hidden_size": "should be a valid integer, got 'wide'",
+        "model.layers.blocks.full.rotary_fraction": "less than or equal to 1, got 1.5",
+        "parallel.tp": "3 does not divide model.num_attention_heads 4",
+    }
+    for key, reason in expected.items():
+        assert any(line.startswith(f"tiny.yaml: {key}: ") and reason in line for line in found), key
+    assert {line.split(": ")[1] for line in found} == expected.keys()
+
+
+def test_combinations_are_told_beside_unknown_keys(tiny_recipe):
+    found = problems(tiny_recipe, "training.stpes=3", "parallel.pp=3", "launch.processes=3")
+    assert any("training.stpes: unknown key" in line for line in found)
+    assert any("parallel.pp: 3 does not divide model.num_hidden_layers 4" in line for line in found)
+
+
+def test_a_faulty_required_key_hides_no_other_problem(tiny_recipe):
+    found = problems(
+        tiny_recipe,
+        "training.steps=x",
+        "model.num_attention_heads=x",
+        "parallel.pp=3",
+        "launch.processes=3",
+    )
+    keys = [line.split(": ")[1] for line in found]
+    assert sorted(keys) == ["model.num_attention_heads", "parallel.pp", "training.steps"]
+    pattern = "model.layers.blocks.full={mixer: pattern}"
+    assert [
+        line.split(": ")[1]
+        for line in problems(tiny_recipe, pattern, "parallel.pp=3", "launch.processes=3")
+    ] == [
+        "model.layers.blocks.full.pattern",
+        "parallel.pp",
+    ]
+
+
+def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_path):
+    for run_dir in ("'1e3'", "'no'", "'12'", "'null'", "'2026-01-01'"):
+        recipe = load_recipe(str(tiny_recipe), [f"run_dir={run_dir}"])
+        (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+        assert load_recipe(str(tmp_path / "again.yaml")).run_dir == run_dir.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run_dir=''", "run_dir: string should have at least 1 character"),
+        ("optimizer.lr=.inf", "optimizer.lr: should be a finite number"),
+        ("optimizer.betas=[1.0, 1.0]", "optimizer.betas.0: should be less than 1"),
+        ("training.seed=10000000000000000000000", "training.seed: should be less than 2147483648"),
+        ("training.steps=!!int x", "training.steps: '!!int x' is not YAML"),
+        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names no block: 'spares'"),
+        ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
+        (
+            "model.layers.blocks.linear.mixer=lihgtning",
+            "unknown mixer 'lihgtning' (did you mean lightning?)",
+        ),
+        ("model.layers.blocks.linear={}", "has no mixer; as in {mixer: full}"),
+        (
+            "model.layers.blocks.sparse.block=12",
+            "sparse.block: must be a power of two, got 12; 8 and 16 are the nearest",
+        ),
+        (
+            "model.layers.blocks.sparse.dense_heads=3",
+            "blocks.sparse.dense_heads: 3 is more than the 2 KV heads",
+        ),
+        (
+            "model.layers.blocks.sparse.near=[6, 4]",
+            "blocks.sparse.near: has stride 4, which does not divide the far stride 2",
+        ),
+        (
+            "model.layers.blocks.full={mixer: window, window: 0}",
+            "blocks.full.window: should be greater than 0, got 0",
+        ),
+        (
+            "model.layers.blocks.full={mixer: window, windw: 9}",
+            "blocks.full.windw: unknown key (did you mean window?)",
+        ),
+        (
+            "model.layers.blocks.full={mixer: window, window: 9, softcap: 0}",
+            "blocks.full.softcap: should be greater than 0",
+        ),
+        ("model.layers.blocks.full={mixer: streaming}", "blocks.full.window: is required"),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: S2(8}",
+            "blocks.full.pattern: 'S2(8' is no pattern",
+        ),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'S2(9, 1, 2)'}",
+            "blocks.full.pattern: S2.block must be a power of two",
+        ),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: S3(8)}",
+            "full.pattern: unknown pattern 'S3'; known: Causal",
+        ),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal()]) | Sinks(2)'}",
+            "blocks.full.pattern: PerHead lists 1 patterns and the model has 2 KV heads; list one for each, from head 0",
+        ),
+        (
+            "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal(), Causal(), Window(9)])'}",
+            "blocks.full.pattern: PerHead lists 3 patterns and the model has 2 KV heads; list one for each, from head 0",
+        ),
+        ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
+        (
+            "model.layers.blocks.linear.num_heads=3",
+            "blocks.linear.num_heads: 3 does not divide the width, 64",
+        ),
+        (
+            "model.layers.blocks.full={mixer: mamba2, num_key_heads: 3}",
+            "full.num_key_heads: 3 does not divide the 4 heads",
+        ),
+        (
+            "model.layers.blocks.full={mixer: retention, key_head_dim: 9}",
+            "full.key_head_dim: 9 is odd, but is rotated in pairs",
+        ),
+        (
+            "model.layers.blocks.full={mixer: gated_deltanet, num_heads: 32}",
+            "full.key_head_dim: is by default 3/4 of a head's part of the width 64, 1.5 with 32 heads; set it",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: gated_deltanet, num_key_heads: 1}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.num_key_heads 1",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: gla, decay_rank: 5}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.decay_rank 5",
+        ),
+        (
+            "parallel.tp=2 model.layers.blocks.full={mixer: kda, value_head_dim: 5}",
+            "parallel.tp: 2 does not divide model.layers.blocks.full.value_head_dim 5",
+        ),
+        (
+            "parallel.schedule=rings",
+            "parallel.schedule: schedule must be one of auto, stripes, ring, gather, heads, grid",
+        ),
+        (
+            "parallel.schedules.ful=ring",
+            "parallel.schedules.ful: names no block (did you mean full?); known: full, linear",
+        ),
+        (
+            "parallel.schedules.linear=ring",
+            "parallel.schedules.linear: is for softmax attention, but the block is lightning; remove it",
+        ),
+        (
+            "launch.processes=3 parallel={cp: 3, schedule: heads}",
+            "schedule: heads cannot do model.layers.blocks.sparse: 4 query heads do not split over 3 ranks; ring takes any",
+        ),
+        (
+            "launch.processes=2 parallel={cp: 2, schedules: {full: grid}}",
+            "parallel.schedules.full: grid cannot do model.layers.blocks.full: parallel.cp 2 is no grid; take ring",
+        ),
+        (
+            "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
+            "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: 2 ranks do not split into rows of 3",
+        ),
+        ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
+        ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
+        (
+            "model.num_attention_heads=6 model.layers.blocks.full={mixer: kda}",
+            "6 does not divide hidden_size 64; set head_dim",
+        ),
+        (
+            "model.num_attention_heads=x model.layers.blocks.full={mixer: kda}",
+            "num_attention_heads: should be a valid integer",
+        ),
+        (
+            "training.seq_length=100",
+            "training.seq_length: 100 is not a multiple of the patterns' largest block, 8",
+        ),
+        (
+            "training.global_batch_size=3 launch.processes=2",
+            "training.global_batch_size: 3 is not a multiple",
+        ),
+        (
+            "parallel.tp=2",
+            "launch.processes: 1 is not a multiple of parallel.tp * cp * pp = 2; use 2",
+        ),
+        (
+            "parallel.cp=5",
+            "training.seq_length: 96 does not split into 10 equal parts for parallel.cp 5 (zigzag)",
+        ),
+        (
+            "parallel.layout=striped",
+            "parallel.layout: should be 'zigzag' or 'contiguous', got 'striped'",
+        ),
+        (
+            "parallel.tp=4 launch.processes=4",
+            "parallel.tp: 4 does not divide model.num_key_value_heads 2",
+        ),
+        (
+            "evaluation.ngram_baseline=true data.tokenizer=t.json",
+            "evaluation.ngram_baseline: counts bytes",
+        ),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("model=null", "model: is required"),
+        ("training.steps=yes", "training.steps: should be a valid integer, got 'yes'"),
+        ("training.steps=1e3", "training.steps: should be a valid integer, got 1000.0"),
+    ],
+)
+def test_each_problem_names_its_key(tiny_recipe, override, message):
+    assert any(
+        message in line
+        for line in problems(
+            tiny_recipe,
+            *override.split(" ", 1) if "=" in override.partition(" ")[2] else [override],
+        )
+    )
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps.x=3", "run_dir={"])
+def test_bad_overrides(tiny_recipe, override):
+    assert override.split("=")[0].split(".")[0] in problems(tiny_recipe, override)[0]
+
+
+def test_yaml_has_no_traps(tiny_recipe):
+    recipe = load_recipe(
+        str(tiny_recipe),
+        ["optimizer.lr=1e-3", "run_dir=no", "metrics.wandb=true", "description=12:30"],
+    )
+    assert (recipe.optimizer.lr, recipe.run_dir, recipe.metrics.wandb, recipe.description) == (
+        1e-3,
+        "no",
+        True,
+        "12:30",
+    )
+
+
+def test_duplicate_keys_are_refused_with_their_line(tiny_recipe):
+    text = tiny_recipe.read_text()
+    tiny_recipe.write_text(text + "training: {}\n")
+    assert problems(tiny_recipe) == [
+        f"{tiny_recipe}:{text.count(chr(10)) + 1}:1: duplicate key 'training'"
+    ]
+
+
+def test_broken_yaml_and_wrong_shape(tiny_recipe):
+    tiny_recipe.write_text("a: [1\nb: 2\n")
+    assert f"{tiny_recipe}:2:" in problems(tiny_recipe)[0]
+    tiny_recipe.write_text("- 1\n")
+    assert "a recipe is a mapping of sections, this is list" in problems(tiny_recipe)[0]
+
+
+def test_an_unknown_recipe_is_told_with_the_known_ones():
+    (line,) = problems("quikstart")
+    assert "did you mean quickstart?" in line
+
+
+def test_base_is_inherited_key_by_key(tiny_recipe, tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        yaml.safe_dump(
+            {
+                "base": tiny_recipe.name,
+                "training": {"steps": 7},
+                "model": {"layers": {"blocks": {"sparse": None}, "pattern": ["linear", "full"]}},
+            }
+        )
+    )
+    recipe, base = load_recipe(str(child)), load_recipe(str(tiny_recipe))
+    assert recipe.training.steps == 7
+    assert recipe.training.seq_length == base.training.seq_length
+    assert list(recipe.model.layers.blocks) == ["full", "linear"]
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("base: child.yaml\noptimizer: {lr: 0.5}\n")
+    assert load_recipe(str(grandchild)).optimizer.lr == 0.5
+    assert load_recipe(str(grandchild)).training.steps == 7
+
+
+def test_sources_of_a_base_are_replaced(tmp_path):
+    (tmp_path / "child.yaml").write_text("base: quickstart\ndata: {sources: {mine: 1.0}}\n")
+    assert load_recipe(str(tmp_path / "child.yaml")).data.sources == {"mine": 1.0}
+
+
+def test_a_shipped_recipe_can_be_a_base(tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("base: quickstart\nrun_dir: elsewhere\n")
+    assert load_recipe(str(child)).model == load_recipe(str(SHIPPED / "quickstart.yaml")).model
+
+
+def test_a_base_that_is_its_own_ancestor(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert "its own ancestor" in problems(tmp_path / "a.yaml")[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "gaps"),
+    [
+        ("{mixer: full}", False),
+        ("{mixer: window, window: 9}", False),
+        ("{mixer: streaming, window: 9}", False),
+        ("{mixer: s2, block: 8, stride: 2}", False),
+        ("{mixer: s2, block: 8, stride: 4}", True),
+        ("{mixer: s2, block: 8, stride: 4, dense_heads: 1}", False),
+        ("{mixer: pattern, pattern: 'PerHead([Stripes(8, 2), Window(9)])'}", True),
+        ("{mixer: pattern, pattern: 'Stripes(8, 2) | Window(9)'}", False),
+    ],
+)
+def test_gaps_between_stripes_are_warned_of(tiny_recipe, block, gaps):
+    from longspan.trainer.run.loop import _warnings
+
+    told = list(_warnings(load_recipe(str(tiny_recipe), [f"model.layers.blocks.full={block}"])))
+    assert [
+        "model.layers.blocks.full: the stripes of 2 KV heads leave gaps" in line for line in told
+    ] == [True] * gaps
+
+
+def test_documents_are_aligned_to_the_patterns_in_use(tiny_recipe):
+    pattern = "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Stripes(32, 2), Dilated(16, 2, 2)]) | Sinks(4)'}"
+    model = load_recipe(str(tiny_recipe), [pattern]).model
+    assert model.document_alignment == 32
+    assert model.model_copy(update={"num_hidden_layers": 3}).document_alignment == 8
+
+
+def test_recipes_need_no_torch(tiny_recipe):
+    code = (
+        "import sys; from longspan.trainer.recipe.file import load_recipe;"
+        f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+STAGES = """stages=[{from_step: 6, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}},
+    {from_step: 12, optimizer: {lr: 5e-4}, lr_scheduler: {name: wsd, warmup_steps: 2}}]"""
+
+
+def test_stages_add_up(tiny_recipe):
+    recipe = load_recipe(str(tiny_recipe), [STAGES])
+    assert recipe.stage_starts == [0, 6, 12]
+    stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
+    shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
+    assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
+    rates = [recipe.learning_rate(step) for step in range(20)]
+    plain = load_recipe(str(tiny_recipe), [])
+    # The run's schedule goes on to where a stage has its own: its cosine ends there.
+    assert rates[:12] == [learning_rate(step, 12, 1e-3, plain.lr_scheduler) for step in range(12)]
+    assert rates[12:] == [
+        learning_rate(step, 8, 5e-4, recipe.stages[1].lr_scheduler) for step in range(8)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[{from_step: 30}]", "stages.0.from_step: 30 is not between 0 and training.steps 20"),
+        (
+            "[{from_step: 9}, {from_step: 9}]",
+            "stages.1.from_step: 9 is not between 9 and training.steps 20",
+        ),
+        (
+            "[{from_step: 9, training: {seq_length: 100}}]",
+            "stages.0.training.seq_length: 100 is not a multiple of",
+        ),
+        (
+            "[{from_step: 9, data: {mqar: {pairs: [4], vocab_size: 64}}}]",
+            "stages.0.data: must have the tokenizer and",
+        ),
+        (
+            "[{from_step: 9, training: {steps: 3}}]",
+            "stages.0.training.steps: unknown key; known here: seq_length, global_batch_size",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(tiny_recipe, stages, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(str(tiny_recipe), [f"stages={stages}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [],
+            "data.buckets.shortest: 256 times a power of two is not training.seq_length 96; use 96",
+        ),
+        (
+            ["training.seq_length=192", "data.buckets.shortest=12"],
+            "data.buckets.shortest: 12 is not a multiple of 8",
+        ),
+    ],
+)
+def test_buckets_that_cannot_be_are_told(tiny_recipe, overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(str(tiny_recipe), ["data.packing=buckets", *overrides])

@@ -1,0 +1,82 @@
+"""A rank that stands still: the others tell which it is, and the run ends."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def _ranks(parent: int) -> dict[int, int]:
+    """Processes of the ranks that it has started, by rank."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PPid:\t{parent}\n" in (entry / "status").read_text():
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)", (entry / "environ").read_bytes())
+                found[int(rank[1])] = int(entry.name)
+        except (OSError, TypeError):
+            continue
+    return found
+
+
+def test_ranks_are_told_by_where_they_are():
+    from longspan.trainer.run.watchdog import _Place, _told
+
+    places = [
+        _Place("step 7", 61.2, 12),
+        _Place("the data of step 7", 61.0, 12),
+        _Place("step 7", 61.3, 12),
+        _Place("step 6", 3.0, 2),
+    ]
+    assert _told(places, [10, 10, 10, 2]) == [
+        "ranks 0, 2: in step 7 for 61 s",
+        "rank 1: in the data of step 7 for 61 s",
+        "rank 3: not answering, last in step 6",
+    ]
+
+
+@pytest.mark.wide
+def test_a_rank_that_stands_still_is_named(tiny_recipe, tmp_path):
+    options = [
+        "launch.processes=2",
+        "parallel.cp=2",
+        "launch.hang_timeout_s=8",
+        "training.steps=100000",
+        "metrics.log_interval=1",
+    ]
+    command = [sys.executable, "-m", "longspan", "train", str(tiny_recipe), *options]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        run = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        for _ in range(900):
+            if metrics.exists() and len(metrics.read_text().splitlines()) > 5:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"it does not train: {log.read_text()}")
+        os.kill(_ranks(run.pid)[1], signal.SIGSTOP)
+        run.wait(90)
+    finally:
+        run.kill()
+    errors = log.read_text()
+    assert run.returncode == 1
+    step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
+    assert re.search(
+        rf"^longspan: rank 0: (?:the \w+ of )?step (?:{step}|{step + 1}) takes \d+ s, more than launch",
+        errors,
+        re.M,
+    )
+    assert re.search(
+        r"^longspan: rank 1: not answering, last in (?:the \w+ of )?step \d+$", errors, re.M
+    )
+    assert "Current thread" in errors  # the stacks
+    assert "trainer/run/loop.py" in errors

@@ -1,0 +1,1 @@
+"""What trains the model: Megatron-core or DeepSpeed, behind one interface."""

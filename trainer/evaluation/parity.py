@@ -1,0 +1,196 @@
+"""Whether a recipe's layers do over context-parallel ranks what they do on one: small models of the same patterns, looked at
+closely.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...attention.patterns.patterns import Ruled
+from ...parallel import Sequence
+from ..data.batches import Microbatch, recipe_layout
+from ..engines.megatron import MegatronEngine
+from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
+from ..recipe.layers.softmax import SoftmaxBlock
+from ..recipe.schema import Recipe
+
+VOCABULARY = 256
+LOSS, GRADIENT = 1e-6, 1e-4
+"""How far a loss may be from that of one rank, and a gradient in norm, relative."""
+STACK = "all together"
+_LEAST = 256  # tokens
+
+
+def small(recipe: Recipe, cp: int) -> Recipe:
+    """The same layers, heads and patterns with fewer channels, over as few tokens as show the patterns' structure."""
+    content = recipe.model_dump(mode="json")
+    model, training = content["model"], content["training"]
+    length, heads = _LEAST, recipe.model.kv_heads
+    for block in recipe.model.stack:
+        pattern = block.attention_pattern(heads) if isinstance(block, SoftmaxBlock) else None
+        if isinstance(pattern, Ruled):
+            rules = [rule for head in range(heads) for rule in pattern.rules(head)]
+            length = max(
+                [length, *(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)]
+            )
+    unit = 4 * cp * recipe.model.document_alignment
+    training |= {
+        "seq_length": -(-length // unit) * unit,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "dtype": "float32",
+    }
+    content["data"] = {"sources": {"python-stdlib": 1.0}}
+    content["evaluation"] = {}
+    content["launch"] = {"processes": cp, "threads": 1}
+    content["parallel"] |= {"cp": cp, "tp": 1, "pp": 1, "ep": 1, "sequence_parallel": False}
+    content |= {"engine": {"name": "megatron"}, "stages": []}
+    model |= {"vocab_size": None, "intermediate_size": 64, "initializer_range": 0.1}
+    if model["moe"]:
+        shared = model["moe"]["shared_expert_intermediate_size"]
+        model["moe"] |= {"intermediate_size": 64, "shared_expert_intermediate_size": shared and 64}
+    sizes = sorted({64, 128, 256, 512, recipe.model.hidden_size})
+    dims = sorted({8, 16, 32, 64, recipe.model.kv_channels})
+    for hidden in sizes:
+        for dim in dims:
+            try:
+                return Recipe.model_validate(
+                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}}
+                )
+            except ValueError:  # the last sizes are the recipe's own
+                continue
+    return Recipe.model_validate(content)
+
+
+def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
+    """One layer of each block that is used, by its name, and last all of them in one model."""
+    names = list(dict.fromkeys(recipe.model.stack_names))
+    for name, pattern in [*((name, [name]) for name in names), (STACK, names)]:
+        blocks = {each: recipe.model.layers.blocks[each] for each in pattern}
+        layers = recipe.model.layers.model_copy(update={"blocks": blocks, "pattern": pattern})
+        yield (
+            name,
+            recipe.model_copy(
+                update={
+                    "model": recipe.model.model_copy(
+                        update={"layers": layers, "num_hidden_layers": len(pattern)}
+                    )
+                }
+            ),
+        )
+
+
+def documents_of(recipe: Recipe) -> Tensor:
+    """Ids int32 ``[1, time]``: a document that ends where a rank's part does, one inside a part, and one over all others."""
+    length, align = recipe.training.seq_length, recipe.model.document_alignment
+    edge = recipe_layout(recipe).in_order[0][1]
+    starts = edge, edge + align
+    ids = np.zeros((1, length), np.int32)
+    for start in starts:
+        ids[:, start:] += 1
+    return torch.from_numpy(ids)
+
+
+@dataclass
+class Seen:
+    """What one arrangement of ranks did; on the first rank alone."""
+
+    loss: float
+    gradients: dict[str, Tensor]
+    changed: dict[int, Tensor]
+    """For each token that was replaced, which positions' logits changed: bool ``[time]``."""
+
+
+def look(recipe: Recipe, documents: Tensor, probes: list[int]) -> Seen | None:
+    """Loss, gradients and probes of a recipe's model; every rank calls it, within a process group of ``parallel.cp`` ranks."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, labels = torch.randint(
+        VOCABULARY, (2, 1, recipe.training.seq_length), generator=generator
+    )
+    engine = MegatronEngine(recipe, VOCABULARY)
+    try:
+        layout, rank = recipe_layout(recipe), engine.share.context_rank
+
+        def batch(tokens: Tensor) -> Microbatch:
+            weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
+            own = (layout.shard(x, rank) for x in (tokens, labels, weights))
+            return Microbatch(*own, Sequence(layout, rank, documents), 0)
+
+        def logits(tokens: Tensor) -> Tensor:
+            one = batch(tokens)
+            with torch.no_grad():
+                own = engine.model(one.tokens, None, None, packed_seq_params=one.sequence)
+            parts: list = [None] * layout.ranks
+            dist.all_gather_object(parts, own)
+            return layout.unshard(parts)
+
+        loss, count = engine.evaluate(batch(tokens))
+        gradients = engine.gradients([batch(tokens)])
+        whole, changed = logits(tokens), {}
+        for probe in probes:
+            other = tokens.clone()
+            other[0, probe] = (other[0, probe] + 1) % VOCABULARY
+            changed[probe] = (logits(other) != whole).any(-1)[0]
+        return Seen(loss / count, gradients, changed) if dist.get_rank() == 0 else None
+    finally:
+        engine.close()
+
+
+def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
+    """Positions to replace: documents' first and last tokens, either side of the edges between ranks, some in between."""
+    edges = [start for start, *_ in recipe_layout(recipe).in_order][1:]
+    begins = (documents[0].diff() != 0).nonzero().flatten().tolist()
+    length = documents.shape[1]
+    wanted = {
+        0,
+        length // 3,
+        length - 2,
+        *begins,
+        *(at + 1 for at in begins),
+        *edges,
+        *(at - back for at in edges for back in (1, 2)),
+    }
+    return sorted(at for at in wanted if 0 <= at < length)
+
+
+def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
+    """Which positions may see token ``probe``, and which surely do: bool ``[time]``."""
+    length, ids = documents.shape[1], documents[0]
+    at = torch.arange(length)
+    may = (ids == ids[probe]) & (at >= probe)
+    if len(recipe.model.stack) > 1:
+        return may, at == probe
+    (block,) = recipe.model.stack
+    pattern = (
+        block.attention_pattern(recipe.model.kv_heads) if isinstance(block, SoftmaxBlock) else None
+    )
+    if isinstance(block, ConvolutionBlock):
+        seen = may & (at < probe + block.conv_kernel)
+        return seen, seen
+    if isinstance(block, LinearAttentionBlock):  # what a state keeps fades
+        return may, may & (at <= probe + 1)
+    if not isinstance(pattern, Ruled):  # chosen from the content
+        return may, at == probe
+    start = int((ids == ids[probe]).nonzero()[0])
+    seen = pattern.mask(
+        (at - start).clamp(min=0), torch.tensor([probe - start]), recipe.model.kv_heads
+    ).any(0)[:, 0]
+    seen = (seen & may) | (at == probe)
+    return seen, seen
+
+
+def leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:
+    """What is wrong with the probes' answers: a position that saw what it must not, or did not see what it must."""
+    for probe, found in changed.items():
+        may, must = allowed(recipe, documents, probe)
+        for wrong, what in (
+            (found & ~may, "changes, and must not"),
+            (must & ~found, "does not change, and must"),
+        ):
+            if wrong.any():
+                return f"with token {probe} position {int(wrong.nonzero()[0])} {what} ({int(wrong.sum())} such)"
+    return None

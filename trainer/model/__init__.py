@@ -1,0 +1,1 @@
+"""The model: a Megatron-core model whose layers are ours."""

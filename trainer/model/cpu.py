@@ -1,0 +1,74 @@
+"""Megatron-core on a machine without CUDA.
+
+Megatron-core names CUDA where it means "the device": tensors made on ``cuda``, random states of ``torch.cuda``, type names.
+Here those names lead to the CPU. Applied only where there is no CUDA, and only to what Megatron-core 0.16.1 uses.
+"""
+
+import contextlib
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace(
+                "torch.", "torch.cuda."
+            )  # the distributed optimizer asks for "torch.cuda.FloatTensor"
+        return result
+
+
+class _Nothing:
+    """A stream or an event."""
+
+    def __init__(self, *_, **__): ...
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
+
+
+def megatron_on_cpu() -> contextlib.AbstractContextManager:
+    """A context in which Megatron-core runs on the CPU; nothing at all where there is CUDA.
+
+    The functions that it replaces stay replaced, since without CUDA they could only fail.
+    """
+    if torch.cuda.is_available():
+        return contextlib.nullcontext()
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    for name in (
+        "FloatTensor",
+        "HalfTensor",
+        "BFloat16Tensor",
+        "LongTensor",
+        "IntTensor",
+        "ByteTensor",
+    ):
+        setattr(torch.cuda, name, getattr(torch, name))
+
+    # Experts are given streams and events to overlap; here all is done in order.
+    torch.cuda.Stream = torch.cuda.Event = _Nothing
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.current_stream = lambda device=None: _Nothing()
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(
+        state
+    )
+    return _CudaMeansCpu()

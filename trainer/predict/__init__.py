@@ -1,0 +1,1 @@
+"""What a recipe will take, computed without building its model."""

@@ -1,0 +1,1 @@
+"""Recipes: their schema, their checks and their files. Nothing here imports torch."""

@@ -1,0 +1,1 @@
+"""The kinds of layer that a recipe may name."""
