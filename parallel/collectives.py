@@ -13,7 +13,7 @@ from .layout import Layout
 from .schedules.plan import Exchange
 
 
-class Parcel:
+class KVExchange:
     """An exchange under way: rows of other ranks, for a buffer of this one.
 
     Args:
@@ -59,7 +59,7 @@ def as_columns(rows: Tensor, exchange: Exchange, like: Tensor) -> Tensor:
     return lines.transpose(1, 2).flatten(2, 3)
 
 
-class Homeward:
+class GradientReturn:
     """Gradients of a buffer's rows (:func:`new_rows`) on their way to the ranks whose rows they are, as ``wire``."""
 
     def __init__(
@@ -103,7 +103,7 @@ class Homeward:
                 home.index_add_(0, rows, part.to(total.dtype))
 
 
-def agree(group: dist.ProcessGroup, key: int) -> None:
+def check_same_plan(group: dist.ProcessGroup, key: int) -> None:
     """Refuse, on all ranks, where they are about to do different things: that would hang, or worse.
 
     On GPUs, where to look at the answer is to wait for all that was launched, only keys that are new to this rank are compared.

@@ -23,7 +23,14 @@ from ..attention.softmax.attend import (
     with_sinks,
 )
 from ..attention.softmax.tiles import Logits, Tile, merge_, tile_backward, tile_forward
-from .collectives import Homeward, Parcel, agree, as_columns, gather_sequence, new_rows
+from .collectives import (
+    GradientReturn,
+    KVExchange,
+    as_columns,
+    check_same_plan,
+    gather_sequence,
+    new_rows,
+)
 from .layout import Layout, check_shard
 from .schedules.choose import choose_schedule, key_of, plan_attention
 from .schedules.names import Schedule
@@ -85,7 +92,7 @@ def attend(
     rows = rows_of(documents, q.shape[0], layout.length)
     closed_form = pattern if isinstance(pattern, Ruled) else None
     plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
-    agree(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
+    check_same_plan(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents, layout, group)
     check_pattern(
@@ -158,7 +165,7 @@ class _Work:
         """Each stage with its keys and values; while it is computed the next ones are on their way."""
         kv, stages = torch.cat([k, v], -1).contiguous(), self.plan.stages
         parcels = (
-            stage.exchange and Parcel(kv, stage.exchange, self.plan.peers, self.group)
+            stage.exchange and KVExchange(kv, stage.exchange, self.plan.peers, self.group)
             for stage in stages
         )
         coming = next(parcels)
@@ -215,7 +222,7 @@ class _Work:
             going = (
                 None
                 if rows is None
-                else Homeward(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
+                else GradientReturn(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
             )
         if going is not None:
             going.add_to(total)

@@ -336,7 +336,7 @@ def test_gradients_that_stay_abroad_are_caught(threads, monkeypatch):
     from longspan.parallel import collectives as exchange
     from longspan.parallel import softmax
 
-    monkeypatch.setattr(softmax.Homeward, "add_to", lambda parcel, total: None)
+    monkeypatch.setattr(softmax.GradientReturn, "add_to", lambda parcel, total: None)
     assert softmax_errors(threads, LAYOUTS["zigzag-2"], Causal(), None) > 1e-3
     monkeypatch.setattr(exchange, "_sum_in_order", lambda parts, dtype: parts[0])
     assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
