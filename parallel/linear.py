@@ -73,7 +73,7 @@ def linear_attention(
         )
         own.append((q[:, at], k[:, at], v[:, at], piece(decay, at), piece(beta, at), ids))
         kept, added = state_map(*own[-1][1:], backend=backend)
-        maps.append(StateMap(added, kept * _goes_on(documents, start)))
+        maps.append(StateMap(added, kept * _same_document_before(documents, start)))
     nothing = piece(decay, slice(0, 0)), piece(beta, slice(0, 0)), None
     kept, added = state_map(k[:, :0], v[:, :0], *nothing, backend=backend)
     # Backward is a collective, so that a rank without tokens has its part in the exchange too: what it sends depends on its
@@ -88,7 +88,7 @@ def linear_attention(
     for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _), current in zip(
         own, layout.placed[rank], before, strict=True
     ):
-        current = current * _goes_on(documents, start)
+        current = current * _same_document_before(documents, start)
         options = {
             "decay": decay_s,
             "beta": beta_s,
@@ -125,7 +125,7 @@ class StateMap(NamedTuple):
         return self.kept * x if self.kept.shape[-1] == 1 else self.kept @ x
 
 
-def _goes_on(documents: Tensor | None, start: int) -> Tensor | float:
+def _same_document_before(documents: Tensor | None, start: int) -> Tensor | float:
     """1 where the document before a segment's first token is that of the token, else 0: ``[batch, 1, 1, 1]``."""
     if documents is None or not start:
         return 1.0
@@ -185,10 +185,10 @@ def _scan(
     whole = StateMap(first + identity.added, torch.zeros_like(identity.kept))
     shift, *distances = _distances(layout)
     own = maps
-    found, identity = _meet(maps, identity, mine, holders, shift, group)
+    found, identity = _exchange_maps(maps, identity, mine, holders, shift, group)
     maps = [found.get(n, whole) for n in mine]
     for distance in distances:
-        found, identity = _meet(maps, identity, mine, holders, distance, group)
+        found, identity = _exchange_maps(maps, identity, mine, holders, distance, group)
         maps = [
             one.after(found[n]) if n in found else one for n, one in zip(mine, maps, strict=True)
         ]
@@ -199,7 +199,9 @@ def _scan(
     return before, AllGather.apply(behind + identity.added, group)[holders[-1]]
 
 
-def _meet(maps, identity: StateMap, mine: list[int], holders: list[int], distance: int, group):
+def _exchange_maps(
+    maps, identity: StateMap, mine: list[int], holders: list[int], distance: int, group
+):
     """For each of this rank's segments the map of the one ``distance`` before it; and the identity, tied to the exchange."""
     to = sorted((holders[n + distance], n) for n in mine if n + distance < len(holders))
     come = sorted((holders[n - distance], n) for n in mine if n >= distance)

@@ -34,7 +34,7 @@ from .collectives import (
 from .layout import Layout, check_shard
 from .schedules.choose import choose_schedule, key_of, plan_attention
 from .schedules.names import Schedule
-from .schedules.plan import Job, Plan, Stage, rows_of
+from .schedules.plan import Plan, PlanStage, TileJob, batch_rows
 
 
 def attend(
@@ -89,7 +89,7 @@ def attend(
     chosen = choose_schedule(
         schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3])
     )
-    rows = rows_of(documents, q.shape[0], layout.length)
+    rows = batch_rows(documents, q.shape[0], layout.length)
     closed_form = pattern if isinstance(pattern, Ruled) else None
     plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
     check_same_plan(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
@@ -106,8 +106,8 @@ def attend(
         raise ValueError(
             "backend flash takes keys side by side, and this layout has each rank's in many pieces; use torch"
         )
-    out, lse = _Attend.apply(
-        q, k, v, sinks, _Work(plan, pattern, logits, backend, group), return_lse
+    out, lse = _AttendOverRanks.apply(
+        q, k, v, sinks, _DistributedCall(plan, pattern, logits, backend, group), return_lse
     )
     return (out, lse) if return_lse else out
 
@@ -143,7 +143,7 @@ def _select(
 
 
 @dataclass(frozen=True)
-class _Work:
+class _DistributedCall:
     """A plan, and what its tiles are beside it."""
 
     plan: Plan
@@ -152,7 +152,7 @@ class _Work:
     backend: str
     group: dist.ProcessGroup
 
-    def tile(self, job: Job) -> Tile:
+    def tile(self, job: TileJob) -> Tile:
         pattern = Causal() if job.dense else self.pattern
         if isinstance(pattern, BlockLists):
             pattern = pattern.in_document(job.batch, *job.document)
@@ -161,7 +161,7 @@ class _Work:
             pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits
         )
 
-    def stages(self, k: Tensor, v: Tensor) -> Iterator[tuple[Stage, Tensor, Tensor]]:
+    def stages(self, k: Tensor, v: Tensor) -> Iterator[tuple[PlanStage, Tensor, Tensor]]:
         """Each stage with its keys and values; while it is computed the next ones are on their way."""
         kv, stages = torch.cat([k, v], -1).contiguous(), self.plan.stages
         parcels = (
@@ -229,21 +229,21 @@ class _Work:
         return dq, *total.split([k.shape[3], v.shape[3]], -1)
 
     @staticmethod
-    def _places(job: Job, q: Tensor, k: Tensor) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    def _places(job: TileJob, q: Tensor, k: Tensor) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where the tile's queries are, and its keys."""
         each = q.shape[2] // k.shape[2]
         heads = slice(job.heads.start * each, job.heads.stop * each)
         return (job.batch, job.queries, heads), (job.batch, job.keys, job.heads)
 
 
-class _Attend(torch.autograd.Function):
+class _AttendOverRanks(torch.autograd.Function):
     """Exchanges and tiles in one node, so that a rank whose result needs nothing of the others still joins backward's exchange.
 
     Keeps this rank's own tensors alone; keys and values of others are fetched again for backward.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: _Work, return_lse: bool):
+    def forward(ctx, q, k, v, sinks, work: _DistributedCall, return_lse: bool):
         ctx.work, ctx.shape, ctx.return_lse = work, q.shape, return_lse
         heads = work.plan.heads
         if heads is not None:

@@ -11,7 +11,7 @@ from . import ways
 from .balance import balance
 from .heads import HeadExchange
 from .names import Schedule, named, refusal
-from .plan import Plan, Problem, Rows
+from .plan import AttentionSpec, BatchRows, Plan
 
 _STAGES = {"stripes": ways.stripes, "ring": ways.ring, "gather": ways.gather}
 _VERSION = 1  # of the plans: part of their key
@@ -76,7 +76,7 @@ def cost(
     Of a few ranks, the same for every rank to look at, so that all choose the same.
     """
     rows, closed_form = (
-        (Rows(0, 1, (0,), layout.length),),
+        (BatchRows(0, 1, (0,), layout.length),),
         pattern if isinstance(pattern, Ruled) else None,
     )
     plans = [
@@ -94,7 +94,7 @@ def make_plan(
     pattern: Pattern | None,
     heads: int,
     kv_heads: int,
-    rows: tuple[Rows, ...],
+    rows: tuple[BatchRows, ...],
     schedule: Schedule,
     rank: int,
 ) -> Plan:
@@ -110,7 +110,7 @@ def make_plan(
         if pattern is None
         else [rule for head in range(kv_heads) for rule in pattern.rules(head)]
     )
-    problem = Problem(
+    problem = AttentionSpec(
         layout.grouped(size),
         pattern.from_head(first) if pattern is not None and first else pattern,
         own_kv_heads,

@@ -1,7 +1,7 @@
 """What a rank sends, receives and computes for one attention: reckoned from the layout, without a tensor or a message.
 
 A plan is a list of stages. Each has an :class:`Exchange`, which fills a buffer with keys and values of other ranks, and
-:class:`Job` s, the tiles that are then possible. What makes the stages is in :mod:`.ways`.
+:class:`TileJob` s, the tiles that are then possible. What makes the stages is in :mod:`.ways`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ from .ranges import expand, progressions
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The documents of some rows of the batch that are cut alike."""
 
     first: int
@@ -61,7 +61,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionSpec:
     """An attention over ranks.
 
     Args:
@@ -74,7 +74,7 @@ class Problem:
     layout: Layout
     pattern: Pattern | None
     kv_heads: int
-    rows: tuple[Rows, ...]
+    rows: tuple[BatchRows, ...]
     near: bool
     far: bool
 
@@ -203,7 +203,7 @@ class Index(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class TileJob:
     """A tile: queries of this rank against columns of a buffer.
 
     Args:
@@ -225,14 +225,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlanStage:
     """Tiles, and the exchange that they wait for: None for this rank's own keys."""
 
     exchange: Exchange | None
-    jobs: tuple[Job, ...]
+    jobs: tuple[TileJob, ...]
 
 
-class Run(NamedTuple):
+class PositionRun(NamedTuple):
     """Positions of one document that lie in a buffer side by side."""
 
     at: Blocks
@@ -246,40 +246,44 @@ class Run(NamedTuple):
     def stop(self) -> int:
         return (self.at.start + (self.at.count - 1) * self.at.step + 1) * self.at.size
 
-    def clip(self, start: int, stop: int) -> "Run":
+    def clip(self, start: int, stop: int) -> "PositionRun":
         """Without positions that are not in ``[start, stop)``; a progression stays as it is."""
         start, stop = max(start, self.start), min(stop, self.stop)
         if self.at.step > 1:
             return self
         column = self.columns.start + start - self.start
-        return Run(Blocks(start, 1, stop - start), slice(column, column + stop - start))
+        return PositionRun(Blocks(start, 1, stop - start), slice(column, column + stop - start))
 
 
-class Pieces:
+class TokenRanges:
     """Ascending ranges of the sequence in a buffer, ``(start, stop, column)``, columns one after another."""
 
-    def __init__(self, pieces: Iterable[tuple[int, int, int]], problem: Problem):
+    def __init__(self, pieces: Iterable[tuple[int, int, int]], problem: AttentionSpec):
         self.pieces, self.problem = list(pieces), problem
 
-    def documents(self, rows: Rows) -> list[tuple[int, int]]:
+    def documents(self, rows: BatchRows) -> list[tuple[int, int]]:
         """Those that have some of its tokens."""
         numbers = {n for start, stop, _ in self.pieces for n in rows.overlapping(start, stop)}
         return [rows.document(n) for n in sorted(numbers)]
 
-    def of_document(self, start: int, stop: int) -> list[Run]:
+    def of_document(self, start: int, stop: int) -> list[PositionRun]:
         """Those in the document from ``start`` to ``stop``, by their positions in it."""
         inside = [(a, b, column) for a, b, column in self.pieces if a < stop and b > start]
         own = [(max(a, start), min(b, stop), column + max(a, start) - a) for a, b, column in inside]
         found, column = [], own[0][2] if own else 0
         for at in progressions([(a - start, b - start) for a, b, _ in own], self.problem.may_step):
-            found.append(Run(at, slice(column, column + len(at))))
+            found.append(PositionRun(at, slice(column, column + len(at))))
             column += len(at)
         return found
 
 
 def tiles(
-    queries: Pieces, keys: Pieces, rows: Rows, problem: Problem, first: bool = False
-) -> Iterator[Job]:
+    queries: TokenRanges,
+    keys: TokenRanges,
+    rows: BatchRows,
+    problem: AttentionSpec,
+    first: bool = False,
+) -> Iterator[TileJob]:
     """For each run of ``queries`` in a document a tile with each run of keys that it may see.
 
     Args:
@@ -296,7 +300,7 @@ def tiles(
             ]
             for n, key in enumerate(seen):
                 heads = slice(0, problem.kv_heads)
-                yield Job(
+                yield TileJob(
                     rows.batch,
                     heads,
                     run.columns,
@@ -324,7 +328,7 @@ class Plan:
 
     batch: int
     rank: int
-    stages: tuple[Stage, ...]
+    stages: tuple[PlanStage, ...]
     heads: HeadExchange | None
     first_kv_head: int
     peers: range
@@ -362,10 +366,10 @@ class Plan:
         )
 
 
-def rows_of(documents: Tensor | None, batch: int, length: int) -> tuple[Rows, ...]:
+def batch_rows(documents: Tensor | None, batch: int, length: int) -> tuple[BatchRows, ...]:
     """The rows of a batch, those together that are cut alike. ``documents``: ids ``[batch, length]``."""
     if documents is None or not batch:
-        return (Rows(0, batch, (0,), length),)
+        return (BatchRows(0, batch, (0,), length),)
     starts = [
         tuple(start for _, start, _ in own)
         for _, own in groupby(document_spans(documents), key=itemgetter(0))
@@ -373,6 +377,6 @@ def rows_of(documents: Tensor | None, batch: int, length: int) -> tuple[Rows, ..
     found, first = [], 0
     for own, same in groupby(starts):
         stop = first + len(list(same))
-        found.append(Rows(first, stop, own, length))
+        found.append(BatchRows(first, stop, own, length))
         first = stop
     return tuple(found)

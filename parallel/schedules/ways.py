@@ -17,7 +17,7 @@ import numpy as np
 from ...attention.patterns.patterns import Ruled
 from ...attention.patterns.rules import Blocks, Rule
 from ..layout import Layout
-from .plan import Exchange, Job, Pieces, Problem, Rows, Stage, tiles
+from .plan import AttentionSpec, BatchRows, Exchange, PlanStage, TileJob, TokenRanges, tiles
 from .ranges import Ranges, progressions
 
 _PADDING = (
@@ -25,16 +25,16 @@ _PADDING = (
 )
 
 
-def own_keys(problem: Problem, rank: int) -> Iterator[Stage]:
+def own_keys(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """Of a single rank."""
-    own = Pieces(problem.layout.placed[rank], problem)
-    yield Stage(
+    own = TokenRanges(problem.layout.placed[rank], problem)
+    yield PlanStage(
         None,
         tuple(job for rows in problem.rows for job in tiles(own, own, rows, problem, first=True)),
     )
 
 
-def ring(problem: Problem, rank: int) -> Iterator[Stage]:
+def ring(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """Rank ``r`` computes with its own keys, then those of ``r - 1``, ``r - 2``, ...: Ring Attention (arXiv 2310.01889).
 
     Each rank sends what is needed straight to the one that needs it, and not what lies after all its queries or before their
@@ -42,7 +42,7 @@ def ring(problem: Problem, rank: int) -> Iterator[Stage]:
     """
     layout, ranks = problem.layout, problem.layout.ranks
     yield from own_keys(problem, rank)
-    own = Pieces(layout.placed[rank], problem)
+    own = TokenRanges(layout.placed[rank], problem)
     for away in range(1, ranks):
         source, target = (rank - away) % ranks, (rank + away) % ranks
         first, count, jobs, lines = [], [], [], []
@@ -56,10 +56,10 @@ def ring(problem: Problem, rank: int) -> Iterator[Stage]:
                 pieces.append((start, stop, column))
                 column += stop - start
             lines += [column] * (rows.stop - rows.first)
-            jobs += tiles(own, Pieces(pieces, problem), rows, problem)
+            jobs += tiles(own, TokenRanges(pieces, problem), rows, problem)
         count_of_line, columns = np.array(lines), max(lines)
         before = np.cumsum(count_of_line) - count_of_line
-        yield Stage(
+        yield PlanStage(
             Exchange(
                 everyone=False,
                 heads=problem.kv_heads,
@@ -78,7 +78,9 @@ def _to(rank: int, rows: int, ranks: int) -> tuple[int, ...]:
     return (0,) * rank + (rows,) + (0,) * (ranks - rank - 1)
 
 
-def _needed(problem: Problem, rows: Rows, holder: int, asker: int) -> list[tuple[int, int, int]]:
+def _needed(
+    problem: AttentionSpec, rows: BatchRows, holder: int, asker: int
+) -> list[tuple[int, int, int]]:
     """Of each segment of ``holder`` the part ``(start, stop, slot)`` from the first key to the last that ``asker`` sees."""
     queries, found = problem.layout.segments[asker], []
     if not queries:
@@ -99,7 +101,7 @@ def _needed(problem: Problem, rows: Rows, holder: int, asker: int) -> list[tuple
     return found
 
 
-def gather(problem: Problem, rank: int) -> Iterator[Stage]:
+def gather(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """All keys on every rank, as Llama 3 was trained (arXiv 2407.21783, sec. 3.3.2)."""
     layout = problem.layout
     batch, own = problem.batch, layout.lengths[rank]
@@ -123,8 +125,11 @@ def gather(problem: Problem, rank: int) -> Iterator[Stage]:
         place=tuple(x.ravel() for x in place),
         columns=layout.length,
     )
-    queries, keys = Pieces(layout.placed[rank], problem), Pieces([(0, layout.length, 0)], problem)
-    yield Stage(
+    queries, keys = (
+        TokenRanges(layout.placed[rank], problem),
+        TokenRanges([(0, layout.length, 0)], problem),
+    )
+    yield PlanStage(
         exchange,
         tuple(
             job for rows in problem.rows for job in tiles(queries, keys, rows, problem, first=True)
@@ -139,21 +144,21 @@ def _shares(rows: np.ndarray) -> np.ndarray:
     )
 
 
-def stripes(problem: Problem, rank: int) -> Iterator[Stage]:
+def stripes(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """What a KV head sees however far - its stripes, the first tokens - from all ranks, and the rest from the neighbours.
 
     Below the reach of the other rules every key of the first kind is seen by every query that comes after it: a tile without a
     mask. The halo holds all from there up to the segment, of both kinds, so that no pair counts twice.
     """
-    segments = [Pieces([segment], problem) for segment in problem.layout.placed[rank]]
+    segments = [TokenRanges([segment], problem) for segment in problem.layout.placed[rank]]
     local = (
         job
         for rows in problem.rows
         for own in segments
         for job in tiles(own, own, rows, problem, first=True)
     )
-    yield Stage(None, tuple(local))
-    split = _Split(problem)
+    yield PlanStage(None, tuple(local))
+    split = _NearFarRules(problem)
     if problem.near:
         yield _halo(problem, split, rank)
     if problem.far and any(
@@ -162,10 +167,10 @@ def stripes(problem: Problem, rank: int) -> Iterator[Stage]:
         yield _far(problem, split, rank)
 
 
-class _Split:
+class _NearFarRules:
     """The rules of each head, those with an end to their reach (near) and those without (far)."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: AttentionSpec):
         rules = [problem.pattern.rules(head) for head in range(problem.kv_heads)]
         self.pattern = problem.pattern
         self.near = [tuple(rule for rule in own if rule.reach is not None) for own in rules]
@@ -179,7 +184,7 @@ class _Split:
         """Where the reach of the near rules begins, from position ``query`` on."""
         return min((rule.first_key(query) for rule in self.near[head]), default=query)
 
-    def halo(self, rows: Rows, start: int, stop: int, head: int) -> Ranges:
+    def halo(self, rows: BatchRows, start: int, stop: int, head: int) -> Ranges:
         """The keys before a segment that its queries see from :meth:`edge` on."""
         document, end = rows.document_of(start)
         query, edge = start - document, self.edge(head, start - document)
@@ -190,19 +195,19 @@ class _Split:
         blocks = self.pattern.need(query, min(stop, end) - document, head)
         return Ranges.of_blocks(blocks, document).clip(document + edge, start)
 
-    def halos(self, rows: Rows, start: int, stop: int) -> list[Ranges]:
+    def halos(self, rows: BatchRows, start: int, stop: int) -> list[Ranges]:
         """For each group of heads that move together."""
         return [
             self.halo(rows, start, stop, head) for head in range(0, len(self.near), self.near_heads)
         ]
 
 
-def _halo(problem: Problem, split: _Split, rank: int) -> Stage:
+def _halo(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
     layout, per_token = problem.layout, problem.kv_heads // split.near_heads
     own, length = layout.placed[rank], layout.lengths[rank]
     # In a message: by the segment that asks, the row of the batch, the head and the position. Two may ask for the same.
     first, count, unique, send = [], [], [], np.zeros(layout.ranks, np.int64)
-    for target, start, stop in _askers(problem, split, rank):
+    for target, start, stop in _halo_receivers(problem, split, rank):
         before = sum(count)
         for rows in problem.rows:
             halos = enumerate(split.halos(rows, start, stop))
@@ -220,7 +225,7 @@ def _halo(problem: Problem, split: _Split, rank: int) -> Stage:
     for start, stop, slot in own:
         found = [(rows, split.halos(rows, start, stop)) for rows in problem.rows]
         for rows, halos in found:
-            parts = [_Held.of(ranges, layout) for ranges in halos]
+            parts = [_PlacedRanges.of(ranges, layout) for ranges in halos]
             for row in range(rows.first, rows.stop):
                 for head, part in enumerate(parts):
                     place.append(
@@ -250,7 +255,7 @@ def _halo(problem: Problem, split: _Split, rank: int) -> Stage:
         columns=region,
         unique=tuple(unique),
     )
-    return Stage(exchange, tuple(jobs))
+    return PlanStage(exchange, tuple(jobs))
 
 
 def _joined(runs: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -259,7 +264,9 @@ def _joined(runs: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray,
     return tuple(np.concatenate(parts) for parts in zip((none, none, none), *runs, strict=True))
 
 
-def _askers(problem: Problem, split: _Split, rank: int) -> list[tuple[int, int, int]]:
+def _halo_receivers(
+    problem: AttentionSpec, split: _NearFarRules, rank: int
+) -> list[tuple[int, int, int]]:
     """Segments (rank, start, stop), in order, to whose halo ``rank`` may have to give."""
     layout = problem.layout
     reach = max((rule.reach * rule.block for rules in split.near for rule in rules), default=0)
@@ -278,9 +285,9 @@ def _within(ranges: Ranges, own: list[tuple[int, int, int]]) -> Iterator[tuple[i
 
 
 def _halo_jobs(
-    problem: Problem,
-    split: _Split,
-    rows: Rows,
+    problem: AttentionSpec,
+    split: _NearFarRules,
+    rows: BatchRows,
     segment: tuple[int, int, int],
     column: int,
     halos: list[Ranges],
@@ -297,10 +304,12 @@ def _halo_jobs(
         ):
             columns = slice(place, place + len(keys))
             place = columns.stop
-            yield Job(rows.batch, heads, slice(slot, slot + queries), columns, document, at, keys)
+            yield TileJob(
+                rows.batch, heads, slice(slot, slot + queries), columns, document, at, keys
+            )
 
 
-def _far(problem: Problem, split: _Split, rank: int) -> Stage:
+def _far(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
     layout, per_token = problem.layout, problem.kv_heads // split.far_heads
     slots = np.array([slot for _, _, _, slot in layout.in_order])
     # In a rank's message: by the row of the batch, the head and the position.
@@ -313,7 +322,7 @@ def _far(problem: Problem, split: _Split, rank: int) -> Stage:
         ]
         columns = max([columns, *map(len, keys)])
         jobs += _far_jobs(problem, split, rank, rows, keys)
-        parts = [_Held.of(ranges, layout) for ranges in keys]
+        parts = [_PlacedRanges.of(ranges, layout) for ranges in keys]
         for row in range(rows.first, rows.stop):
             for head, part in enumerate(parts):
                 place.append((row * per_token + head, part, given[part.holder] + part.before))
@@ -342,11 +351,11 @@ def _far(problem: Problem, split: _Split, rank: int) -> Stage:
         ),
         columns=columns,
     )
-    return Stage(exchange, tuple(jobs))
+    return PlanStage(exchange, tuple(jobs))
 
 
 @dataclass(frozen=True, repr=False)
-class _Only(Ruled):
+class _FixedRules(Ruled):
     """These rules, in every head."""
 
     given: tuple[Rule, ...]
@@ -360,13 +369,15 @@ def _far_keys(documents: list[tuple[int, int]], rules: tuple[Rule, ...]) -> Rang
     found = []
     for start, stop in documents if rules else ():
         found += (
-            Ranges.of_blocks(_Only(rules).need(0, stop - start, 0), start).clip(start, stop).pairs()
+            Ranges.of_blocks(_FixedRules(rules).need(0, stop - start, 0), start)
+            .clip(start, stop)
+            .pairs()
         )
     return Ranges.of(found)
 
 
 @dataclass(frozen=True)
-class _Held:
+class _PlacedRanges:
     """Ranges that lie in one segment each, and where they are: arrays with one number for each range."""
 
     start: np.ndarray
@@ -381,7 +392,7 @@ class _Held:
     """Tokens that each rank has."""
 
     @classmethod
-    def of(cls, ranges: Ranges, layout: Layout) -> "_Held":
+    def of(cls, ranges: Ranges, layout: Layout) -> "_PlacedRanges":
         """Of any ranges: they are cut where segments begin."""
         ranges = ranges.cut(layout.edges)
         count, segment = (
@@ -399,8 +410,8 @@ class _Held:
 
 
 def _far_jobs(
-    problem: Problem, split: _Split, rank: int, rows: Rows, keys: list[Ranges]
-) -> Iterator[Job]:
+    problem: AttentionSpec, split: _NearFarRules, rank: int, rows: BatchRows, keys: list[Ranges]
+) -> Iterator[TileJob]:
     for start, stop, slot in problem.layout.placed[rank]:
         document = rows.document_of(start)
         if document[0] == start:
@@ -419,4 +430,6 @@ def _far_jobs(
             if begin < end:  # all of them are seen, as if they stood before the queries
                 at, before = Blocks(end - begin, 1, queries), Blocks(0, 1, end - begin)
                 own_slots, columns = slice(slot, slot + queries), slice(begin, end)
-                yield Job(rows.batch, heads, own_slots, columns, document, at, before, dense=True)
+                yield TileJob(
+                    rows.batch, heads, own_slots, columns, document, at, before, dense=True
+                )

@@ -23,7 +23,7 @@ from longspan.attention import (
 from longspan.parallel import Layout, Schedule
 from longspan.parallel.schedules.choose import choose_schedule, plan_attention
 from longspan.parallel.schedules.names import named, refusal
-from longspan.parallel.schedules.plan import Rows, rows_of
+from longspan.parallel.schedules.plan import BatchRows, batch_rows
 
 from ..test_operations import DOCUMENTS, LAYOUTS, LENGTH, draw, ids, on_one, over_ranks, worst
 
@@ -255,7 +255,7 @@ def test_what_moves_is_what_the_plan_says(threads, monkeypatch, schedule, docume
     monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather)
     attended(threads, layout, pattern, schedule, documents)
     (chosen,) = named(schedule, layout.ranks)
-    rows = rows_of(ids(documents), 2, layout.length)
+    rows = batch_rows(ids(documents), 2, layout.length)
     for rank in range(layout.ranks):
         traffic = plan_attention(layout, pattern, 4, 2, rows, chosen, rank).traffic(8, 8)
         assert (sent[rank], received[rank]) == tuple(map(sum, zip(*traffic, strict=True))), rank
@@ -301,9 +301,9 @@ def test_a_stripe_offset_by_one_is_caught(threads, monkeypatch):
 def test_a_halo_one_short_is_caught(threads, monkeypatch):
     from longspan.parallel.schedules import ways
 
-    real = ways._Split.halo
+    real = ways._NearFarRules.halo
     monkeypatch.setattr(
-        ways._Split,
+        ways._NearFarRules,
         "halo",
         lambda split, rows, start, *rest: real(split, rows, start, *rest).clip(0, start - 1),
     )
@@ -373,7 +373,7 @@ SPARSE = S2(64, 128, 16).spread(8)
 
 
 def received_mib(ranks, schedule, looked_at, pattern=SPARSE):
-    layout, rows = Layout.zigzag(MILLION, ranks, 64), (Rows(0, 1, (0,), MILLION),)
+    layout, rows = Layout.zigzag(MILLION, ranks, 64), (BatchRows(0, 1, (0,), MILLION),)
     plans = [plan_attention(layout, pattern, 32, 8, rows, schedule, rank) for rank in looked_at]
     return max(plan.traffic(128, 128)[0].received * 2 / MIB for plan in plans)
 
@@ -433,7 +433,7 @@ def test_gpu_kernels_take_the_tiles(backend, schedule):
             continue
         for starts in ((0,), (0, 100, 192, 700)):
             for rank in range(4):
-                rows = (Rows(0, 1, starts, 1024),)
+                rows = (BatchRows(0, 1, starts, 1024),)
                 for stage in plan_attention(layout, pattern, 4, 2, rows, one, rank).stages:
                     for job in stage.jobs:
                         steps = {blocks.size for blocks in (job.q_at, job.k_at) if blocks.step > 1}
@@ -447,7 +447,7 @@ def test_one_rank_takes_any_schedule(threads):
 
 def test_a_ring_moves_no_more_than_it_must():
     """Dense causal: keys ahead of all queries stay where they are, and none is sent twice."""
-    layout, rows = Layout.contiguous(64, 4), (Rows(0, 1, (0,), 64),)
+    layout, rows = Layout.contiguous(64, 4), (BatchRows(0, 1, (0,), 64),)
     for rank in range(4):
         forward, _ = plan_attention(layout, Causal(), 1, 1, rows, Schedule("ring"), rank).traffic(
             1, 1
