@@ -12,7 +12,7 @@ from .. import attention
 from ..attention.arguments import accumulation_dtype
 from ..attention.documents import check_documents
 from ..attention.patterns.block_lists import BlockLists, chosen_lists
-from ..attention.patterns.patterns import Causal, Pattern, Ruled
+from ..attention.patterns.patterns import Causal, ClosedFormPattern, Pattern
 from ..attention.patterns.selection import Selector
 from ..attention.softmax.attend import (
     check_attention,
@@ -90,7 +90,7 @@ def attend(
         schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3])
     )
     rows = batch_rows(documents, q.shape[0], layout.length)
-    closed_form = pattern if isinstance(pattern, Ruled) else None
+    closed_form = pattern if isinstance(pattern, ClosedFormPattern) else None
     plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
     check_same_plan(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
     if isinstance(pattern, Selector):

@@ -25,7 +25,7 @@ BACKENDS = {
     "fla": ".fla",
     "reference": ".reference",
 }
-"""Module of each backend: ``refusal(q, k, v, decay, beta)`` says what it cannot do, ``run(q, k, v, decay, beta, scale, state,
+"""Module of each backend: ``unsupported_reason(q, k, v, decay, beta)`` says what it cannot do, ``run(q, k, v, decay, beta, scale, state,
 documents)`` gives the output and the last state."""
 
 
@@ -185,7 +185,7 @@ def _choose(
     for name in names:
         try:
             module = import_module(BACKENDS[name], __package__)
-            reason = module.refusal(q, k, v, decay, beta)
+            reason = module.unsupported_reason(q, k, v, decay, beta)
         except ModuleNotFoundError as error:
             reason = f"needs the package {error.name}; install it, or use torch"
         if not reason:

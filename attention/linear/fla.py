@@ -38,7 +38,7 @@ _MULTIPLE = 16
 """Of the head dims it is given: a matrix product needs as many, and its kernels refuse odd ones, which Triton miscompiles."""
 
 
-def refusal(
+def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> str | None:
     """Why it cannot do this exactly, if so."""

@@ -6,7 +6,9 @@ from torch import Tensor
 from ..arguments import accumulation_dtype
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> None:
     """It can do everything."""
 
 

@@ -27,7 +27,9 @@ _SEGMENT = 512
 """Tokens whose intermediate results exist at one time: those of a longer sequence are made again for backward."""
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> None:
     """It can do everything."""
 
 
@@ -49,7 +51,7 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
     for start, (*tokens, gates) in zip(edges, pieces, strict=False):
         arguments = (*tokens, decay if gates is None else gates, scale, state, documents, start)
         if len(parts) > 1 and torch.is_grad_enabled():
-            out, state = _Again.apply(*arguments)
+            out, state = _RecomputedSegment.apply(*arguments)
         else:
             out, state = _segment(*arguments)
         outs.append(out)
@@ -57,7 +59,7 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
     return out, state.flatten(1, 2)
 
 
-class _Again(torch.autograd.Function):
+class _RecomputedSegment(torch.autograd.Function):
     """:func:`_segment`, whose intermediate results are made again for backward.
 
     What `torch.utils.checkpoint` does, without its second of imports and a fifth of the forward time that its hooks take.

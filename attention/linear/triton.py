@@ -44,7 +44,7 @@ from ..triton_device import (
 
 
 @dataclass(frozen=True)
-class Shape:
+class ScanConfig:
     """Tokens of a chunk, dims of ``z`` that a program takes, its warps, and loads in flight."""
 
     chunk: int
@@ -53,13 +53,13 @@ class Shape:
     stages: int
 
 
-def shape(capability: int, bytes_per_number: int, dim: int) -> Shape:
+def shape(capability: int, bytes_per_number: int, dim: int) -> ScanConfig:
     """On a GPU of compute ``capability`` (90 for 9.0), where ``x`` and ``y`` have ``dim`` dims: registers all but suffice."""
     if bytes_per_number == 4:  # no tensor cores
-        return Shape(16, 16, 8, 1)
+        return ScanConfig(16, 16, 8, 1)
     if capability < 90:
-        return Shape(32, 64, 8, 3)
-    return Shape(64, 64, 8 if capability >= 100 else 4, 3 if dim <= 64 else 2)
+        return ScanConfig(32, 64, 8, 3)
+    return ScanConfig(64, 64, 8 if capability >= 100 else 4, 3 if dim <= 64 else 2)
 
 
 # exp() is 0 in fp32 from here on: stronger decays would only take digits from the others in their sums.
@@ -104,7 +104,7 @@ def _document(DOCUMENTS, t, length):
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
-def walk_kernel(
+def chunk_scan_kernel(
     X,
     Y,
     Z,
@@ -253,7 +253,7 @@ def walk_kernel(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def carry_kernel(
+def state_passing_kernel(
     STATES, CARRY, segments, SIZE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr
 ):
     """From what each segment adds the states at the edges of segments, in place, by the one that the walk begins with."""
@@ -307,7 +307,7 @@ def decay_kernel(SUMS, EDGES, DOCUMENTS, OUT, heads, length, chunks, CHUNK: tl.c
         tl.store(OUT + at, gradient.to(tl.float32), mask=inside)
 
 
-def refusal(
+def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> str | None:
     """What it cannot do, and what can."""
@@ -342,7 +342,7 @@ def run(
         q, k: ``[batch, time, key_heads, key_dim]``; head ``h`` of ``v`` reads key head ``h // (heads // key_heads)``.
         v: ``[batch, time, heads, value_dim]``.
         decay: natural log, fp32, at most 0: ``[heads]`` or ``[batch, time, heads]``; None is no decay.
-        beta: none; see :func:`refusal`.
+        beta: none; see :func:`unsupported_reason`.
         scale: of the output.
         state: fp32 ``[batch, heads, key_dim, value_dim]``, before the first token, of the first token's document.
         documents: int ``[batch, time]``, non-decreasing: the state starts again at each new id.
@@ -425,7 +425,9 @@ class _Walks:
         carry = states.new_empty(segments, *first.shape[:2])
         self._launch(y, y, z, states, reverse, carry=carry)
         grid = triton.cdiv(dims, _CARRIED), first.shape[0] * first.shape[1]
-        carry_kernel[grid](states, carry, segments, SIZE=dims, BLOCK=_CARRIED, REVERSE=reverse)
+        state_passing_kernel[grid](
+            states, carry, segments, SIZE=dims, BLOCK=_CARRIED, REVERSE=reverse
+        )
         return states
 
     def out(
@@ -460,7 +462,7 @@ class _Walks:
         if bulk:
             triton.set_allocator(workspace)  # of this thread: autograd has its own
         blocks = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], size.block)
-        walk_kernel[blocks, z.shape[0] * heads](
+        chunk_scan_kernel[blocks, z.shape[0] * heads](
             x, y, z, rows, self.decay, self.documents, states, carry, out, sums, self.scale,
             *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *tensors[-1].stride()[:3],
             *(states.stride()[:2:-1] if transposed else states.stride()[3:]),
@@ -486,7 +488,7 @@ def _padded(x: Tensor) -> int:
     return max(16, triton.next_power_of_2(x.shape[3]))
 
 
-def _size(x: Tensor, z: Tensor) -> Shape:
+def _size(x: Tensor, z: Tensor) -> ScanConfig:
     """The launch shape; the interpreter, which has no bf16, takes that of bf16 for fp32."""
     found = shape(chip(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
     return replace(found, block=min(found.block, _padded(z)))

@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 
 import numpy as np
 
-from .rules import Blocks, Rule, any_of, reach_tokens, reached, run, without
+from .rules import Blocks, Rule, difference, reach_tokens, reached, run, union_masks
 
 
 class Pattern(ABC):
@@ -82,7 +82,7 @@ class Pattern(ABC):
         return f"{type(self).__name__}({', '.join([*required, *others])})"
 
 
-class Ruled(Pattern):
+class ClosedFormPattern(Pattern):
     """A pattern in closed form."""
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Ruled(Pattern):
         queries, keys = torch.as_tensor(query_positions)[:, None], torch.as_tensor(key_positions)
         return torch.stack(
             [
-                any_of(rule.mask(queries, keys) for rule in self.rules(h))
+                union_masks(rule.mask(queries, keys) for rule in self.rules(h))
                 for h in range(num_kv_heads)
             ]
         )
@@ -112,7 +112,7 @@ class Ruled(Pattern):
         for rule in rules:
             if not rule.is_band:
                 for blocks in reached(rule, query_start, query_stop, band):
-                    found += without(blocks, found)
+                    found += difference(blocks, found)
         # The last block below the band may reach into it.
         band = max([band, *((b.start + (b.count - 1) * b.step + 1) * b.size for b in found)])
         if any(rule.is_band for rule in rules) and band < query_stop:
@@ -145,9 +145,9 @@ class Ruled(Pattern):
             ):
                 first = np.maximum((keys // block + away) * block, end)
                 last = np.minimum((keys // block + away + 1) * block, length)
-                sees = any_of(rule.mask(np.maximum(first, keys), keys) for rule in relative) & (
-                    first < last
-                )
+                sees = union_masks(
+                    rule.mask(np.maximum(first, keys), keys) for rule in relative
+                ) & (first < last)
                 change += np.bincount(first[sees], minlength=length + 1) - np.bincount(
                     last[sees], minlength=length + 1
                 )
@@ -163,7 +163,9 @@ class Ruled(Pattern):
         if sum(1 / rule.step for rule in rules) < 1:
             return False
         keys = np.arange(math.lcm(*(rule.block * rule.step for rule in rules)))
-        return bool(any_of(keys // rule.block % rule.step == rule.residue for rule in rules).all())
+        return bool(
+            union_masks(keys // rule.block % rule.step == rule.residue for rule in rules).all()
+        )
 
 
 def _at_least(name: str, **values: int) -> None:
@@ -184,7 +186,7 @@ def _power_of_two(name: str, block: int) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class Causal(Ruled):
+class Causal(ClosedFormPattern):
     """Every query sees itself and all that came before."""
 
     def rules(self, head: int) -> tuple[Rule, ...]:
@@ -192,7 +194,7 @@ class Causal(Ruled):
 
 
 @dataclass(frozen=True, repr=False)
-class Window(Ruled):
+class Window(ClosedFormPattern):
     """The last ``tokens`` tokens, the query's own among them."""
 
     tokens: int
@@ -205,7 +207,7 @@ class Window(Ruled):
 
 
 @dataclass(frozen=True, repr=False)
-class Sinks(Ruled):
+class Sinks(ClosedFormPattern):
     """The first ``tokens`` tokens of the document (StreamingLLM, arXiv 2309.17453)."""
 
     tokens: int
@@ -218,7 +220,7 @@ class Sinks(Ruled):
 
 
 @dataclass(frozen=True, repr=False)
-class Dilated(Ruled):
+class Dilated(ClosedFormPattern):
     """Of the query's own block and those before it every ``dilation``-th, ``count`` of them (dilated neighbourhoods)."""
 
     block: int
@@ -238,7 +240,7 @@ class Dilated(Ruled):
         return (Rule(self.block, reach, step=self.dilation, relative=self.dilation > 1),)
 
 
-class _Striped(Ruled):
+class _Striped(ClosedFormPattern):
     """What patterns with stripes share: the fields that place them, and :meth:`residue`."""
 
     def __post_init__(self):
@@ -352,7 +354,7 @@ def Streaming(sinks: int, window: int) -> Pattern:  # noqa: N802 - a pattern by 
 
 
 @dataclass(frozen=True, repr=False)
-class Union(Ruled):
+class Union(ClosedFormPattern):
     """What any of the parts shows; written ``a | b``."""
 
     parts: tuple[Pattern, ...]
@@ -362,7 +364,7 @@ class Union(Ruled):
             x for part in self.parts for x in (part.parts if isinstance(part, Union) else (part,))
         )
         for part in parts:
-            if not isinstance(part, Ruled):
+            if not isinstance(part, ClosedFormPattern):
                 raise ValueError(
                     f"{type(part).__name__} has no closed form and cannot be part of a union: list its blocks too"
                 )
@@ -394,7 +396,7 @@ class Union(Ruled):
 
 
 @dataclass(frozen=True, repr=False)
-class PerHead(Ruled):
+class PerHead(ClosedFormPattern):
     """Another pattern for each KV head of the model: the ``h``-th for head ``h``."""
 
     patterns: tuple[Pattern, ...]
@@ -404,7 +406,7 @@ class PerHead(Ruled):
         object.__setattr__(self, "patterns", tuple(self.patterns))
         _at_least("PerHead", patterns=(len(self.patterns), 1), first_head=(self.first_head, 0))
         for pattern in self.patterns:
-            if not isinstance(pattern, Ruled):
+            if not isinstance(pattern, ClosedFormPattern):
                 raise ValueError(f"PerHead.patterns must have a closed form, got {pattern!r}")
 
     @property

@@ -92,7 +92,7 @@ def reach_tokens(rule: Rule, length: int) -> int:
     return length if rule.reach is None else min(length, rule.reach * rule.block)
 
 
-def any_of(masks):
+def union_masks(masks):
     """The union of masks, of which there is at least one."""
     return reduce(or_, masks)
 
@@ -127,7 +127,7 @@ def run(start: int, stop: int, block: int) -> Blocks:
     return Blocks(start // size, 1, -(-stop // size) - start // size, size)
 
 
-def without(blocks: Blocks, others: list[Blocks]) -> list[Blocks]:
+def difference(blocks: Blocks, others: list[Blocks]) -> list[Blocks]:
     """Those of ``blocks`` that are in none of ``others``, as progressions where that is short."""
     parts = [blocks]
     for other in others:
@@ -138,7 +138,7 @@ def without(blocks: Blocks, others: list[Blocks]) -> list[Blocks]:
 def _difference(a: Blocks, b: Blocks) -> list[Blocks]:
     if a.size != b.size:  # in blocks of the smaller size
         size = math.gcd(a.size, b.size)
-        return [rest for x in _split(a, size) for rest in without(x, _split(b, size))]
+        return [rest for x in _split(a, size) for rest in difference(x, _split(b, size))]
     period = math.lcm(a.step, b.step)
     found = []
     for start in range(a.start, min(a.start + period, a.start + a.count * a.step), a.step):

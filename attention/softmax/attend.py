@@ -70,7 +70,7 @@ def attend(
         else [(slice(row, row + 1), slice(*at)) for row, *at in document_spans(documents)]
     )
     check_pattern(pattern, k.shape[2], q.shape[0], max(at.stop - at.start for _, at in each))
-    work = _Work(pattern, each, logits, choose_backend(backend, q, k, v, pattern, logits))
+    work = _AttentionCall(pattern, each, logits, choose_backend(backend, q, k, v, pattern, logits))
     out, lse = _Attend.apply(q, k, v, sinks, work)
     return (out, lse) if return_lse else out
 
@@ -143,19 +143,22 @@ def choose_backend(
 ) -> str:
     """The one to use, or a refusal of what it cannot do."""
     if backend != "auto":
-        if refusal := load(backend).refusal(q, k, v, pattern, logits):
-            raise ValueError(f"backend {backend} {refusal}")
+        if unsupported_reason := load(backend).unsupported_reason(q, k, v, pattern, logits):
+            raise ValueError(f"backend {backend} {unsupported_reason}")
         return backend
-    refusal = load("triton").refusal(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
-    if refusal and q.is_cuda:
+    unsupported_reason = (
+        load("triton").unsupported_reason(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
+    )
+    if unsupported_reason and q.is_cuda:
         warnings.warn(
-            f"backend auto takes torch, which is slower here: triton {refusal}", stacklevel=3
+            f"backend auto takes torch, which is slower here: triton {unsupported_reason}",
+            stacklevel=3,
         )
-    return "torch" if refusal else "triton"
+    return "torch" if unsupported_reason else "triton"
 
 
 @dataclass(frozen=True)
-class _Work:
+class _AttentionCall:
     """What to compute of an attention: each document by itself."""
 
     pattern: Pattern
@@ -222,7 +225,7 @@ def sinks_gradient(
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: _Work):
+    def forward(ctx, q, k, v, sinks, work: _AttentionCall):
         out, lse = work.forward(q, k, v)
         if sinks is not None:
             out, lse = with_sinks(out, lse, sinks)

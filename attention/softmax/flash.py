@@ -21,7 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
-from ..patterns.patterns import Pattern, Ruled
+from ..patterns.patterns import ClosedFormPattern, Pattern
 from ..patterns.rules import Blocks, Rule
 from .tiles import Logits, Tile
 
@@ -30,7 +30,9 @@ _DTYPES = {torch.float16, torch.bfloat16}
 _MAX_DIM = 256
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> str | None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits
+) -> str | None:
     """Why it cannot do this exactly, if so."""
     if _band(pattern, k.shape[2]) is None:
         return f"{_PATTERNS}, but pattern is {pattern!r}; use triton or torch"
@@ -133,7 +135,11 @@ _PATTERNS = "does causal attention and windows of tokens, the same for all heads
 
 def _band(pattern: Pattern, kv_heads: int) -> Rule | None:
     """The one rule of all heads, where it is a band of tokens."""
-    rules = {pattern.rules(head) for head in range(kv_heads)} if isinstance(pattern, Ruled) else ()
+    rules = (
+        {pattern.rules(head) for head in range(kv_heads)}
+        if isinstance(pattern, ClosedFormPattern)
+        else ()
+    )
     if len(rules) != 1:
         return None
     (only,) = rules

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..patterns.block_lists import BlockLists
-from ..patterns.patterns import Ruled
-from ..patterns.rules import Blocks, Rule, any_of
+from ..patterns.patterns import ClosedFormPattern
+from ..patterns.rules import Blocks, Rule, union_masks
 
 # Queries that share a call for far keys; a band takes fewer, as its corners are computed in vain.
 _STRETCH = 1024
@@ -77,7 +77,7 @@ class Heads:
         return min((rule.first_key(query) for rule in self.bands), default=query + 1)
 
 
-def groups(pattern: Ruled, kv_heads: int) -> list[Heads]:
+def groups(pattern: ClosedFormPattern, kv_heads: int) -> list[Heads]:
     """All heads, those beside one another together where their rules differ only in residues."""
     rules = [pattern.rules(head) for head in range(kv_heads)]
     shape = [
@@ -190,8 +190,8 @@ def _far(group: Heads, a: int, b: int, row: int, run: _Run, like: Tensor) -> Ite
     inside = (at >= run.first) & (at + run.size <= min(lowest, run.last))
     whole, some = [], []
     for rules in far:
-        by_all = any_of(_seen_by_all(rule, a, b, at, run.size) for rule in rules) & inside
-        by_some = any_of(_seen_by_some(rule, a, b, at, run.size) for rule in rules)
+        by_all = union_masks(_seen_by_all(rule, a, b, at, run.size) for rule in rules) & inside
+        by_some = union_masks(_seen_by_some(rule, a, b, at, run.size) for rule in rules)
         whole.append(np.flatnonzero(by_all))
         some.append(np.flatnonzero(by_some & ~by_all))
     rows = slice(row, row + b - a)
@@ -297,9 +297,9 @@ def _mask(
     )
     seen = []
     for own, others, at in zip(shown, hidden, keys, strict=True):
-        seen.append(any_of(rule.mask(queries, at) for rule in own))
+        seen.append(union_masks(rule.mask(queries, at) for rule in own))
         if others:
-            seen[-1] &= ~any_of(rule.mask(queries, at) for rule in others)
+            seen[-1] &= ~union_masks(rule.mask(queries, at) for rule in others)
     seen = torch.from_numpy(np.stack(seen))[None]
     mask = _added(seen, dtype)
     return Mask(mask.added.to(device), mask.blind.to(device) if bool(mask.blind.any()) else None)

@@ -10,7 +10,7 @@ from ..patterns.rules import Blocks
 from .tiles import Logits, Tile
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
     """It does all."""
 
 

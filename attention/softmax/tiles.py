@@ -20,7 +20,7 @@ BACKENDS = {
     "flash": "flash",
     "reference": "reference",
 }
-"""Module of each backend; imported when it is asked for. Each has ``forward``, ``backward`` and ``refusal``."""
+"""Module of each backend; imported when it is asked for. Each has ``forward``, ``backward`` and ``unsupported_reason``."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _PAIRS = 1 << 21
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
     """It does all."""
 
 
@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
     value_dim, dtype = v.shape[-1], accumulation_dtype(q)
     q, k, v = _heads_first(q, k, v)
     out, lse = _time_first(q, dtype), torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    done = _Written(out, lse, empty=-torch.inf if tile.logits.sigmoid_bias is None else 0.0)
+    done = _RowTracker(out, lse, empty=-torch.inf if tile.logits.sigmoid_bias is None else 0.0)
     for run in _runs(tile, k.shape[1]):
         run_k, run_v = (run.keys(x) for x in (k, v))
         for piece in run.pieces(tile, q):
@@ -59,7 +59,7 @@ def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: no NaN from inf - inf
     dtype = accumulation_dtype(q)
     dq, dk, dv = _time_first(q, dtype), [], []
-    done = _Written(dq)
+    done = _RowTracker(dq)
     for run in _runs(tile, k.shape[1]):
         run_k, run_v = (run.keys(x) for x in (k, v))
         run_dk, run_dv = (run.zeros(x, dtype) for x in (k, v))
@@ -82,7 +82,7 @@ def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
     return tuple(x[..., :dim].transpose(1, 2) for x, dim in zip(gradients, dims, strict=True))
 
 
-class _Written:
+class _RowTracker:
     """Which rows of ``[batch, heads, time, ...]`` have been written: filling them all before costs as much as a piece."""
 
     def __init__(self, *tensors: Tensor, empty: float = 0.0):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...attention.arguments import (check_backend)
 from ...attention.patterns.expression import (parse_pattern)
 from ...attention.patterns.patterns import (Pattern)
-from ...attention.patterns.rules import (any_of)
+from ...attention.patterns.rules import (union_masks)
 from ...attention.softmax.attend import (attend)
 from ...attention.softmax.pieces import (groups)
 from ...attention.softmax.tiles import (BACKENDS)
@@ -106,12 +106,12 @@ def flex_mask(pattern: Pattern, heads: int, kv_heads: int, device: str) -> Calla
 
         def mask(batch, head, query, key):
             own = residues[head // group]
-            return any_of(replace(rule, residue=own[i]).mask(query, key) for i, rule in enumerate(rules[0]))
+            return union_masks(replace(rule, residue=own[i]).mask(query, key) for i, rule in enumerate(rules[0]))
     else:
 
         def mask(batch, head, query, key):
-            shown = (any_of(rule.mask(query, key) for rule in of_head) for of_head in rules)
-            return any_of((head // group == at) & seen for at, seen in enumerate(shown))
+            shown = (union_masks(rule.mask(query, key) for rule in of_head) for of_head in rules)
+            return union_masks((head // group == at) & seen for at, seen in enumerate(shown))
 
     return mask
 

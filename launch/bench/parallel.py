@@ -99,7 +99,7 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
 
     from ... import (attention, parallel)
     from ...attention import (S2, Causal, Window)
-    from ...parallel.schedules.names import (named, refusal)
+    from ...parallel.schedules.names import (named, unsupported_reason)
 
     group, length, dim = dist.group.WORLD, settings.length, settings.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
     for name, pattern in patterns.items():
         for schedule in ("ring", "gather", "stripes", "heads"):
             (one,) = named(schedule, settings.ranks)
-            if refusal(one, settings.ranks, pattern, settings.heads, settings.kv_heads):
+            if unsupported_reason(one, settings.ranks, pattern, settings.heads, settings.kv_heads):
                 continue
 
             def attend(inputs, layout, pattern=pattern, one=one):
@@ -128,7 +128,7 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
         return parallel.attend(*inputs, Causal(), layout, group, schedule="heads")
 
     # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured itself against.
-    if not refusal(named("heads", settings.ranks)[0], settings.ranks, None, settings.heads, settings.kv_heads):
+    if not unsupported_reason(named("heads", settings.ranks)[0], settings.ranks, None, settings.heads, settings.kv_heads):
         # The weights alone take 4 bytes x length^2 a head.
         half = [x[:, : length // 2].clone() for x in softmax]
         yield f"full ({length // 2:,} tokens) / unfused", "heads", distributed, half

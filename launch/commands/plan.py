@@ -110,7 +110,7 @@ def _draw(recipe: Recipe, out: Path) -> Path:
 
     from ...parallel import Layout
     from ...parallel.schedules.choose import cost
-    from ...parallel.schedules.names import named, refusal
+    from ...parallel.schedules.names import named, unsupported_reason
 
     model, length = recipe.model, recipe.training.seq_length
     softmax = {name: model.layers.blocks[name] for name in dict.fromkeys(model.stack_names)}
@@ -130,7 +130,9 @@ def _draw(recipe: Recipe, out: Path) -> Path:
                 if way in ("ring", "grid") and ranks > 512:  # as many stages: a second each
                     continue
                 able = [
-                    one for one in named(way, ranks) if not refusal(one, ranks, pattern, *heads)
+                    one
+                    for one in named(way, ranks)
+                    if not unsupported_reason(one, ranks, pattern, *heads)
                 ]
                 if able:
                     least = min(cost(one, layout, pattern, *heads, dims).received for one in able)

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...attention.patterns.patterns import Causal, Pattern, Ruled
+from ...attention.patterns.patterns import Causal, ClosedFormPattern, Pattern
 from ...attention.patterns.rules import Rule
 from ...attention.patterns.selection import Selector
 from ..layout import Layout
@@ -26,7 +26,9 @@ def balance(
             keys were seen.
         heads, kv_heads: of the whole attention.
     """
-    pairs = _pairs(pattern if isinstance(pattern, Ruled) else Causal(), layout, kv_heads)
+    pairs = _pairs(
+        pattern if isinstance(pattern, ClosedFormPattern) else Causal(), layout, kv_heads
+    )
     rows = pairs.reshape(kv_heads, -1, schedule.heads).sum(-1)  # ranks in a row share their tokens,
     per_query_head = np.repeat(rows, heads // kv_heads, 0)
     work = per_query_head.reshape(schedule.heads, -1, rows.shape[1]).sum(
@@ -36,7 +38,7 @@ def balance(
 
 
 @lru_cache(maxsize=8)
-def _pairs(pattern: Ruled, layout: Layout, kv_heads: int) -> np.ndarray:
+def _pairs(pattern: ClosedFormPattern, layout: Layout, kv_heads: int) -> np.ndarray:
     """Of each KV head and rank, those of its tokens' queries: float64 ``[kv_heads, ranks]``."""
     found: dict[tuple[Rule, ...], np.ndarray] = {}
     for head in range(kv_heads):

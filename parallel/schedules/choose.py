@@ -4,13 +4,13 @@ import hashlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from ...attention.patterns.patterns import Pattern, Ruled
+from ...attention.patterns.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.selection import Selector
 from ..layout import Layout
 from . import ways
 from .balance import balance
 from .heads import HeadExchange
-from .names import Schedule, named, refusal
+from .names import Schedule, named, unsupported_reason
 from .plan import AttentionSpec, BatchRows, Plan
 
 _STAGES = {"stripes": ways.stripes, "ring": ways.ring, "gather": ways.gather}
@@ -38,7 +38,9 @@ def choose_schedule(
         ValueError: where none can do this.
     """
     candidates = [schedule] if isinstance(schedule, Schedule) else named(schedule, layout.ranks)
-    reasons = {one: refusal(one, layout.ranks, pattern, heads, kv_heads) for one in candidates}
+    reasons = {
+        one: unsupported_reason(one, layout.ranks, pattern, heads, kv_heads) for one in candidates
+    }
     able = [one for one in candidates if not reasons[one]]
     if not able:
         reason = next(
@@ -77,7 +79,7 @@ def cost(
     """
     rows, closed_form = (
         (BatchRows(0, 1, (0,), layout.length),),
-        pattern if isinstance(pattern, Ruled) else None,
+        pattern if isinstance(pattern, ClosedFormPattern) else None,
     )
     plans = [
         make_plan(layout, closed_form, heads, kv_heads, rows, schedule, rank)

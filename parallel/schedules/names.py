@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from ...attention.patterns.patterns import Pattern, Ruled
+from ...attention.patterns.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.selection import Selector
 
 WAYS = ("stripes", "ring", "gather")
@@ -64,7 +64,7 @@ def named(name: str, ranks: int) -> list[Schedule]:
     return [Schedule(given[2], int(given[1]))] if given else known[name]
 
 
-def refusal(
+def unsupported_reason(
     schedule: Schedule, ranks: int, pattern: Pattern | Selector | None, heads: int, kv_heads: int
 ) -> str | None:
     """Why a schedule cannot do this, and which can; or None. ``pattern`` is None for lists of blocks."""
@@ -74,7 +74,11 @@ def refusal(
         return f"{reason}; ring takes any"
     if isinstance(pattern, Selector) and schedule.heads > 1:
         return "blocks that are chosen from the content are known for this rank's queries alone; take ring"
-    if not isinstance(pattern, Ruled) and schedule.way == "stripes" and schedule.heads < ranks:
+    if (
+        not isinstance(pattern, ClosedFormPattern)
+        and schedule.way == "stripes"
+        and schedule.heads < ranks
+    ):
         return "lists of blocks have no stripes; take ring"
     return None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...attention.documents import document_spans
-from ...attention.patterns.patterns import Pattern, Ruled
+from ...attention.patterns.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.rules import Blocks, Rule
 from ..layout import Layout
 from .heads import HeadExchange
@@ -85,7 +85,7 @@ class AttentionSpec:
     @cached_property
     def _reaches(self) -> list[Rule] | None:
         """All rules, where each has an end to its reach."""
-        if not isinstance(self.pattern, Ruled):
+        if not isinstance(self.pattern, ClosedFormPattern):
             return None
         rules = {rule for head in range(self.kv_heads) for rule in self.pattern.rules(head)}
         return None if any(rule.reach is None for rule in rules) else list(rules)

@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ...attention.patterns.patterns import Ruled
+from ...attention.patterns.patterns import ClosedFormPattern
 from ...attention.patterns.rules import Blocks, Rule
 from ..layout import Layout
 from .plan import AttentionSpec, BatchRows, Exchange, PlanStage, TileJob, TokenRanges, tiles
@@ -355,7 +355,7 @@ def _far(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
 
 
 @dataclass(frozen=True, repr=False)
-class _FixedRules(Ruled):
+class _FixedRules(ClosedFormPattern):
     """These rules, in every head."""
 
     given: tuple[Rule, ...]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...attention.patterns.patterns import Ruled
+from ...attention.patterns.patterns import ClosedFormPattern
 from ...parallel import Sequence
 from ..data.batches import Microbatch, recipe_layout
 from ..engines.megatron import MegatronEngine
@@ -32,7 +32,7 @@ def small(recipe: Recipe, cp: int) -> Recipe:
     length, heads = _LEAST, recipe.model.kv_heads
     for block in recipe.model.stack:
         pattern = block.attention_pattern(heads) if isinstance(block, SoftmaxBlock) else None
-        if isinstance(pattern, Ruled):
+        if isinstance(pattern, ClosedFormPattern):
             rules = [rule for head in range(heads) for rule in pattern.rules(head)]
             length = max(
                 [length, *(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)]
@@ -173,7 +173,7 @@ def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tens
         return seen, seen
     if isinstance(block, LinearAttentionBlock):  # what a state keeps fades
         return may, may & (at <= probe + 1)
-    if not isinstance(pattern, Ruled):  # chosen from the content
+    if not isinstance(pattern, ClosedFormPattern):  # chosen from the content
         return may, at == probe
     start = int((ids == ids[probe]).nonzero()[0])
     seen = pattern.mask(

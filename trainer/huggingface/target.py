@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from ...attention.patterns.patterns import Ruled
+from ...attention.patterns.patterns import ClosedFormPattern
 from ..errors import UserError
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
 from ..recipe.layers.softmax import Block, SoftmaxBlock
@@ -104,7 +104,7 @@ def choose_target(source: Source) -> tuple[Target, list[str]]:
     """
     for name, block in source.model.layers.blocks.items():
         if isinstance(block, SoftmaxBlock) and not isinstance(
-            block.attention_pattern(source.model.kv_heads), Ruled
+            block.attention_pattern(source.model.kv_heads), ClosedFormPattern
         ):
             raise UserError(
                 f"model.layers.blocks.{name}: {block.mixer} chooses its keys from the content, which no exported code does"

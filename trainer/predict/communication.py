@@ -5,7 +5,7 @@ until it is reckoned.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...parallel.schedules.names import Schedule, named, refusal
+from ...parallel.schedules.names import Schedule, named, unsupported_reason
 from ..errors import suggest
 from ..recipe.layers.softmax import SoftmaxBlock
 
@@ -50,7 +50,8 @@ def schedule_problems(model: "Model", parallel: "Parallel") -> Iterator[tuple[st
             max(1, model.kv_heads // parallel.tp),
         )
         reasons = [
-            refusal(one, parallel.cp, pattern, *heads) for one in named(schedule, parallel.cp)
+            unsupported_reason(one, parallel.cp, pattern, *heads)
+            for one in named(schedule, parallel.cp)
         ]
         if all(reasons):
             key = f"schedules.{name}" if name in parallel.schedules else "schedule"
@@ -105,7 +106,7 @@ def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
         able = [
             one
             for one in named("auto", parallel.cp)
-            if not refusal(one, parallel.cp, pattern, heads, kv_heads)
+            if not unsupported_reason(one, parallel.cp, pattern, heads, kv_heads)
         ]
         bytes_of = bytes_per_number * recipe.training.micro_batch_size
         costs = {one: cost(one, layout, pattern, heads, kv_heads, dims) for one in {chosen, *able}}

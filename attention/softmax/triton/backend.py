@@ -22,9 +22,9 @@ from ...triton_device import (
     workspace,
 )
 from ..tiles import Logits, Tile, merge_
-from .dkv import delta_kernel, home_kernel, keys_kernel
-from .forward_dq import rows_kernel
-from .launch_config import MAX_DIM, Shape, shape
+from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
+from .forward_dq import forward_dq_kernel
+from .launch_config import MAX_DIM, LaunchConfig, shape
 from .rules import NEVER
 
 # wgmma takes tiles of 64; the interpreter anything, and is slow.
@@ -34,7 +34,9 @@ _UNLIMITED = NEVER.value
 _SPLITS, _TILES_PER_SPLIT = 8, 16
 
 
-def refusal(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> str | None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits
+) -> str | None:
     """What it cannot do, and what can."""
     if reason := no_device(q):
         return reason
@@ -327,7 +329,7 @@ class _Launch:
             )
             for part, out in zip(parts, (dk, dv), strict=True):
                 strides = (part.stride(0), part.stride(2), part.stride(1), *out.stride()[:3])
-                home_kernel[tiles, batch * kv_heads](
+                reduce_splits_kernel[tiles, batch * kv_heads](
                     part, out, self._on_device(size.keys), *strides, kv_heads, batch, self._key_range[0], rows, splits,
                     D=out.shape[3], BLOCK_D=_block_d(out), BN=size.keys, RULES=table.bands + table.fars,
                     RULE=table.bands + far, RELATIVE=far >= table.fixed,
@@ -348,7 +350,7 @@ class _Launch:
             else (keys.start, keys.step, keys.size, len(keys))
         )
 
-    def _sizes(self, kernel: str) -> Shape:
+    def _sizes(self, kernel: str) -> LaunchConfig:
         """The launch shape, with tiles no larger than the blocks that a tile must lie in."""
         found = shape(
             kernel,
@@ -381,7 +383,7 @@ class _Launch:
             size,
         )
 
-    def _options(self, size: Shape, *gradients: Tensor) -> dict:
+    def _options(self, size: LaunchConfig, *gradients: Tensor) -> dict:
         table = self._table(size.keys)
         bulk = (
             chip(self.q.device) >= 90
@@ -410,7 +412,7 @@ class _Launch:
             list_strides = (lists.stride(0) if lists.shape[0] > 1 else 0, *lists.stride()[1:3])
         grad = out if grad_out is None else grad_out
         tiles = triton.cdiv(self.q_start % size.queries + self.q.shape[1], size.queries)
-        rows_kernel[tiles, self.q.shape[0] * heads](
+        forward_dq_kernel[tiles, self.q.shape[0] * heads](
             self.q, self.k, self.v, out, lse, grad, lse if delta is None else delta, self._on_device(size.keys), lists,
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *out.stride()[:3],
             *grad.stride()[:3], *list_strides, heads, self.group, self.q_start, self.q.shape[1], *self._key_range,
@@ -428,7 +430,7 @@ class _Launch:
             blocks = (self._key_range[0] + self._key_range[3] - 1) // self.pattern.block + 1
             pointers, lists = _transposed(own, blocks)
             list_strides = (kv_heads * blocks if own.shape[0] > 1 else 0, blocks)
-        keys_kernel[tiles * splits, self.k.shape[0] * kv_heads](
+        dkv_kernel[tiles * splits, self.k.shape[0] * kv_heads](
             self.q, self.k, self.v, lse, grad_out, delta, dk, dv, self._on_device(size.keys), pointers, lists,
             *self._scales, *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *grad_out.stride()[:3],
             *dk.stride()[:3], *dv.stride()[:3], *list_strides,

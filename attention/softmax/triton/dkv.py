@@ -30,7 +30,7 @@ from .rules import (
 
 
 @triton.jit(do_not_specialize=[*RUNNING, "splits"])
-def keys_kernel(
+def dkv_kernel(
     Q,
     K,
     V,
@@ -334,7 +334,7 @@ def _receive(
 
 
 @triton.jit(do_not_specialize=["k_start", "k_len", "splits"])
-def home_kernel(
+def reduce_splits_kernel(
     PARTS,
     OUT,
     TABLE,

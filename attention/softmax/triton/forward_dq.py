@@ -77,7 +77,7 @@ def _visit(
 
 
 @triton.jit(do_not_specialize=[*RUNNING, "list_q"])
-def rows_kernel(
+def forward_dq_kernel(
     Q,
     K,
     V,

@@ -7,7 +7,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import triton
-from longspan.attention.linear.triton import carry_kernel, decay_kernel, shape, walk_kernel
+from longspan.attention.linear.triton import (
+    chunk_scan_kernel,
+    decay_kernel,
+    shape,
+    state_passing_kernel,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,7 +44,7 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
     options = {"num_warps": size.warps, "num_stages": size.stages}
     constants = {} if documented else {"DOCUMENTS": None}
     if role in ROLES:
-        kernel, (reverse, transposed, given) = walk_kernel, ROLES[role]
+        kernel, (reverse, transposed, given) = chunk_scan_kernel, ROLES[role]
         constants |= dict.fromkeys({"ROWS", "CARRY", "OUT", "SUMS"} - given) | {
             "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, size.block), "CHUNK": size.chunk,
             "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
@@ -47,7 +52,7 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
         }  # fmt: skip
     elif role == "carry":
         kernel, constants, options = (
-            carry_kernel,
+            state_passing_kernel,
             {"SIZE": dim * dim, "BLOCK": 1024, "REVERSE": True},
             {},
         )

@@ -210,7 +210,9 @@ def test_what_triton_compiles_wrongly_for_hopper(monkeypatch, triton, capability
     )
     monkeypatch.setattr(linear_fla, "_miscompiled_by", linear_fla._miscompiled_by.__wrapped__)
     given = tensors(family)
-    reason = linear_fla.refusal(*(given.get(name) for name in ("q", "k", "v", "decay", "beta")))
+    reason = linear_fla.unsupported_reason(
+        *(given.get(name) for name in ("q", "k", "v", "decay", "beta"))
+    )
     if wrong and family in ("constant", "scalar", "gated delta"):
         assert reason.endswith("by Triton 3.6.0, must be at least 3.7.1; use torch")
     else:
@@ -260,7 +262,7 @@ class TestOnCuda:
 
         def on_cuda(scale, documents, **arguments):
             arguments = {name: x.cuda() for name, x in arguments.items()}
-            if reason := linear_fla.refusal(
+            if reason := linear_fla.unsupported_reason(
                 *(arguments.get(name) for name in ("q", "k", "v", "decay", "beta"))
             ):
                 pytest.skip(reason)

@@ -97,12 +97,17 @@ def test_reruns_are_bitwise_equal():
 
 
 def test_another_length_compiles_nothing():
-    from longspan.attention.linear.triton import carry_kernel, decay_kernel, walk_kernel
+    from longspan.attention.linear.triton import (
+        chunk_scan_kernel,
+        decay_kernel,
+        state_passing_kernel,
+    )
 
     def kernels(length):
         gradients(on_the_gpu(length))
         return [
-            len(kernel.device_caches[0][0]) for kernel in (walk_kernel, carry_kernel, decay_kernel)
+            len(kernel.device_caches[0][0])
+            for kernel in (chunk_scan_kernel, state_passing_kernel, decay_kernel)
         ]
 
     assert kernels(640) == kernels(1111) == kernels(2048)

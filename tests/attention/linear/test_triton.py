@@ -96,7 +96,7 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
         ):
             linear_attention(x, x, x, backend="triton")
     monkeypatch.setattr(triton_device, "INTERPRETED", True)
-    assert linear_triton.refusal(x, x, x, torch.zeros(2), None) is None
+    assert linear_triton.unsupported_reason(x, x, x, torch.zeros(2), None) is None
     wide = torch.zeros(1, 4, 2, 160)
     for arguments, reason in [
         ((x, x, x, None, x[..., 0]), "has no delta rule"),
@@ -104,13 +104,17 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
         ((x.double(), x.double(), x.double(), None, None), "not in torch.float64"),
         ((x, x, wide, None, None), "head dims up to 128, not 160"),
     ]:
-        assert reason in linear_triton.refusal(*arguments)
+        assert reason in linear_triton.unsupported_reason(*arguments)
 
 
 def test_lengths_are_no_part_of_what_is_compiled():
-    from longspan.attention.linear.triton import carry_kernel, decay_kernel, walk_kernel
+    from longspan.attention.linear.triton import (
+        chunk_scan_kernel,
+        decay_kernel,
+        state_passing_kernel,
+    )
 
-    for kernel in (walk_kernel, carry_kernel, decay_kernel):
+    for kernel in (chunk_scan_kernel, state_passing_kernel, decay_kernel):
         running = {"length", "chunks", "segments"} & set(kernel.arg_names)
         assert running == {
             parameter.name for parameter in kernel.params if parameter.do_not_specialize

@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 import triton
-from longspan.attention.softmax.triton.dkv import keys_kernel
-from longspan.attention.softmax.triton.forward_dq import rows_kernel
+from longspan.attention.softmax.triton.dkv import dkv_kernel
+from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 from longspan.attention.softmax.triton.launch_config import shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -48,7 +48,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Registers, spills and shared memory of one kernel."""
     size = shape(kernel, arch, 2, dim)
     bands, fixed, fars, far, lists = VARIANTS[variant]
-    function = keys_kernel if kernel == "dkv" else rows_kernel
+    function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": size.queries, "BN": size.keys, "BANDS": bands,
         "FIXED": fixed, "FARS": fars, "LISTED": lists, "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90,

@@ -83,9 +83,9 @@ def test_it_is_refused_without_a_gpu():
 
 
 def test_lengths_are_no_part_of_what_is_compiled():
-    from longspan.attention.softmax.triton.dkv import keys_kernel
-    from longspan.attention.softmax.triton.forward_dq import rows_kernel
+    from longspan.attention.softmax.triton.dkv import dkv_kernel
+    from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 
-    for kernel in (rows_kernel, keys_kernel):
+    for kernel in (forward_dq_kernel, dkv_kernel):
         general = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         assert {"q_start", "q_len", "k_start", "k_len"} <= general

@@ -22,7 +22,7 @@ from longspan.attention import (
 )
 from longspan.parallel import Layout, Schedule
 from longspan.parallel.schedules.choose import choose_schedule, plan_attention
-from longspan.parallel.schedules.names import named, refusal
+from longspan.parallel.schedules.names import named, unsupported_reason
 from longspan.parallel.schedules.plan import BatchRows, batch_rows
 
 from ..test_operations import DOCUMENTS, LAYOUTS, LENGTH, draw, ids, on_one, over_ranks, worst
@@ -68,7 +68,7 @@ def inputs_of(heads=4, kv_heads=2, value_dim=8):
 
 def able(schedule, layout, pattern, heads=4, kv_heads=2):
     return any(
-        not refusal(one, layout.ranks, pattern, heads, kv_heads)
+        not unsupported_reason(one, layout.ranks, pattern, heads, kv_heads)
         for one in named(schedule, layout.ranks)
     )
 
