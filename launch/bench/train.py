@@ -120,14 +120,14 @@ def _plain(size, block: dict | None, length: int, batch: int, steps: int) -> dic
     import torch
 
     from ...attention import (attend)
-    from ...trainer.recipe.schema import (Layers)
+    from ...trainer.recipe.schema import (LayersConfig)
     from .plain_model import (PlainLlama, dense, random_batches)
     from ..process import (keep_freed_memory)
 
     keep_freed_memory()  # as longspan train does
     attention: Callable = dense
     if block is not None:
-        pattern = Layers(blocks={"all": block}, pattern=["all"]).blocks["all"].attention_pattern(size.kv_heads)
+        pattern = LayersConfig(blocks={"all": block}, pattern=["all"]).blocks["all"].attention_pattern(size.kv_heads)
         attention = lambda q, k, v: attend(q, k, v, pattern)  # noqa: E731
     model = PlainLlama(size, attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)

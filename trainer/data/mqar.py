@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..recipe.schema import MQAR, Recipe
+from ..recipe.schema import MQARConfig, Recipe
 from .packing import Sample
 from .steps import SameLength
 
@@ -37,7 +37,7 @@ class Examples(NamedTuple):
 
 
 def examples(
-    task: MQAR, count: int, length: int, pairs: int, random: np.random.Generator
+    task: MQARConfig, count: int, length: int, pairs: int, random: np.random.Generator
 ) -> Examples:
     """``count`` examples, with as many ``pairs`` each.
 
@@ -91,7 +91,7 @@ class MQARSamples:
 
     def __init__(
         self,
-        task: MQAR,
+        task: MQARConfig,
         seq_length: int,
         seeds: tuple[int, ...],
         samples_per_epoch: int | None = None,
@@ -130,7 +130,7 @@ class MQARSamples:
 class MQARData:
     """The data of a recipe with ``data.mqar``: see :class:`~longspan.trainer.data.prepare.PreparedData`."""
 
-    task: MQAR
+    task: MQARConfig
 
     @property
     def fingerprints(self) -> dict[str, str]:

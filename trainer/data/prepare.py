@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Protocol
 
 from ..errors import UserError
-from ..recipe.schema import Data, Recipe
+from ..recipe.schema import DataConfig, Recipe
 from .buckets import Buckets
 from .corpus import Corpus, check_corpus, fingerprint
 from .mqar import MQARData
@@ -68,7 +68,7 @@ class DataPaths:
 class StagedData:
     """Of a run whose stages have data of their own."""
 
-    stages: list[tuple[Data, "PreparedData"]]
+    stages: list[tuple[DataConfig, "PreparedData"]]
 
     @property
     def fingerprints(self) -> dict[str, str]:

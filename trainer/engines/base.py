@@ -21,7 +21,7 @@ from ..recipe.schema import Recipe
 from .engine_state import EngineState
 
 
-class Replica:
+class EngineBase:
     """Base of the engines (:class:`~longspan.trainer.engines.engine.Engine`). One per process: Megatron's groups are global."""
 
     _state: EngineState

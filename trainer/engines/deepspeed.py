@@ -18,13 +18,13 @@ from ..data.batches import Microbatch
 from ..errors import UserError
 from ..model import weights
 from ..recipe.schema import Recipe
-from .base import Replica, forward
+from .base import EngineBase, forward
 from .deepspeed_config import deepspeed_config
 from .deepspeed_state import DeepSpeedState
 from .engine import StepResult
 
 
-class DeepSpeedEngine(Replica):
+class DeepSpeedEngine(EngineBase):
     """See :class:`~longspan.trainer.engines.engine.Engine`.
 
     DeepSpeed averages gradients over the ranks that have other tokens. The loss that it is given is therefore the sum over a

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..checkpoint.run_folder import RunFolder
 from ..data.tokenizer import recipe_tokenizer
 from ..errors import UserError
-from ..recipe.schema import Launch, MegatronEngine, Memory, Parallel, Recipe
+from ..recipe.schema import LaunchConfig, MegatronConfig, MemoryConfig, ParallelConfig, Recipe
 from ..run.loop import build_engine
 from .engine import Engine
 
@@ -27,10 +27,10 @@ def load_for_inference(folder: RunFolder) -> Engine:
 def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:
     """The recipe's model, whole in this process, with weights by global name; needs a process group of one."""
     alone = {
-        "parallel": Parallel(),
-        "engine": MegatronEngine(),
-        "memory": Memory(),
-        "launch": Launch(),
+        "parallel": ParallelConfig(),
+        "engine": MegatronConfig(),
+        "memory": MemoryConfig(),
+        "launch": LaunchConfig(),
     }
     engine = build_engine(recipe.model_copy(update=alone))
     engine.load_weights(weights)

@@ -22,12 +22,12 @@ from torch import Tensor
 from ..data.batches import Microbatch
 from ..model import weights
 from ..recipe.schema import Recipe
-from .base import Replica, forward
+from .base import EngineBase, forward
 from .engine import StepResult
 from .megatron_state import MegatronState
 
 
-class MegatronEngine(Replica):
+class MegatronEngine(EngineBase):
     """See :class:`~longspan.trainer.engines.engine.Engine`."""
 
     def __init__(self, recipe: Recipe, vocab_size: int):

@@ -10,14 +10,14 @@ from ..checkpoint.run_folder import RunFolder
 from ..data.mqar import EVALUATION, examples, stream
 from ..engines.engine import Engine
 from ..progress import track
-from ..recipe.schema import MQAR
+from ..recipe.schema import MQARConfig
 from .at_once import sequences_at_once
 from .mqar_settings import Setting, trained_settings
 
 
 def accuracy(
     engine: Engine,
-    task: MQAR,
+    task: MQARConfig,
     setting: Setting,
     count: int,
     seed: int,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..errors import UserError
-from ..recipe.schema import MQAR, Recipe
+from ..recipe.schema import MQARConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def settings_of(
     return [setting for setting, problem in problems.items() if problem is None]
 
 
-def _problem(setting: Setting, task: MQAR) -> str | None:
+def _problem(setting: Setting, task: MQARConfig) -> str | None:
     """Why there are no such examples."""
     if setting.length % 2:
         return f"{setting.length} tokens are odd; use an even length"

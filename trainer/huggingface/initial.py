@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..data.tokenizer import recipe_vocab_size
 from ..errors import UserError
 from ..recipe.layers.linear import LightningBlock
-from ..recipe.schema import Initial, Recipe
+from ..recipe.schema import InitialConfig, Recipe
 from .folder import Loaded, listed, load_folder
 from .native import NATIVES, Native, Source
 from .target import Custom
@@ -154,7 +154,7 @@ def _differences(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
             yield f"{key}: {ours}, the weights were trained with {value}"
 
 
-def _one_sided(native: Native, initial: Initial, names: set[str]) -> Iterator[str]:
+def _one_sided(native: Native, initial: InitialConfig, names: set[str]) -> Iterator[str]:
     rows = list(native.rows())
     new = sorted(
         {rows.ours for rows in Custom(native.source).rows()} - {each.ours for each in rows}

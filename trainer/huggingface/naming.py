@@ -6,11 +6,11 @@ import numpy as np
 
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock, LinearDesign
 from ..recipe.layers.softmax import Block
-from ..recipe.schema import Model, MoE
+from ..recipe.schema import ModelConfig, MoEConfig
 from .tensor_map import Rows, parts_of
 
 
-def ends(model: Model, vocab_size: int, shift: float = 0.0) -> Iterator[Rows]:
+def ends(model: ModelConfig, vocab_size: int, shift: float = 0.0) -> Iterator[Rows]:
     """Embedding, last norm and output matrix."""
     words = np.arange(vocab_size)
     yield Rows("embedding.word_embeddings.weight", {"model.embed_tokens.weight": words})
@@ -33,7 +33,7 @@ def norms(layer: int, mixer: str, mlp: str, shift: float = 0.0) -> Iterator[Rows
 
 
 def softmax(
-    model: Model, layer: int, gate: bool = False, theirs_gated: bool = False
+    model: ModelConfig, layer: int, gate: bool = False, theirs_gated: bool = False
 ) -> Iterator[Rows]:
     """Projections of softmax attention; where theirs has gates, each head's queries and gates are in one matrix, as in
     Qwen3-Next. Where one side alone has gates, the output projection is all they share.
@@ -126,7 +126,7 @@ def mamba2(design: LinearDesign, layer: int) -> Iterator[Rows]:
     yield whole(layer, "mixer.linear_proj.weight", "mamba.out_proj.weight")
 
 
-def mlp(model: Model, layer: int) -> Iterator[Rows]:
+def mlp(model: ModelConfig, layer: int) -> Iterator[Rows]:
     gate, up = np.split(np.arange(2 * model.intermediate_size), 2)
     prefix = f"model.layers.{layer}.mlp"
     yield Rows(
@@ -172,7 +172,7 @@ _CUSTOM_MIXER = {
 }
 
 
-def custom_layer(model: Model, block: Block, layer: int) -> Iterator[Rows]:
+def custom_layer(model: ModelConfig, block: Block, layer: int) -> Iterator[Rows]:
     """Under the names of our own code, row by row as they are."""
     norms = {"pre": 2, "post": 2, "sandwich": 4, "reordered": 4}[block.norm]
     for ours in list(_CUSTOM)[2 if block.norm == "reordered" else 0 : norms]:
@@ -189,7 +189,7 @@ def custom_layer(model: Model, block: Block, layer: int) -> Iterator[Rows]:
             yield whole(layer, "mlp.shared_experts.gate_weight", "mlp.shared_gate.weight")
 
 
-def _mlps(moe: MoE | None) -> Iterator[tuple[str, str]]:
+def _mlps(moe: MoEConfig | None) -> Iterator[tuple[str, str]]:
     if moe is None:
         yield "", ""
         return
@@ -199,7 +199,7 @@ def _mlps(moe: MoE | None) -> Iterator[tuple[str, str]]:
         yield ".shared_experts", ".shared"
 
 
-def _mixer_parameters(model: Model, block: Block, layer: int) -> Iterator[str]:
+def _mixer_parameters(model: ModelConfig, block: Block, layer: int) -> Iterator[str]:
     yield "linear_in.weight"
     yield "linear_proj.weight"
     if isinstance(block, ConvolutionBlock):

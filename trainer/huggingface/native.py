@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ...attention.patterns.patterns import Causal, Window
 from ..recipe.layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
 from ..recipe.layers.softmax import Block, SoftmaxBlock
-from ..recipe.schema import Model
+from ..recipe.schema import ModelConfig
 from . import naming
 from .tensor_map import Rows
 
@@ -36,7 +36,7 @@ _SIZES = (
 class Source:
     """What is exported."""
 
-    model: Model
+    model: ModelConfig
     vocab_size: int
     """Without the padding."""
     seq_length: int
@@ -551,7 +551,7 @@ NATIVES = (Llama, Mistral, Ministral, Qwen3, MiniMax, Qwen35, OlmoHybrid, Granit
 """The first that fits is taken."""
 
 
-def kind(block: Block, model: Model) -> str:
+def kind(block: Block, model: ModelConfig) -> str:
     """The mixer's name; for softmax attention, whatever its recipe calls it, what it is: full, window, or other."""
     if not isinstance(block, SoftmaxBlock):
         return block.mixer

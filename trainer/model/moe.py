@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from ..recipe.schema import Model
+from ..recipe.schema import ModelConfig
 
 
 def moe_spec(num_experts: int) -> ModuleSpec:
@@ -20,7 +20,7 @@ def moe_spec(num_experts: int) -> ModuleSpec:
     return spec
 
 
-def moe_config(model: Model) -> dict:
+def moe_config(model: ModelConfig) -> dict:
     """What Megatron's config says of the experts; nothing where the model has none."""
     moe = model.moe
     if moe is None:

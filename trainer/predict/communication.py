@@ -10,10 +10,12 @@ from ..errors import suggest
 from ..recipe.layers.softmax import SoftmaxBlock
 
 if TYPE_CHECKING:
-    from ..recipe.schema import Model, Parallel, Recipe
+    from ..recipe.schema import ModelConfig, ParallelConfig, Recipe
 
 
-def schedule_problems(model: "Model", parallel: "Parallel") -> Iterator[tuple[str, str]]:
+def schedule_problems(
+    model: "ModelConfig", parallel: "ParallelConfig"
+) -> Iterator[tuple[str, str]]:
     """(key, reason and fix) of every schedule that is no name, or cannot do the layers that it is for."""
     blocks = model.layers.blocks
     for name in parallel.schedules:

@@ -50,7 +50,7 @@ BANDWIDTH = 0.8
 """Of a link's, that messages reach."""
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes on the GPU that holds most, by what they are for."""
 
     weights: float
@@ -85,7 +85,7 @@ class LayerKind:
 @dataclass(frozen=True)
 class Estimate:
     parameters: int
-    memory: Memory
+    memory: MemoryEstimate
     kinds: list[LayerKind]
     head_flops: float
     compute_s: float
@@ -117,7 +117,7 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     loss += (
         2 * tokens * model.hidden_size + 4 * model.hidden_size * vocabulary / parallel.tp
     )  # gradients made with it
-    memory = Memory(
+    memory = MemoryEstimate(
         weights=_held(recipe, total, 2, 3),
         gradients=_held(recipe, total, 4, 2),
         optimizer=0.0 if offloads(recipe) else _held(recipe, total, 12, 1),

@@ -3,7 +3,7 @@
 from ...attention.patterns.patterns import Pattern
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock, LinearDesign
 from ..recipe.layers.softmax import Block, MoBABlock, SoftmaxBlock
-from ..recipe.schema import Model
+from ..recipe.schema import ModelConfig
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -11,7 +11,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def parameter_count(model: Model, vocab_size: int) -> int:
+def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Parameters of the whole model, with its padded vocabulary."""
     embeddings = (
         padded_vocab_size(vocab_size) * model.hidden_size * (1 if model.tie_word_embeddings else 2)
@@ -25,7 +25,7 @@ def parameter_count(model: Model, vocab_size: int) -> int:
     )
 
 
-def mlp_parameters(model: Model, block: Block, per_token: bool = False) -> int:
+def mlp_parameters(model: ModelConfig, block: Block, per_token: bool = False) -> int:
     """Of the MLP of one layer, or of its experts and their router; ``per_token`` of those alone that a token goes through."""
     hidden, moe = model.hidden_size, model.moe
     if block.mlp == "dense":
@@ -39,11 +39,11 @@ def mlp_parameters(model: Model, block: Block, per_token: bool = False) -> int:
     return routed + shared + (hidden if moe.shared_expert_gate else 0)
 
 
-def _norms(model: Model, block: Block) -> int:
+def _norms(model: ModelConfig, block: Block) -> int:
     return {"pre": 2, "post": 2, "sandwich": 4, "reordered": 2}[block.norm] * model.hidden_size
 
 
-def mixer_parameters(model: Model, layer: int) -> int:
+def mixer_parameters(model: ModelConfig, layer: int) -> int:
     """Of the mixer of one layer (from 0)."""
     block, hidden, width = (
         model.stack[layer],
@@ -80,7 +80,7 @@ def _linear_parameters(hidden: int, design: LinearDesign) -> int:
     return total + (heads if design.skip else 0)
 
 
-def state_bytes(model: Model, length: int, layer: int | None = None, element: int = 4) -> int:
+def state_bytes(model: ModelConfig, length: int, layer: int | None = None, element: int = 4) -> int:
     """What ``length`` tokens of one sequence leave behind for the next one to read, of one layer or of all.
 
     Softmax attention keeps the keys and values that its last token sees, all of them where they are chosen from the content;
@@ -110,7 +110,7 @@ def state_bytes(model: Model, length: int, layer: int | None = None, element: in
     return element * seen * 2 * model.kv_channels
 
 
-def _kept(model: Model, block: SoftmaxBlock, length: int, head: int) -> int:
+def _kept(model: ModelConfig, block: SoftmaxBlock, length: int, head: int) -> int:
     """Of ``length`` keys those that its last query sees, or a later one within a period of the pattern."""
     pattern = block.attention_pattern(model.kv_heads)
     relative = [rule for rule in pattern.rules(head) if rule.relative]
@@ -119,7 +119,7 @@ def _kept(model: Model, block: SoftmaxBlock, length: int, head: int) -> int:
     return sum(int((positions < length).sum()) for positions in parts)
 
 
-def flops_per_token(model: Model, length: int, layer: int) -> float:
+def flops_per_token(model: ModelConfig, length: int, layer: int) -> float:
     """Of the forward pass of a layer's mixer, a mean over a sequence; a multiplication and an addition are two."""
     block, width = model.stack[layer], model.num_attention_heads * model.kv_channels
     projections = 2.0 * mixer_parameters(model, layer)
@@ -134,7 +134,7 @@ def flops_per_token(model: Model, length: int, layer: int) -> float:
     return projections + 4 * width * _pairs(model, block, length) / (model.kv_heads * length)
 
 
-def training_flops(model: Model, length: int, vocab_size: int) -> dict[str, float]:
+def training_flops(model: ModelConfig, length: int, vocab_size: int) -> dict[str, float]:
     """Of a token in a training step, forward and backward, by block and of the ``output`` matrix: what a sparse pattern shows
     counts, not what a dense one would. Nothing that is computed again.
     """
@@ -148,7 +148,7 @@ def training_flops(model: Model, length: int, vocab_size: int) -> dict[str, floa
     return {**found, "output": 6.0 * model.hidden_size * padded_vocab_size(vocab_size)}
 
 
-def _pairs(model: Model, block: SoftmaxBlock, length: int) -> int:
+def _pairs(model: ModelConfig, block: SoftmaxBlock, length: int) -> int:
     """Of query and key that all KV heads show; blocks that are chosen from the content count as full."""
     pattern = block.attention_pattern(model.kv_heads)
     if isinstance(pattern, Pattern):

@@ -12,7 +12,7 @@ from .layers.linear import GLABlock, LinearAttentionBlock
 from .layers.softmax import Block, MoBABlock, PatternBlock, S2Block, SoftmaxBlock
 
 if TYPE_CHECKING:
-    from .schema import Model, Recipe
+    from .schema import ModelConfig, Recipe
 
 
 def impossible(recipe: "Recipe") -> Iterator[tuple[str, str]]:
@@ -26,7 +26,7 @@ def impossible(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     yield from _stage_problems(recipe)
 
 
-def _model_problems(model: "Model"):
+def _model_problems(model: "ModelConfig"):
     blocks, heads, kv_heads = model.layers.blocks, model.num_attention_heads, model.kv_heads
     known = ", ".join(blocks)
     for name in dict.fromkeys(model.layers.pattern):
@@ -143,7 +143,7 @@ def _data_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         )
 
 
-def _linear_splits(block: Block, model: "Model") -> Iterator[tuple[str, int]]:
+def _linear_splits(block: Block, model: "ModelConfig") -> Iterator[tuple[str, int]]:
     """What tensor parallelism splits of a linear mixer."""
     if not isinstance(block, LinearAttentionBlock):
         return

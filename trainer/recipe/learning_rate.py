@@ -4,10 +4,10 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .schema import Scheduler
+    from .schema import LRSchedulerConfig
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: "Scheduler") -> float:
+def learning_rate(step: int, steps: int, peak: float, schedule: "LRSchedulerConfig") -> float:
     """Of step ``step`` (from 0) of ``steps``: linear warmup, then cosine, or constant with a linear decay at the end (wsd)."""
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps

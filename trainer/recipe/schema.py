@@ -58,14 +58,14 @@ AnyBlock = Annotated[
 ]
 
 
-class Layers(Section):
+class LayersConfig(Section):
     blocks: dict[str, AnyBlock]
     """Named kinds of layer."""
     pattern: Annotated[list[str], Field(min_length=1)]
     """Names of blocks in order, repeated to the model's depth."""
 
 
-class MoE(Section):
+class MoEConfig(Section):
     """The experts of blocks with mlp: moe."""
 
     num_experts: Annotated[int, Field(ge=2)]
@@ -85,7 +85,7 @@ class MoE(Section):
     a microbatch."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     hidden_size: Positive
     """Width of the residual stream."""
     num_hidden_layers: Positive
@@ -108,8 +108,8 @@ class Model(Section):
     """Standard deviation of initial weights; output projections take it divided by sqrt(2 * num_hidden_layers)."""
     tie_word_embeddings: bool = True
     """Whether the output takes the embedding's matrix."""
-    moe: MoE | None = None
-    layers: Layers
+    moe: MoEConfig | None = None
+    layers: LayersConfig
 
     @property
     def kv_heads(self) -> int:
@@ -140,7 +140,7 @@ class Model(Section):
         )
 
 
-class MQAR(Section):
+class MQARConfig(Section):
     """Multi-query associative recall (Zoology, arXiv 2312.04927): pairs of a key and a value, then each key is asked for."""
 
     pairs: Annotated[list[Positive], Field(min_length=1)]
@@ -164,7 +164,7 @@ class MQAR(Section):
         return self.vocab_size - self.vocab_size // 2
 
 
-class Buckets(Section):
+class BucketsConfig(Section):
     """Of packing buckets: sequences of one document each, of several lengths (Dataset Decomposition, arXiv 2405.13226)."""
 
     shortest: Positive = 256
@@ -176,12 +176,12 @@ class Buckets(Section):
     """Steps of a cycle, which has every length in proportion to its tokens."""
 
 
-class Data(Section):
+class DataConfig(Section):
     """Text, as ``sources``, or a task that is made as it is asked for: exactly one of them."""
 
     sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
     """Prefix of a .bin/.idx pair, or the embedded corpus python-stdlib, with its weight in the mixture."""
-    mqar: MQAR | None = None
+    mqar: MQARConfig | None = None
     """The recall task."""
     validation: str | None = None
     """Prefix of held-out data; python-stdlib brings its own."""
@@ -190,10 +190,10 @@ class Data(Section):
     packing: Literal["concat", "best_fit", "buckets"] = "concat"
     """How documents become sequences. concat: end to end, cut where a sequence ends. best_fit: cut only where they are longer
     than one. buckets: each sequence of one document, in several lengths."""
-    buckets: Buckets = Buckets()
+    buckets: BucketsConfig = BucketsConfig()
 
 
-class Training(Section):
+class TrainingConfig(Section):
     steps: Positive
     """Updates of the weights in the whole run."""
     seq_length: Positive
@@ -215,7 +215,7 @@ class Training(Section):
     """Steps in a row that skip goes past before it stops."""
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     """AdamW (arXiv 1711.05101)."""
     lr: Annotated[float, Field(gt=0)]
@@ -228,7 +228,7 @@ class Optimizer(Section):
     """Of matrices; vectors (norms) are not decayed."""
 
 
-class Scheduler(Section):
+class LRSchedulerConfig(Section):
     name: Literal["cosine", "wsd"] = "cosine"
     """wsd: warmup, stable, then linear decay."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -239,7 +239,7 @@ class Scheduler(Section):
     """Share of the learning rate that is left at the end."""
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     tp: Positive = 1
     """Tensor parallel: heads and MLP columns."""
     pp: Positive = 1
@@ -271,7 +271,7 @@ class Parallel(Section):
 Recompute = Literal["none", "selective", "full"]
 
 
-class Memory(Section):
+class MemoryConfig(Section):
     """What long sequences need. None of it changes what is learned."""
 
     loss_tile: Positive = 1024
@@ -291,14 +291,14 @@ class Memory(Section):
         return self.recompute_blocks.get(block, self.recompute)
 
 
-class MegatronEngine(Section):
+class MegatronConfig(Section):
     """Megatron-core's DDP and distributed optimizer."""
 
     name: Literal["megatron"] = "megatron"
     """All degrees of parallel."""
 
 
-class DeepSpeedEngine(Section):
+class DeepSpeedConfig(Section):
     """DeepSpeed's ZeRO; context and tensor parallel, no pipeline."""
 
     name: Literal["deepspeed"]
@@ -309,10 +309,10 @@ class DeepSpeedEngine(Section):
     """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
 
 
-AnyEngine = Annotated[MegatronEngine | DeepSpeedEngine, Field(discriminator="name")]
+AnyEngine = Annotated[MegatronConfig | DeepSpeedConfig, Field(discriminator="name")]
 
 
-class Initial(Section):
+class InitialConfig(Section):
     """Weights to begin with, of a Hugging Face model."""
 
     path: Annotated[str, Field(min_length=1)]
@@ -323,14 +323,14 @@ class Initial(Section):
     """Parameters of the folder that the recipe's model has no place for."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     interval: Annotated[int, Field(ge=0)] = 500
     """Steps between checkpoints; 0 for only at the end or a stop, which always write one."""
     keep_latest_k: Annotated[int, Field(ge=0)] = 3
     """How many to keep; 0 for all. 1 is refused: were it damaged, there would be none before it."""
 
 
-class Evaluation(Section):
+class EvaluationConfig(Section):
     interval: Annotated[int, Field(ge=0)] = 0
     """Steps between evaluations on held-out data; 0 for only at the end."""
     sequences: Positive = 16
@@ -341,7 +341,7 @@ class Evaluation(Section):
     """At the end, print a sample that goes on from this text."""
 
 
-class Metrics(Section):
+class MetricsConfig(Section):
     log_interval: Positive = 10
     """Steps between records in metrics.jsonl, and lines where there is no terminal."""
     tensorboard: bool = False
@@ -352,7 +352,7 @@ class Metrics(Section):
     """Of W&B."""
 
 
-class Launch(Section):
+class LaunchConfig(Section):
     processes: Positive = 1
     """Processes to start on this machine; under torchrun, all that it has started."""
     threads: Positive | None = None
@@ -362,7 +362,7 @@ class Launch(Section):
     is where, and end."""
 
 
-class StageTraining(Section):
+class StageTrainingConfig(Section):
     seq_length: Positive | None = None
     """As in training, and so the others."""
     global_batch_size: Positive | None = None
@@ -371,27 +371,27 @@ class StageTraining(Section):
     """Sequences per data-parallel rank and forward pass."""
 
 
-class StageModel(Section):
+class StageModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=0)] | None = None
     """Usually raised with the length."""
 
 
-class StageOptimizer(Section):
+class StageOptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate at its peak."""
 
 
-class Stage(Section):
+class StageConfig(Section):
     """What is different from a step on; all else stays as it is."""
 
     from_step: Positive
     """Steps that come before it."""
-    training: StageTraining = StageTraining()
-    model: StageModel = StageModel()
-    optimizer: StageOptimizer = StageOptimizer()
-    lr_scheduler: Scheduler | None = None
+    training: StageTrainingConfig = StageTrainingConfig()
+    model: StageModelConfig = StageModelConfig()
+    optimizer: StageOptimizerConfig = StageOptimizerConfig()
+    lr_scheduler: LRSchedulerConfig | None = None
     """Begins anew with this stage; without it the schedule before goes on, with this stage's optimizer.lr as its peak."""
-    data: Data | None = None
+    data: DataConfig | None = None
     """Replaces the whole section."""
 
     @property
@@ -409,21 +409,21 @@ class Recipe(Section):
     """One line, shown by `longspan recipes`."""
     run_dir: Annotated[str, Field(min_length=1)]
     """Folder of the run: recipe, metrics, checkpoints, weights, plots."""
-    model: Model
-    data: Data
-    training: Training
-    initial: Annotated[Initial | None, BeforeValidator(_path_alone)] = None
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    initial: Annotated[InitialConfig | None, BeforeValidator(_path_alone)] = None
     """The folder alone, or {path: ..., new: [...], unused: [...]}."""
-    optimizer: Optimizer
-    lr_scheduler: Scheduler = Scheduler()
-    parallel: Parallel = Parallel()
-    engine: AnyEngine = MegatronEngine()
-    memory: Memory = Memory()
-    checkpoint: Checkpoint = Checkpoint()
-    evaluation: Evaluation = Evaluation()
-    metrics: Metrics = Metrics()
-    launch: Launch = Launch()
-    stages: list[Stage] = Field(default_factory=list)
+    optimizer: OptimizerConfig
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    engine: AnyEngine = MegatronConfig()
+    memory: MemoryConfig = MemoryConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    launch: LaunchConfig = LaunchConfig()
+    stages: list[StageConfig] = Field(default_factory=list)
     """In the order of their from_step."""
 
     @property

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 from ..data.batches import Microbatch
 from ..engines.engine import StepResult
 from ..errors import NonFiniteError
-from ..recipe.schema import Training
+from ..recipe.schema import TrainingConfig
 
 
 class NonFinitePolicy:
     """Counts the steps without an update; the same on every rank, as their results are."""
 
-    def __init__(self, training: Training, folder: Path):
+    def __init__(self, training: TrainingConfig, folder: Path):
         self._training, self._folder, self._in_a_row = training, folder, 0
 
     def check(self, step: int, result: StepResult, batches: list[Microbatch], rank: int) -> bool:

@@ -24,7 +24,7 @@ from ...triton_device import (
 from ..tiles import Logits, Tile, merge_
 from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
 from .forward_dq import forward_dq_kernel
-from .launch_config import MAX_DIM, LaunchConfig, shape
+from .launch_config import MAX_DIM, KernelConfig, shape
 from .rules import NEVER
 
 # wgmma takes tiles of 64; the interpreter anything, and is slow.
@@ -350,7 +350,7 @@ class _Launch:
             else (keys.start, keys.step, keys.size, len(keys))
         )
 
-    def _sizes(self, kernel: str) -> LaunchConfig:
+    def _sizes(self, kernel: str) -> KernelConfig:
         """The launch shape, with tiles no larger than the blocks that a tile must lie in."""
         found = shape(
             kernel,
@@ -383,7 +383,7 @@ class _Launch:
             size,
         )
 
-    def _options(self, size: LaunchConfig, *gradients: Tensor) -> dict:
+    def _options(self, size: KernelConfig, *gradients: Tensor) -> dict:
         table = self._table(size.keys)
         bulk = (
             chip(self.q.device) >= 90

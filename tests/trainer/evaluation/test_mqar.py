@@ -20,9 +20,9 @@ from longspan.trainer.errors import UserError
 from longspan.trainer.evaluation.mqar_settings import Setting, default_settings, settings_of
 from longspan.trainer.predict import flops as size
 from longspan.trainer.recipe.file import load_recipe, shipped_recipes, to_yaml
-from longspan.trainer.recipe.schema import MQAR
+from longspan.trainer.recipe.schema import MQARConfig
 
-TASK = MQAR(pairs=[2, 4, 8], vocab_size=64)
+TASK = MQARConfig(pairs=[2, 4, 8], vocab_size=64)
 STEPS = 300  # of the tiny run: some seconds, so that it can be killed in the middle
 TINY = {
     "base": "mqar/base",

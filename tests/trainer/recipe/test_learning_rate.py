@@ -2,11 +2,11 @@ from itertools import pairwise
 
 import pytest
 from longspan.trainer.recipe.learning_rate import learning_rate
-from longspan.trainer.recipe.schema import Scheduler
+from longspan.trainer.recipe.schema import LRSchedulerConfig
 
 
 def rates(steps, **schedule):
-    return [learning_rate(step, steps, 2.0, Scheduler(**schedule)) for step in range(steps)]
+    return [learning_rate(step, steps, 2.0, LRSchedulerConfig(**schedule)) for step in range(steps)]
 
 
 def test_cosine():

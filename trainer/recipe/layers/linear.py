@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from .softmax import Block, Natural, Positive
 
 if TYPE_CHECKING:
-    from ..schema import Model
+    from ..schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class LinearAttentionBlock(Block):
     value_head_dim: Positive | None = None
     """Dims of a value; the mixer's output has num_heads times as many."""
 
-    def design(self, model: "Model", layer: int = 0) -> LinearDesign:
+    def design(self, model: "ModelConfig", layer: int = 0) -> LinearDesign:
         """Of the mixer of layer ``layer`` (from 0); ValueError naming a key where the sizes do not fit."""
         heads = self.num_heads or model.num_attention_heads
         design = self._preset(
@@ -166,7 +166,7 @@ class LightningBlock(LinearAttentionBlock):
     output_gate: bool = True
     """Multiply the normalised output by a gate, a projection of the layer's input."""
 
-    def design(self, model: "Model", layer: int = 0) -> LinearDesign:
+    def design(self, model: "ModelConfig", layer: int = 0) -> LinearDesign:
         design = super().design(model, layer)
         return (
             replace(design, feature_map="lrpe")
