@@ -8,7 +8,7 @@ import time
 from datetime import timedelta
 
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
-from ..trainer.run.stop import LIFELINE, REPEAT_SECONDS, SIGNALS, heeded
+from ..trainer.run.stop import PARENT_PIPE, REPEAT_SECONDS, SIGNALS, not_ignored
 
 # How long the others get once a rank has failed: their collectives tell them within a second, then they clean up.
 _GRACE_SECONDS = 30.0
@@ -35,10 +35,10 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        LIFELINE: str(lifeline),
+        PARENT_PIPE: str(lifeline),
     }
     received: list[int] = []
-    numbers = heeded((*SIGNALS, signal.SIGHUP))
+    numbers = not_ignored((*SIGNALS, signal.SIGHUP))
     before = {
         number: signal.signal(number, lambda number, frame: received.append(number))
         for number in numbers

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .errors import UserError
 
 
-class Control:
+class RankGroup:
     """A gloo group beside the engine's own, so that agreeing on a flag never waits for a GPU."""
 
     def __init__(self):
@@ -27,20 +27,20 @@ class Control:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def same(self, value: object) -> object:
+    def broadcast(self, value: object) -> object:
         """The first rank's value, on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
-    def same_tensor(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    def broadcast_tensor(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
         """The first rank's fp32 tensor, on every rank."""
         tensor = torch.empty(shape) if value is None else value.contiguous()
         dist.broadcast(tensor, src=0, group=self._group)
         return tensor
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all(self) -> Iterator[None]:
         """What is raised inside on some ranks, as for bad input, ends all of them here; the others have no message."""
         error = None
         try:

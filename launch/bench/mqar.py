@@ -24,7 +24,7 @@ from ...trainer.progress import (track)
 from ...trainer.recipe.schema import (Recipe)
 from ...trainer.recipe.file import (SHIPPED, find_recipe, load_recipe, shipped_recipes)
 from ...trainer.checkpoint.run_folder import (RunFolder)
-from ...trainer.run.stop import (LIFELINE)
+from ...trainer.run.stop import (PARENT_PIPE)
 from .mqar_report import (MQARReport)
 from ..options import (numbers)
 
@@ -144,7 +144,7 @@ def _run(run: Run, examples: int, lifeline: int) -> str:
 def _longspan(run: Run, lifeline: int, *arguments: object) -> int:
     """The status of a command that writes to the run's log, and asks itself to stop when this process ends."""
     run.folder.path.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", LIFELINE: str(lifeline)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_PIPE: str(lifeline)}
     with _log(run).open("a") as log:
         return subprocess.run(
             [sys.executable, "-m", "longspan", *map(str, arguments)],

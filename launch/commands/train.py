@@ -76,11 +76,11 @@ def _work(recipe: Recipe) -> int:
     ):
         import torch.distributed as dist
 
-        from ...trainer.ranks import Control
+        from ...trainer.ranks import RankGroup
         from ...trainer.run.loop import train as train_loop
 
-        first, control, folder = dist.get_rank() == 0, Control(), RunFolder(recipe.run_dir)
-        with control.together():
+        first, control, folder = dist.get_rank() == 0, RankGroup(), RunFolder(recipe.run_dir)
+        with control.raise_on_all():
             data = _prepare(recipe, folder) if first else prepare_data(recipe)
             if first:
                 stack.enter_context(folder.lock())

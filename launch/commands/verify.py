@@ -57,9 +57,9 @@ def _look(recipe: Recipe, cp: int, file: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from ...trainer.evaluation.parity import cases, documents_of, look, probes_of, small
+    from ...trainer.evaluation.parity import cases, documents_of, measure_ranks, probes_of, shrink
 
-    shrunk = small(recipe, cp)
+    shrunk = shrink(recipe, cp)
     with process_group(1):
         seen = {}
         documents = documents_of(shrunk)
@@ -69,7 +69,7 @@ def _look(recipe: Recipe, cp: int, file: Path) -> None:
                 case = case.model_copy(
                     update={"parallel": case.parallel.model_copy(update={"cp": 1})}
                 )
-            seen[name] = look(case, documents, probes)
+            seen[name] = measure_ranks(case, documents, probes)
         if dist.get_rank() == 0:
             torch.save(seen, file)
 
@@ -77,10 +77,18 @@ def _look(recipe: Recipe, cp: int, file: Path) -> None:
 def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
     import torch
 
-    from ...trainer.evaluation.parity import GRADIENT, LOSS, STACK, cases, documents_of, leak, small
+    from ...trainer.evaluation.parity import (
+        GRADIENT,
+        LOSS,
+        STACK,
+        cases,
+        documents_of,
+        find_leak,
+        shrink,
+    )
     from ...trainer.predict.communication import choices
 
-    shrunk = small(recipe, cp)
+    shrunk = shrink(recipe, cp)
     alone, several = (torch.load(files[ranks], weights_only=False) for ranks in (1, cp))
     documents, schedules = (
         documents_of(shrunk),
@@ -89,7 +97,7 @@ def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
     rows, wrong = [("layers", "mixer", "schedule", "probes", "loss", "worst gradient", "")], []
     for name, case in cases(shrunk):
         one, many = alone[name], several[name]
-        reason = leak(case, documents, many.changed) or leak(case, documents, one.changed)
+        reason = find_leak(case, documents, many.changed) or find_leak(case, documents, one.changed)
         loss = abs(many.loss - one.loss) / abs(one.loss)
         gradients = {
             key: _distance(many.gradients[key], value) for key, value in one.gradients.items()

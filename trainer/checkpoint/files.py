@@ -135,7 +135,7 @@ def clean_up(folder: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def set_aside(checkpoint: Checkpoint) -> Path:
+def quarantine(checkpoint: Checkpoint) -> Path:
     """Rename a damaged checkpoint so that it is neither used nor overwritten."""
     for number in range(1, 1000):
         target = checkpoint.path.with_suffix(f".damaged-{number}")

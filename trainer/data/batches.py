@@ -14,7 +14,7 @@ from .packing import Sample
 from .prepare import PreparedData
 
 
-class Share(NamedTuple):
+class BatchShard(NamedTuple):
     """Which part of a global batch a rank sees: some of its sequences, and of those some of the tokens."""
 
     data_rank: int
@@ -55,7 +55,7 @@ class Batches:
         recipe: Recipe,
         data: PreparedData,
         vocab_size: int,
-        share: Share,
+        share: BatchShard,
         device: torch.device,
         first: int = 0,
     ):

@@ -71,7 +71,7 @@ class BucketCorpus(Packing):
 
 
 class Buckets:
-    """Steps (:class:`~longspan.trainer.data.steps.Steps`) of several lengths.
+    """Steps (:class:`~longspan.trainer.data.steps.StepSampler`) of several lengths.
 
     A cycle of steps has every length as often as its share of all tokens; in what order is drawn by the curriculum's odds from
     what the cycle still has to give.

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..recipe.schema import MQARConfig, Recipe
 from .packing import Sample
-from .steps import SameLength
+from .steps import FixedLengthSteps
 
 TRAINING, HELD_OUT, EVALUATION = 1, 2, 3
 """Streams of examples. Each is seeded with its own number first, so that no two share an example but by chance."""
@@ -138,8 +138,8 @@ class MQARData:
         described = json.dumps([_LAW, _CHUNK, self.task.model_dump(mode="json")], sort_keys=True)
         return {"mqar": hashlib.sha256(described.encode()).hexdigest()}
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[SameLength, MQARSamples]:
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[FixedLengthSteps, MQARSamples]:
         length, seed = recipe.training.seq_length, recipe.training.seed
         held_out = MQARSamples(self.task, length, (HELD_OUT, seed), self.task.held_out)
         training = MQARSamples(self.task, length, (TRAINING, seed))
-        return SameLength(training, length, recipe.training.global_batch_size), held_out
+        return FixedLengthSteps(training, length, recipe.training.global_batch_size), held_out

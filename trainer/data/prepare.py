@@ -11,7 +11,7 @@ from .corpus import Corpus, check_corpus, fingerprint
 from .mqar import MQARData
 from .packing import BestFitCorpus, HeldOutSamples, Mixture, PackedCorpus
 from .stdlib import NAME, python_stdlib
-from .steps import SameLength, Steps
+from .steps import FixedLengthSteps, StepSampler
 from .tokenizer import recipe_tokenizer, recipe_vocab_size
 
 
@@ -23,13 +23,13 @@ class PreparedData(Protocol):
         """Of each part of it, by its name: what a run in the same folder must have again to go on."""
         ...
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, HeldOutSamples | None]:
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, HeldOutSamples | None]:
         """What is trained on, and what is held out; of a recipe that has this data, as a stage of a run may."""
         ...
 
 
 @dataclass(frozen=True)
-class DataPaths:
+class CorpusData:
     """The prefixes that a recipe's data section means on this machine."""
 
     sources: dict[str, float]
@@ -44,7 +44,7 @@ class DataPaths:
             name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)
         }
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, PackedCorpus | None]:
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, PackedCorpus | None]:
         length, alignment, seed = (
             recipe.training.seq_length,
             recipe.model.document_alignment,
@@ -61,7 +61,7 @@ class DataPaths:
             return Buckets(mixed, *shape, chosen.odds, chosen.cycle_steps, (seed,)), held_out
         kind = BestFitCorpus if recipe.data.packing == "best_fit" else PackedCorpus
         packed = [kind(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
-        return SameLength(Mixture(packed, weights), length, sequences), held_out
+        return FixedLengthSteps(Mixture(packed, weights), length, sequences), held_out
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class StagedData:
             name: digest for _, data in self.stages for name, digest in data.fingerprints.items()
         }
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[Steps, HeldOutSamples | None]:
+    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, HeldOutSamples | None]:
         return next(data for section, data in self.stages if section == recipe.data).samples(
             recipe, vocab_size
         )
@@ -117,4 +117,4 @@ def _prepare(recipe: Recipe) -> PreparedData:
                 )
     for prefix in (*sources, *([validation] if validation else [])):
         check_corpus(prefix, tokenizer.identity, vocab_size)
-    return DataPaths(sources, validation, tuple(recipe.data.sources))
+    return CorpusData(sources, validation, tuple(recipe.data.sources))

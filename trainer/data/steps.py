@@ -5,7 +5,7 @@ from typing import Protocol
 from .packing import Sample, Samples
 
 
-class Steps(Protocol):
+class StepSampler(Protocol):
     """All of it is a pure function of the recipe and the step."""
 
     bytes_per_token: float | None
@@ -22,7 +22,7 @@ class Steps(Protocol):
         ...
 
 
-class SameLength:
+class FixedLengthSteps:
     """Steps that take samples in their order."""
 
     def __init__(self, samples: Samples, seq_length: int, sequences: int):

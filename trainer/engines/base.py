@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...parallel import Sequence
 from ..checkpoint.shards import Shards
-from ..data.batches import Microbatch, Share
+from ..data.batches import BatchShard, Microbatch
 from ..model import weights
 from ..model.cpu import megatron_on_cpu
 from ..model.model import build_model, expert_tensor_parallel
@@ -48,7 +48,7 @@ class EngineBase:
         degrees = recipe.parallel
         self.ranks = f"{self.device.type} dp {recipe.data_parallel} cp {degrees.cp} pp {degrees.pp} tp {degrees.tp}"
         self.num_parameters = parameter_count(recipe.model, vocab_size)
-        self.share = Share(
+        self.share = BatchShard(
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),

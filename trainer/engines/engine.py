@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.shards import Shards
-from ..data.batches import Microbatch, Share
+from ..data.batches import BatchShard, Microbatch
 from ..recipe.schema import Recipe
 
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
     """Of the whole model."""
     ranks: str
     """How they are arranged; random states fit no other arrangement."""
-    share: Share
+    share: BatchShard
     """Of a global batch, on this rank."""
 
     def begin_stage(self, recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ STACK = "all together"
 _LEAST = 256  # tokens
 
 
-def small(recipe: Recipe, cp: int) -> Recipe:
+def shrink(recipe: Recipe, cp: int) -> Recipe:
     """The same layers, heads and patterns with fewer channels, over as few tokens as show the patterns' structure."""
     content = recipe.model_dump(mode="json")
     model, training = content["model"], content["training"]
@@ -96,7 +96,7 @@ def documents_of(recipe: Recipe) -> Tensor:
 
 
 @dataclass
-class Seen:
+class Observation:
     """What one arrangement of ranks did; on the first rank alone."""
 
     loss: float
@@ -105,7 +105,7 @@ class Seen:
     """For each token that was replaced, which positions' logits changed: bool ``[time]``."""
 
 
-def look(recipe: Recipe, documents: Tensor, probes: list[int]) -> Seen | None:
+def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Observation | None:
     """Loss, gradients and probes of a recipe's model; every rank calls it, within a process group of ``parallel.cp`` ranks."""
     generator = torch.Generator().manual_seed(1)
     tokens, labels = torch.randint(
@@ -135,7 +135,7 @@ def look(recipe: Recipe, documents: Tensor, probes: list[int]) -> Seen | None:
             other = tokens.clone()
             other[0, probe] = (other[0, probe] + 1) % VOCABULARY
             changed[probe] = (logits(other) != whole).any(-1)[0]
-        return Seen(loss / count, gradients, changed) if dist.get_rank() == 0 else None
+        return Observation(loss / count, gradients, changed) if dist.get_rank() == 0 else None
     finally:
         engine.close()
 
@@ -157,7 +157,7 @@ def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
     return sorted(at for at in wanted if 0 <= at < length)
 
 
-def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
+def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
     """Which positions may see token ``probe``, and which surely do: bool ``[time]``."""
     length, ids = documents.shape[1], documents[0]
     at = torch.arange(length)
@@ -183,10 +183,10 @@ def allowed(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tens
     return seen, seen
 
 
-def leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:
+def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:
     """What is wrong with the probes' answers: a position that saw what it must not, or did not see what it must."""
     for probe, found in changed.items():
-        may, must = allowed(recipe, documents, probe)
+        may, must = may_see(recipe, documents, probe)
         for wrong, what in (
             (found & ~may, "changes, and must not"),
             (must & ~found, "does not change, and must"),

@@ -3,12 +3,12 @@
 from ..recipe.file import to_yaml
 from .check import CheckResult
 from .source import SavedRun
-from .target import Custom, Target
+from .target import CustomTarget, Target
 
 
 def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
     """What it is, how it is loaded, what it was trained on, and what it reached."""
-    code = isinstance(target, Custom)
+    code = isinstance(target, CustomTarget)
     lines = [
         "---",
         "library_name: transformers",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..recipe.layers.softmax import SoftmaxBlock
 from .folder import listed, load_folder, loading
-from .native import Source
+from .native import ModelToExport
 from .source import SavedRun
 from .target import Target, choose_target, stays_fp32
 
@@ -103,7 +103,7 @@ def _engine(saved: SavedRun, target: Target, dtype: "torch.dtype") -> "Engine":
     return with_weights(saved.recipe.model_copy(update={"training": exact}), weights)
 
 
-def prompt_length(source: Source) -> int:
+def prompt_length(source: ModelToExport) -> int:
     """Tokens: twice as far as any window, band or sink of the stack reaches and as its stripes lie apart, so that a wrong one
     shows; at least ``LENGTH``, and never more than the model was made for.
     """

@@ -11,7 +11,7 @@ from .card import model_card
 from .check import check_export
 from .folder import quiet
 from .source import SavedRun
-from .target import Custom, Target, choose_target, describe_target, stays_fp32
+from .target import CustomTarget, Target, choose_target, describe_target, stays_fp32
 from .tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _built(target: Target, ids: dict, kind: "dtype") -> "nn.Module":
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if isinstance(target, Custom):
+    if isinstance(target, CustomTarget):
         from .custom.configuration_longspan import LongspanConfig
         from .custom.modeling_longspan import LongspanForCausalLM
 
@@ -96,7 +96,7 @@ def _built(target: Target, ids: dict, kind: "dtype") -> "nn.Module":
 
 def _load(built: "nn.Module", saved: SavedRun, target: Target, kind: "dtype") -> None:
     """Layer by layer, so that in memory is the model once, and of ours a layer."""
-    from .tensor_map import Collected, by_layer
+    from .tensor_map import StackedTensors, by_layer
 
     rows = list(target.rows())
     missing = sorted({each.ours for each in rows} ^ set(saved.shapes))
@@ -104,7 +104,7 @@ def _load(built: "nn.Module", saved: SavedRun, target: Target, kind: "dtype") ->
     fp32 = {name for name, parameter in built.named_parameters() if stays_fp32(name)}
     with track("Converting", len(rows), of_bytes=False) as advance:
         for layer in by_layer(rows):
-            collected = Collected()
+            collected = StackedTensors()
             weights = saved.weights([each.ours for each in layer])
             for each in layer:
                 collected.add(each, weights[each.ours])

@@ -11,15 +11,15 @@ from ..errors import UserError
 from ..recipe.layers.linear import LightningBlock
 from ..recipe.schema import InitialConfig, Recipe
 from .folder import Loaded, listed, load_folder
-from .native import NATIVES, Native, Source
-from .target import Custom
+from .native import NATIVES, ModelToExport, NativeTarget
+from .target import CustomTarget
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig
 
     from ..engines.engine import Engine
-    from ..ranks import Control
+    from ..ranks import RankGroup
 
 
 def require_initial(recipe: Recipe) -> None:
@@ -44,7 +44,7 @@ def require_initial(recipe: Recipe) -> None:
             raise UserError("\n".join(problems))
 
 
-def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> list[str]:
+def load_initial(engine: "Engine", recipe: Recipe, control: "RankGroup") -> list[str]:
     """Take the weights of ``recipe.initial``, which the first rank reads and hands on layer by layer; every rank calls it.
 
     Returns:
@@ -60,7 +60,7 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> list[s
     native, _ = _native(recipe)
     theirs: dict[str, Tensor] = {}
     told: list[str] = []
-    with control.together():
+    with control.raise_on_all():
         if dist.get_rank() == 0:
             loaded = _load(recipe)
             _require_same_decays(loaded.model, native, recipe.initial.path)
@@ -77,7 +77,7 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> list[s
     shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
     for layer in by_layer(native.rows()):
         whole: dict[str, Tensor] = {}
-        with control.together():
+        with control.raise_on_all():
             if dist.get_rank() == 0:
                 try:
                     whole = {
@@ -87,14 +87,14 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "Control") -> list[s
                     raise UserError(f"initial: {recipe.initial.path}: {error}") from None
         engine.load_weights(
             {
-                rows.ours: control.same_tensor(whole.get(rows.ours), shapes[rows.ours])
+                rows.ours: control.broadcast_tensor(whole.get(rows.ours), shapes[rows.ours])
                 for rows in layer
             }
         )
     return told
 
 
-def _native(recipe: Recipe) -> tuple[Native, dict]:
+def _native(recipe: Recipe) -> tuple[NativeTarget, dict]:
     """The folder's architecture, with the recipe's model in it, and the folder's config."""
     path = Path(recipe.initial.path)
     try:
@@ -112,17 +112,17 @@ def _native(recipe: Recipe) -> tuple[Native, dict]:
     if kind not in known:
         raise UserError(f"initial: {path} is of architecture {kind}; known are {', '.join(known)}")
     return known[kind](
-        Source(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
+        ModelToExport(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
     ), config
 
 
-def _sizes(native: Native, config: dict) -> Iterator[str]:
+def _sizes(native: NativeTarget, config: dict) -> Iterator[str]:
     for key, ours in native.sizes().items():
         if config.get(key) is not None and config[key] != ours:
             yield f"initial: {key}: is {config[key]} in the folder's config.json, {ours} in the recipe's model"
 
 
-def _inexpressible(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
+def _inexpressible(native: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
     fixed = {"rope_type": "default", "hidden_act": "silu", **native.fixed}
     theirs = {key: getattr(config, key, None) for key in fixed}
     theirs["rope_type"] = (config.rope_parameters or {}).get("rope_type", "default")
@@ -134,7 +134,7 @@ def _inexpressible(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
             )
 
 
-def _differences(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
+def _differences(native: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
     """What the weights were trained with, where the recipe says otherwise."""
     model = native.model
     theirs = {
@@ -154,10 +154,10 @@ def _differences(native: Native, config: "PreTrainedConfig") -> Iterator[str]:
             yield f"{key}: {ours}, the weights were trained with {value}"
 
 
-def _one_sided(native: Native, initial: InitialConfig, names: set[str]) -> Iterator[str]:
+def _one_sided(native: NativeTarget, initial: InitialConfig, names: set[str]) -> Iterator[str]:
     rows = list(native.rows())
     new = sorted(
-        {rows.ours for rows in Custom(native.source).rows()} - {each.ours for each in rows}
+        {rows.ours for rows in CustomTarget(native.source).rows()} - {each.ours for each in rows}
     )
     used = {name for each in rows for name in each.theirs}
     unused = sorted(name for name in names - used if not native.idle(name))
@@ -182,7 +182,7 @@ def _load(recipe: Recipe) -> Loaded:
     return load_folder(recipe.initial.path, f"initial: {recipe.initial.path}", dtype="auto")
 
 
-def _parameters(loaded: Loaded, native: Native) -> "dict[str, Tensor]":
+def _parameters(loaded: Loaded, native: NativeTarget) -> "dict[str, Tensor]":
     """Those that the folder's files give. Where output and input embedding are one, under both names, unless ours are one as
     well.
     """
@@ -192,7 +192,7 @@ def _parameters(loaded: Loaded, native: Native) -> "dict[str, Tensor]":
     return {name: parameter for name, parameter in found.items() if name not in loaded.missing}
 
 
-def _require_same_decays(built: "nn.Module", native: Native, path: str) -> None:
+def _require_same_decays(built: "nn.Module", native: NativeTarget, path: str) -> None:
     from ..model.mixers.decay import FIXED
 
     for number, (block, layer) in enumerate(zip(native.stack, built.model.layers, strict=True)):

@@ -7,26 +7,28 @@ import numpy as np
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock, LinearDesign
 from ..recipe.layers.softmax import Block
 from ..recipe.schema import ModelConfig, MoEConfig
-from .tensor_map import Rows, parts_of
+from .tensor_map import TensorMap, parts_of
 
 
-def ends(model: ModelConfig, vocab_size: int, shift: float = 0.0) -> Iterator[Rows]:
+def ends(model: ModelConfig, vocab_size: int, shift: float = 0.0) -> Iterator[TensorMap]:
     """Embedding, last norm and output matrix."""
     words = np.arange(vocab_size)
-    yield Rows("embedding.word_embeddings.weight", {"model.embed_tokens.weight": words})
-    yield Rows("decoder.final_layernorm.weight", {"model.norm.weight": None}, shift)
+    yield TensorMap("embedding.word_embeddings.weight", {"model.embed_tokens.weight": words})
+    yield TensorMap("decoder.final_layernorm.weight", {"model.norm.weight": None}, shift)
     if not model.tie_word_embeddings:
-        yield Rows("output_layer.weight", {"lm_head.weight": words})
+        yield TensorMap("output_layer.weight", {"lm_head.weight": words})
 
 
-def whole(layer: int, ours: str, theirs: str, shift: float = 0.0, channels: bool = False) -> Rows:
+def whole(
+    layer: int, ours: str, theirs: str, shift: float = 0.0, channels: bool = False
+) -> TensorMap:
     """A parameter of a layer that is theirs as it is."""
-    return Rows(
+    return TensorMap(
         f"decoder.layers.{layer}.{ours}", {f"model.layers.{layer}.{theirs}": None}, shift, channels
     )
 
 
-def norms(layer: int, mixer: str, mlp: str, shift: float = 0.0) -> Iterator[Rows]:
+def norms(layer: int, mixer: str, mlp: str, shift: float = 0.0) -> Iterator[TensorMap]:
     """Those before a layer's halves."""
     yield whole(layer, "input_layernorm.weight", f"{mixer}.weight", shift)
     yield whole(layer, "pre_mlp_layernorm.weight", f"{mlp}.weight", shift)
@@ -34,7 +36,7 @@ def norms(layer: int, mixer: str, mlp: str, shift: float = 0.0) -> Iterator[Rows
 
 def softmax(
     model: ModelConfig, layer: int, gate: bool = False, theirs_gated: bool = False
-) -> Iterator[Rows]:
+) -> Iterator[TensorMap]:
     """Projections of softmax attention; where theirs has gates, each head's queries and gates are in one matrix, as in
     Qwen3-Next. Where one side alone has gates, the output projection is all they share.
     """
@@ -48,20 +50,20 @@ def softmax(
         q = np.stack([q.reshape(heads, dim), gates.reshape(heads, dim)], 1)
     theirs = {"q_proj": q.flatten(), "k_proj": k.flatten(), "v_proj": v.flatten()}
     prefix = f"model.layers.{layer}.self_attn"
-    yield Rows(
+    yield TensorMap(
         f"decoder.layers.{layer}.mixer.linear_in.weight",
         {f"{prefix}.{name}.weight": rows for name, rows in theirs.items()},
     )
 
 
-def qk_norms(layer: int, ours: str = "layernorm", shift: float = 0.0) -> Iterator[Rows]:
+def qk_norms(layer: int, ours: str = "layernorm", shift: float = 0.0) -> Iterator[TensorMap]:
     for name in "qk":
         yield whole(layer, f"mixer.{name}_{ours}.weight", f"self_attn.{name}_norm.weight", shift)
 
 
 def linear(
     design: LinearDesign, layer: int, names: dict[str, tuple[str, ...]], together: bool = False
-) -> Rows:
+) -> TensorMap:
     """The fused projection of linear attention under ``names``, each with the parts that it is made of; ``qkv`` is all three.
 
     ``together`` keeps a head's parts together; else each part comes with all its heads.
@@ -74,7 +76,7 @@ def linear(
             if together
             else np.concatenate([r.flatten() for r in rows])
         )
-    return Rows(f"decoder.layers.{layer}.mixer.linear_in.weight", found)
+    return TensorMap(f"decoder.layers.{layer}.mixer.linear_in.weight", found)
 
 
 def _parts(design: LinearDesign) -> dict[str, np.ndarray]:
@@ -95,58 +97,58 @@ def _channels(design: LinearDesign, *parts: str) -> np.ndarray:
 
 def gated_delta(
     design: LinearDesign, layer: int, projections: dict[str, tuple[str, ...]], norm: str, out: str
-) -> Iterator[Rows]:
+) -> Iterator[TensorMap]:
     """A gated delta mixer, with their names of the projections from the hidden state and what each is made of."""
     ours, theirs = f"decoder.layers.{layer}.mixer", f"model.layers.{layer}.linear_attn"
     yield linear(
         design, layer, {f"linear_attn.{name}": parts for name, parts in projections.items()}
     )
-    yield Rows(
+    yield TensorMap(
         f"{ours}.conv_weight",
         {f"{theirs}.conv1d.weight": _channels(design, "q", "k", "v")},
         channels=True,
     )
-    yield Rows(f"{ours}.decay.rate_log", {f"{theirs}.A_log": None})
-    yield Rows(f"{ours}.decay.bias", {f"{theirs}.dt_bias": None})
+    yield TensorMap(f"{ours}.decay.rate_log", {f"{theirs}.A_log": None})
+    yield TensorMap(f"{ours}.decay.bias", {f"{theirs}.dt_bias": None})
     yield whole(layer, "mixer.norm.weight", f"linear_attn.{norm}.weight")
     yield whole(layer, "mixer.linear_proj.weight", f"linear_attn.{out}.weight")
 
 
-def mamba2(design: LinearDesign, layer: int) -> Iterator[Rows]:
+def mamba2(design: LinearDesign, layer: int) -> Iterator[TensorMap]:
     """Queries are called C, keys B."""
     ours, theirs = f"decoder.layers.{layer}.mixer", f"model.layers.{layer}.mamba"
     yield linear(design, layer, {"mamba.in_proj": ("gate", "v", "k", "q", "decay")})
     channels = _channels(design, "v", "k", "q")
-    yield Rows(f"{ours}.conv_weight", {f"{theirs}.conv1d.weight": channels}, channels=True)
-    yield Rows(f"{ours}.conv_bias", {f"{theirs}.conv1d.bias": channels})
-    yield Rows(f"{ours}.decay.rate_log", {f"{theirs}.A_log": None})
-    yield Rows(f"{ours}.decay.bias", {f"{theirs}.dt_bias": None})
-    yield Rows(f"{ours}.skip", {f"{theirs}.D": None})
+    yield TensorMap(f"{ours}.conv_weight", {f"{theirs}.conv1d.weight": channels}, channels=True)
+    yield TensorMap(f"{ours}.conv_bias", {f"{theirs}.conv1d.bias": channels})
+    yield TensorMap(f"{ours}.decay.rate_log", {f"{theirs}.A_log": None})
+    yield TensorMap(f"{ours}.decay.bias", {f"{theirs}.dt_bias": None})
+    yield TensorMap(f"{ours}.skip", {f"{theirs}.D": None})
     yield whole(layer, "mixer.norm.weight", "mamba.norm.weight")
     yield whole(layer, "mixer.linear_proj.weight", "mamba.out_proj.weight")
 
 
-def mlp(model: ModelConfig, layer: int) -> Iterator[Rows]:
+def mlp(model: ModelConfig, layer: int) -> Iterator[TensorMap]:
     gate, up = np.split(np.arange(2 * model.intermediate_size), 2)
     prefix = f"model.layers.{layer}.mlp"
-    yield Rows(
+    yield TensorMap(
         f"decoder.layers.{layer}.mlp.linear_fc1.weight",
         {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up},
     )
     yield whole(layer, "mlp.linear_fc2.weight", "mlp.down_proj.weight")
 
 
-def experts(layer: int, count: int | None) -> Iterator[Rows]:
+def experts(layer: int, count: int | None) -> Iterator[TensorMap]:
     """A mixture's, stacked; of ``None``, the dense MLP as the only one."""
     ours, theirs = f"decoder.layers.{layer}.mlp", f"model.layers.{layer}.mlp"
     if count:
         yield whole(layer, "mlp.router.weight", "mlp.gate.weight")
     for entry in range(count or 1):
         prefix = f"{ours}.experts.local_experts.{entry}" if count else ours
-        yield Rows(
+        yield TensorMap(
             f"{prefix}.linear_fc1.weight", {f"{theirs}.experts.gate_up_proj": None}, entry=entry
         )
-        yield Rows(
+        yield TensorMap(
             f"{prefix}.linear_fc2.weight", {f"{theirs}.experts.down_proj": None}, entry=entry
         )
 
@@ -172,7 +174,7 @@ _CUSTOM_MIXER = {
 }
 
 
-def custom_layer(model: ModelConfig, block: Block, layer: int) -> Iterator[Rows]:
+def custom_layer(model: ModelConfig, block: Block, layer: int) -> Iterator[TensorMap]:
     """Under the names of our own code, row by row as they are."""
     norms = {"pre": 2, "post": 2, "sandwich": 4, "reordered": 4}[block.norm]
     for ours in list(_CUSTOM)[2 if block.norm == "reordered" else 0 : norms]:

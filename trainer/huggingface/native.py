@@ -13,7 +13,7 @@ from ..recipe.layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDes
 from ..recipe.layers.softmax import Block, SoftmaxBlock
 from ..recipe.schema import ModelConfig
 from . import naming
-from .tensor_map import Rows
+from .tensor_map import TensorMap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ _SIZES = (
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelToExport:
     """What is exported."""
 
     model: ModelConfig
@@ -58,7 +58,7 @@ class Source:
         }
 
 
-class Native(ABC):
+class NativeTarget(ABC):
     """One architecture, for a source's model."""
 
     model_type: ClassVar[str]
@@ -71,7 +71,7 @@ class Native(ABC):
     shift: ClassVar[float] = 0.0
     """Its norms' weights are ours and this."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ModelToExport):
         self.source, self.model = source, source.model
         self.stack = self.model.stack
         self.kinds_here = [kind(block, self.model) for block in self.stack]
@@ -80,7 +80,7 @@ class Native(ABC):
     def misfits(self) -> Misfits:
         """Why the model is not exactly this: one reason after another."""
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[TensorMap]:
         """All parameters, layer by layer; of a model that is not exactly this, those that both have."""
         yield from naming.ends(self.model, self.source.vocab_size, self.shift)
         for layer, block in enumerate(self.stack):
@@ -92,13 +92,13 @@ class Native(ABC):
             )
             yield from self.mlp_rows(layer, block)
 
-    def norm_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def norm_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if block.norm != "reordered":
             yield from naming.norms(
                 layer, "input_layernorm", "post_attention_layernorm", self.shift
             )
 
-    def softmax_rows(self, layer: int, block: SoftmaxBlock) -> Iterator[Rows]:
+    def softmax_rows(self, layer: int, block: SoftmaxBlock) -> Iterator[TensorMap]:
         yield from naming.softmax(
             self.model, layer, block.output_gate, theirs_gated=self.output_gate
         )
@@ -107,11 +107,11 @@ class Native(ABC):
                 layer, "norm" if self.qk_norm == "all" else "layernorm", self.shift
             )
 
-    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def linear_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         """Of its mixers that are no softmax attention; none of those that it has not."""
         return iter(())
 
-    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if block.mlp == "dense":
             yield from naming.mlp(self.model, layer)
 
@@ -125,7 +125,7 @@ class Native(ABC):
 
     def sizes(self) -> dict[str, int]:
         """What its config must say for its weights to be those of the model."""
-        ours = Native.config(self)
+        ours = NativeTarget.config(self)
         return {key: ours[key] for key in _SIZES}
 
     @property
@@ -197,7 +197,7 @@ class Native(ABC):
         return block.attention_pattern(self.model.kv_heads).tokens
 
 
-class LlamaLike(Native):
+class LlamaLike(NativeTarget):
     """Softmax layers before which a norm stands, and a dense MLP."""
 
     def misfits(self) -> Misfits:
@@ -239,7 +239,7 @@ class Qwen3(LlamaLike):
         return super().config() | sliding | {"layer_types": self.layer_types}
 
 
-class MiniMax(Native):
+class MiniMax(NativeTarget):
     """Lightning and softmax layers, and experts; of one expert, a dense MLP."""
 
     model_type, kinds, linear_types = (
@@ -320,7 +320,7 @@ class MiniMax(Native):
             "mlp_beta_factor": beta,
         }
 
-    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def linear_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if isinstance(block, LightningBlock) and block.style == "minimax" and block.output_gate:
             names = {"self_attn.qkv_proj": ("qkv",), "self_attn.output_gate": ("gate",)}
             yield naming.linear(block.design(self.model, layer), layer, names, together=True)
@@ -330,7 +330,7 @@ class MiniMax(Native):
     def idle(self, name: str) -> bool:
         return self.experts == 1 and name.endswith(".mlp.gate.weight")  # with one expert
 
-    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         yield from naming.experts(layer, self.experts if block.mlp == "moe" else None)
 
     def finish(self, built: "nn.Module") -> None:
@@ -354,7 +354,7 @@ class MiniMax(Native):
                 layer.mlp.gate.weight = torch.nn.Parameter(torch.zeros(1, self.model.hidden_size))
 
 
-class _GatedDelta(Native):
+class _GatedDelta(NativeTarget):
     """What the hybrids of gated delta and softmax layers have in common."""
 
     linear_types: ClassVar[dict[str, str]] = {"gated_deltanet": "linear_attention"}
@@ -405,7 +405,7 @@ class Qwen35(_GatedDelta):
         found["rope_parameters"]["partial_rotary_factor"] = self.blocks("full")[0].rotary_fraction
         return found
 
-    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def linear_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if isinstance(block, GatedDeltaNetBlock):
             parts = {
                 "in_proj_qkv": ("q", "k", "v"),
@@ -454,7 +454,7 @@ class OlmoHybrid(_GatedDelta):
             else found | {"rotary_fraction": 0.0}
         )
 
-    def norm_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def norm_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if block.norm == "reordered":
             yield naming.whole(
                 layer, "post_mixer_layernorm.weight", "post_attention_layernorm.weight"
@@ -465,7 +465,7 @@ class OlmoHybrid(_GatedDelta):
         else:
             yield from super().norm_rows(layer, block)
 
-    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def linear_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if isinstance(block, GatedDeltaNetBlock):
             names = {"q": "q", "k": "k", "v": "v", "gate": "g", "beta": "b", "decay": "a"}
             parts = {f"{theirs}_proj": (ours,) for ours, theirs in names.items()}
@@ -474,7 +474,7 @@ class OlmoHybrid(_GatedDelta):
             )
 
 
-class Granite(Native):
+class Granite(NativeTarget):
     """Mamba-2 and softmax layers, with a dense MLP."""
 
     model_type, kinds, linear_types = (
@@ -537,11 +537,11 @@ class Granite(Native):
             | {"mixer_residual": residual, "mlp_residual": residual}
         )
 
-    def linear_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def linear_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if isinstance(block, Mamba2Block):
             yield from naming.mamba2(block.design(self.model), layer)
 
-    def mlp_rows(self, layer: int, block: Block) -> Iterator[Rows]:
+    def mlp_rows(self, layer: int, block: Block) -> Iterator[TensorMap]:
         if block.mlp == "dense":
             yield naming.whole(layer, "mlp.linear_fc1.weight", "shared_mlp.input_linear.weight")
             yield naming.whole(layer, "mlp.linear_fc2.weight", "shared_mlp.output_linear.weight")
@@ -561,7 +561,7 @@ def kind(block: Block, model: ModelConfig) -> str:
     )
 
 
-def native_target(source: Source) -> tuple[Native | None, list[str]]:
+def native_target(source: ModelToExport) -> tuple[NativeTarget | None, list[str]]:
     """The architecture that the model is exactly, or None and why those with these layers are not it."""
     reasons = []
     for native in NATIVES:

@@ -11,7 +11,7 @@ from ..checkpoint.run_folder import RunFolder
 from ..data.tokenizer import recipe_vocab_size
 from ..errors import UserError
 from ..recipe.schema import Recipe
-from .native import Source
+from .native import ModelToExport
 
 
 class SavedRun:
@@ -48,7 +48,7 @@ class SavedRun:
             )
         self.step = self.checkpoint.step
         self.recipe: Recipe = whole.at(max(0, self.step - 1))
-        self.source = Source(
+        self.source = ModelToExport(
             self.recipe.model, recipe_vocab_size(self.recipe), self.recipe.training.seq_length
         )
 

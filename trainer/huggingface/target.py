@@ -9,8 +9,8 @@ from ..errors import UserError
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
 from ..recipe.layers.softmax import Block, SoftmaxBlock
 from . import naming
-from .native import Source, native_target
-from .tensor_map import Rows
+from .native import ModelToExport, native_target
+from .tensor_map import TensorMap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,17 +21,17 @@ class Target(Protocol):
 
     def config(self) -> dict: ...
 
-    def rows(self) -> Iterator[Rows]: ...
+    def rows(self) -> Iterator[TensorMap]: ...
 
     def finish(self, built: "nn.Module") -> None: ...
 
 
-class Custom:
+class CustomTarget:
     """Our own code, which follows the recipe layer by layer."""
 
     model_type = "longspan"
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ModelToExport):
         self.source, self.model = source, source.model
 
     def config(self) -> dict:
@@ -87,7 +87,7 @@ class Custom:
             "attention_sink": block.attention_sink,
         }
 
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Iterator[TensorMap]:
         yield from naming.ends(self.model, self.source.vocab_size)
         for number, block in enumerate(self.model.stack):
             yield from naming.custom_layer(self.model, block, number)
@@ -96,7 +96,7 @@ class Custom:
         """Nothing is left: all that is fixed is in the config."""
 
 
-def choose_target(source: Source) -> tuple[Target, list[str]]:
+def choose_target(source: ModelToExport) -> tuple[Target, list[str]]:
     """The native architecture that the model is exactly; else our code, and why none was.
 
     Raises:
@@ -110,16 +110,16 @@ def choose_target(source: Source) -> tuple[Target, list[str]]:
                 f"model.layers.blocks.{name}: {block.mixer} chooses its keys from the content, which no exported code does"
             )
     native, reasons = native_target(source)
-    return native or Custom(source), reasons
+    return native or CustomTarget(source), reasons
 
 
-def describe_target(source: Source) -> str:
+def describe_target(source: ModelToExport) -> str:
     """One line: the architecture, and why it is no other; or why there is none."""
     try:
         target, reasons = choose_target(source)
     except UserError as error:
         return f"refuses: {error}"
-    if not isinstance(target, Custom):
+    if not isinstance(target, CustomTarget):
         return f"writes {target.model_type}, an architecture of transformers"
     why = "; ".join(reasons) or "no architecture of transformers has these layers together"
     return f"writes code of its own (trust_remote_code): {why}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorMap:
     """One of our parameters, by its global name, and what another model calls its rows."""
 
     ours: str
@@ -61,13 +61,13 @@ class Rows:
 
 
 @dataclass
-class Collected:
+class StackedTensors:
     """Their tensors, as ours come one by one."""
 
     tensors: "dict[str, Tensor]" = field(default_factory=dict)
     stacks: "dict[str, dict[int, Tensor]]" = field(default_factory=dict)
 
-    def add(self, rows: Rows, whole: "Tensor") -> None:
+    def add(self, rows: TensorMap, whole: "Tensor") -> None:
         for name, part in rows.split(whole).items():
             if rows.entry is None:
                 self.tensors[name] = part
@@ -83,7 +83,7 @@ class Collected:
         return self.tensors
 
 
-def by_layer(rows: Iterable[Rows]) -> Iterator[list[Rows]]:
+def by_layer(rows: Iterable[TensorMap]) -> Iterator[list[TensorMap]]:
     """Those of one layer after another, and of what is in no layer one by one."""
     for _, grouped in groupby(rows, key=lambda each: each.ours.split(".")[:3]):
         yield list(grouped)

@@ -21,13 +21,13 @@ from ..checkpoint.files import (
     commit,
     partial_path,
     prune,
-    set_aside,
+    quarantine,
     sha256,
 )
 from ..checkpoint.shards import LoadPlanner, SavePlanner, Shards
 from ..engines.engine import Engine
 from ..errors import UserError
-from ..ranks import Control
+from ..ranks import RankGroup
 
 
 class Saved(NamedTuple):
@@ -48,7 +48,7 @@ class Checkpointer:
         keep: how many to keep, the newest; 0 for all.
     """
 
-    def __init__(self, folder: Path, keep: int, control: Control):
+    def __init__(self, folder: Path, keep: int, control: RankGroup):
         self.folder, self._keep, self._control = folder, keep, control
         self._first = dist.get_rank() == 0
         self._group = dist.new_group(backend="gloo")  # of the background thread alone
@@ -76,13 +76,13 @@ class Checkpointer:
         if self._first:
             clean_up(self.folder)
         damaged: list[tuple[Checkpoint, str]] = []
-        for checkpoint in self._control.same(checkpoints(self.folder)):
+        for checkpoint in self._control.broadcast(checkpoints(self.folder)):
             manifest, damage = self._check(checkpoint)
             if damage:
                 damaged.append((checkpoint, damage))
                 continue
             for bad, reason in damaged if self._first else ():
-                aside = set_aside(bad).name
+                aside = quarantine(bad).name
                 say(
                     f"warning: {bad.path}: {reason}; set aside as {aside}, going on from step {manifest.step}"
                 )
@@ -126,13 +126,13 @@ class Checkpointer:
     def _check(self, checkpoint: Checkpoint) -> tuple[Manifest | None, str | None]:
         """The manifest, and what is wrong with the checkpoint: each rank reads its share of the files."""
         manifest = damage = None
-        with self._control.together():
+        with self._control.raise_on_all():
             if self._first:
                 try:
                     manifest = checkpoint.manifest()
                 except DamagedError as error:
                     damage = str(error)
-        manifest, damage = self._control.same((manifest, damage))
+        manifest, damage = self._control.broadcast((manifest, damage))
         if damage is None:
             shares = self._control.gather(
                 checkpoint.damage(manifest, dist.get_rank(), dist.get_world_size())

@@ -19,7 +19,7 @@ from ..huggingface.initial import load_initial
 from ..predict.communication import choices
 from ..predict.estimate import DEVICES
 from ..predict.flops import training_flops
-from ..ranks import Control
+from ..ranks import RankGroup
 from ..recipe.layers.softmax import SoftmaxBlock
 from ..recipe.schema import Recipe
 from .checkpointer import Checkpointer, Saved
@@ -40,7 +40,7 @@ def build_engine(recipe: Recipe) -> Engine:
     return Chosen(recipe, recipe_vocab_size(recipe))
 
 
-def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
+def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
     """Train from the newest checkpoint, or from step 0, to the last step; every rank calls it.
 
     Returns:
@@ -221,7 +221,7 @@ def train(recipe: Recipe, data: PreparedData, control: Control) -> bool:
             folder.stop_file.unlink(missing_ok=True)  # nothing is left to stop
         if control.any(rank == 0 and folder.weights_step() != steps):
             weights = engine.weights()
-            with control.together():
+            with control.raise_on_all():
                 if rank == 0:
                     folder.write_weights(weights, steps)
                     plot_loss(folder)
@@ -256,10 +256,10 @@ def evaluate(
     return {"eval/loss": loss} | ({} if bits is None else {"eval/bits_per_byte": bits})
 
 
-def _agreed(control: Control, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+def _agreed(control: RankGroup, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
     """The batches, of which every rank has equally many; bad data on one rank stops all at the same batch."""
     while True:
-        with control.together():
+        with control.raise_on_all():
             batch = next(batches, None)
         if batch is None:
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_SECONDS = 2.0
 """Signals so soon after the first are the same request: schedulers send one to every process, and parents pass theirs on."""
-LIFELINE = "LONGSPAN_LIFELINE"
+PARENT_PIPE = "LONGSPAN_LIFELINE"
 """Environment variable: a pipe's reading end, which comes to its end when the process that started this one does."""
 
 
@@ -30,7 +30,7 @@ class StopRequest:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._before_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _wake) for number in heeded(SIGNALS)}
+        self._before = {number: signal.signal(number, _wake) for number in not_ignored(SIGNALS)}
         threading.Thread(target=self._watch, daemon=True, name="stop").start()
         return self
 
@@ -45,7 +45,7 @@ class StopRequest:
         return self._first is not None or (self._looks and self._file.exists())
 
     def _watch(self) -> None:
-        lifeline = int(os.environ.get(LIFELINE, -1))
+        lifeline = int(os.environ.get(PARENT_PIPE, -1))
         sources = [self._read] if lifeline < 0 else [self._read, lifeline]
         while True:
             ready = select.select(sources, [], [])[0]
@@ -73,7 +73,7 @@ class StopRequest:
             os._exit(128 + number)
 
 
-def heeded(signals: tuple[int, ...]) -> list[int]:
+def not_ignored(signals: tuple[int, ...]) -> list[int]:
     """Those that this process was not started to ignore, as nohup and a shell's & have it."""
     return [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
 

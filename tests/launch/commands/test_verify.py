@@ -8,12 +8,12 @@ import torch
 from longspan.trainer.data.batches import recipe_layout
 from longspan.trainer.evaluation.parity import (
     STACK,
-    allowed,
     cases,
     documents_of,
-    leak,
+    find_leak,
+    may_see,
     probes_of,
-    small,
+    shrink,
 )
 from longspan.trainer.recipe.file import load_recipe
 
@@ -55,15 +55,15 @@ def test_what_is_wrong_ends_with_status_1(longspan, tmp_path):
 
 
 def test_a_leak_and_a_loss_are_both_seen():
-    recipe = small(load_recipe("quickstart"), 2)
+    recipe = shrink(load_recipe("quickstart"), 2)
     documents = documents_of(recipe)
     found = dict(cases(recipe))
     assert list(found) == ["linear", "sparse", "full", STACK]
     probe = probes_of(recipe, documents)[0]
-    may, must = allowed(found["sparse"], documents, probe)
+    may, must = may_see(found["sparse"], documents, probe)
     assert must.sum() > 1
     assert torch.equal(may, must)
-    assert leak(found["sparse"], documents, {probe: may}) is None
+    assert find_leak(found["sparse"], documents, {probe: may}) is None
     later = int(may.nonzero()[-1])
     for position, what in (
         (later, "does not change, and must"),
@@ -71,18 +71,18 @@ def test_a_leak_and_a_loss_are_both_seen():
     ):
         changed = may.clone()
         changed[position] = not changed[position]
-        assert f"with token {probe} position {position} {what}" in leak(
+        assert f"with token {probe} position {position} {what}" in find_leak(
             found["sparse"], documents, {probe: changed}
         )
     across = torch.zeros(documents.shape[1], dtype=torch.bool)
     across[probe] = across[-1] = True
-    assert "must not" in leak(found[STACK], documents, {probe: across})
+    assert "must not" in find_leak(found[STACK], documents, {probe: across})
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("cp", [2, 3, 4])
 def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
-    recipe = small(load_recipe("quickstart", [f"parallel.layout={layout}"]), cp)
+    recipe = shrink(load_recipe("quickstart", [f"parallel.layout={layout}"]), cp)
     assert (
         recipe.model.layers.blocks["sparse"]
         == load_recipe("quickstart").model.layers.blocks["sparse"]

@@ -9,7 +9,7 @@ from longspan.trainer.checkpoint.files import (
     commit,
     partial_path,
     prune,
-    set_aside,
+    quarantine,
     sha256,
 )
 from longspan.trainer.errors import UserError
@@ -70,7 +70,7 @@ def test_prune_keeps_the_newest(folder, keep, left):
 def test_a_damaged_checkpoint_set_aside_is_kept_but_not_listed(folder):
     newest = checkpoints(folder)[0]
     (folder / "step-00000500.damaged-1").mkdir()
-    assert set_aside(newest).name == "step-00000500.damaged-2"
+    assert quarantine(newest).name == "step-00000500.damaged-2"
     assert [checkpoint.step for checkpoint in checkpoints(folder)] == [50, 5]
     clean_up(folder)
     assert (folder / "step-00000500.damaged-2" / "data").exists()

@@ -256,18 +256,18 @@ def test_order_depends_on_seed_and_epoch_alone(corpus):
 
 @pytest.mark.parametrize("replicas", [1, 2, 4])
 def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, replicas):
-    from longspan.trainer.data.batches import Batches, Share
+    from longspan.trainer.data.batches import Batches, BatchShard
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.recipe.file import load_recipe
 
     recipe = load_recipe(str(tiny_recipe), ["training.global_batch_size=8"])
     paths, cpu = prepare_data(recipe), torch.device("cpu")
     for step in (0, 5):
-        alone = list(Batches(recipe, paths, 257, Share(0, 1, 0), cpu).step(step))
+        alone = list(Batches(recipe, paths, 257, BatchShard(0, 1, 0), cpu).step(step))
         shared = [
             batch
             for rank in range(replicas)
-            for batch in Batches(recipe, paths, 257, Share(rank, replicas, 0), cpu).step(step)
+            for batch in Batches(recipe, paths, 257, BatchShard(rank, replicas, 0), cpu).step(step)
         ]
         assert len(shared) == 8
         seen, expected = (
@@ -279,7 +279,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, repli
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
-    from longspan.trainer.data.batches import Batches, Share
+    from longspan.trainer.data.batches import Batches, BatchShard
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.recipe.file import load_recipe
 
@@ -287,8 +287,8 @@ def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
         str(tiny_recipe), ["parallel.cp=3", f"parallel.layout={layout}", "launch.processes=3"]
     )
     paths, cpu = prepare_data(recipe), torch.device("cpu")
-    alone = Batches(load_recipe(str(tiny_recipe)), paths, 257, Share(0, 1, 0), cpu)
-    ranks = [Batches(recipe, paths, 257, Share(0, 1, rank), cpu) for rank in range(3)]
+    alone = Batches(load_recipe(str(tiny_recipe)), paths, 257, BatchShard(0, 1, 0), cpu)
+    ranks = [Batches(recipe, paths, 257, BatchShard(0, 1, rank), cpu) for rank in range(3)]
     for whole, *parts in zip(alone.step(3), *(batches.step(3) for batches in ranks), strict=True):
         unshard = parts[0].sequence.layout.unshard
         for name in ("tokens", "labels", "weights"):

@@ -211,9 +211,9 @@ def test_what_one_rank_raises_ends_all_of_them(ranks, tmp_path):
     script.write_text(
         "import torch.distributed as dist\n"
         "from longspan.launch.process import process_group\n"
-        "from longspan.trainer.ranks import Control\n"
+        "from longspan.trainer.ranks import RankGroup\n"
         "with process_group(1):\n"
-        "    with Control().together():\n"
+        "    with RankGroup().raise_on_all():\n"
         "        if dist.get_rank() == 1:\n"
         "            raise ValueError('met here')\n"
     )

@@ -165,19 +165,21 @@ def test_a_sample_is_a_pure_function_of_seed_and_number():
 
 def test_ranks_share_the_examples_of_a_step_and_their_tokens():
     import torch
-    from longspan.trainer.data.batches import Batches, Share
+    from longspan.trainer.data.batches import Batches, BatchShard
 
     def step(share, *overrides):
         recipe = load_recipe("mqar/base", ["training.micro_batch_size=8", *overrides])
         data = MQARData(recipe.data.mqar)
         return list(Batches(recipe, data, 256, share, torch.device("cpu")).step(3))
 
-    alone = step(Share(0, 1, 0))
-    ranks = [step(Share(rank, 2, 0), "launch.processes=2") for rank in range(2)]
+    alone = step(BatchShard(0, 1, 0))
+    ranks = [step(BatchShard(rank, 2, 0), "launch.processes=2") for rank in range(2)]
     assert [len(batches) for batches in (alone, *ranks)] == [4, 2, 2]
     for i, whole in enumerate(alone):
         assert torch.equal(ranks[i % 2][i // 2].tokens, whole.tokens)
-    parts = [step(Share(0, 1, rank), "parallel.cp=2", "launch.processes=2")[0] for rank in range(2)]
+    parts = [
+        step(BatchShard(0, 1, rank), "parallel.cp=2", "launch.processes=2")[0] for rank in range(2)
+    ]
     for name in ("tokens", "labels", "weights"):
         unsharded = parts[0].sequence.layout.unshard([getattr(part, name) for part in parts])
         assert torch.equal(unsharded, getattr(alone[0], name))

@@ -112,7 +112,7 @@ MORE_CUSTOM = {
 def save_run(recipe_file: Path, *overrides: str) -> Path:
     """The folder of a run with a checkpoint, whose every weight is noise, norms as well."""
     from longspan.trainer.checkpoint.run_folder import RunFolder
-    from longspan.trainer.ranks import Control
+    from longspan.trainer.ranks import RankGroup
     from longspan.trainer.run.checkpointer import Checkpointer
     from longspan.trainer.run.loop import build_engine
 
@@ -129,7 +129,7 @@ def save_run(recipe_file: Path, *overrides: str) -> Path:
                 for name, w in weights
             }
         )
-        with Checkpointer(folder.checkpoints, 3, Control()) as checkpointer:
+        with Checkpointer(folder.checkpoints, 3, RankGroup()) as checkpointer:
             checkpointer.save(engine, STEP, 100)
             assert not checkpointer.poll(wait=True).error
     return folder.path

@@ -287,11 +287,13 @@ def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
 )
 def test_prompts_of_the_check_are_longer_than_windows(name, length):
     from longspan.trainer.huggingface.check import prompt_length
-    from longspan.trainer.huggingface.native import Source
+    from longspan.trainer.huggingface.native import ModelToExport
 
     recipe = load_recipe(name, [])
     assert (
-        prompt_length(Source(recipe.model, recipe.model.vocab_size, recipe.training.seq_length))
+        prompt_length(
+            ModelToExport(recipe.model, recipe.model.vocab_size, recipe.training.seq_length)
+        )
         == length
     )
 
@@ -330,11 +332,11 @@ def test_what_chooses_its_keys_stays_here(saved_run, tmp_path, longspan, tiny_re
     ids=["native", "mixed", "nearly"],
 )
 def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
-    from longspan.trainer.huggingface.native import Source
+    from longspan.trainer.huggingface.native import ModelToExport
     from longspan.trainer.huggingface.target import describe_target
 
     recipe = load_recipe(str(tiny_recipe), overrides)
-    assert line in describe_target(Source(recipe.model, 257, 96))
+    assert line in describe_target(ModelToExport(recipe.model, 257, 96))
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,13 @@ def model_folder(tiny_recipe, tmp_path):
 def begun(recipe_file, *overrides):
     """An engine with the weights that its recipe begins with; ``told`` has what is told of them."""
     from longspan.trainer.huggingface.initial import load_initial, require_initial
-    from longspan.trainer.ranks import Control
+    from longspan.trainer.ranks import RankGroup
     from longspan.trainer.run.loop import build_engine
 
     recipe = load_recipe(str(recipe_file), ["training.seq_length=192", *overrides])
     require_initial(recipe)
     with process_group(2), contextlib.closing(build_engine(recipe)) as engine:
-        engine.told = load_initial(engine, recipe, Control())
+        engine.told = load_initial(engine, recipe, RankGroup())
         yield engine
 
 
