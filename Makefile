@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu lint resolve
+.PHONY: train test test-all test-gpu lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -19,6 +19,11 @@ test-gpu: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The repository's root is the package longspan: mypy finds it by that name beside its link.
+types: $(VENV)/installed
+	mkdir -p build/types && ln -sfn $(CURDIR) build/types/longspan
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
 
 # Whether an ordinary machine can install the constraints: PyPI alone, no local wheels, nothing fetched.
 resolve: $(VENV)/installed
