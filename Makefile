@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu lint types resolve
+.PHONY: train test test-all test-part test-gpu lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -13,12 +13,19 @@ test: $(VENV)/installed
 test-all: test
 	$(BIN)/python -m pytest -m "wide and not gpu"
 
+# A third of the wide tests: which one depends on the number of commits, so that it changes as work lands.
+WIDE_PARTS := 3
+PART ?= $(shell echo $$(( $$(git rev-list --count HEAD) % $(WIDE_PARTS) + 1 )))
+test-part: $(VENV)/installed
+	$(BIN)/python -m pytest -m "wide and not gpu" --part $(PART)/$(WIDE_PARTS)
+
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $$(git ls-files -- ':!*.png' ':!*.json')
 
 # The repository's root is the package longspan: mypy finds it by that name beside its link.
 types: $(VENV)/installed

@@ -51,6 +51,25 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help_text = "run the I-th of N parts of the collected tests; the N parts together run them all"
+    parser.addoption("--part", metavar="I/N", default="1/1", help=help_text)
+
+
+@pytest.hookimpl(trylast=True)  # after -m has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of one part: in every file each N-th test, so that all parts take as long."""
+    number, parts = (int(x) for x in config.getoption("--part").split("/"))
+    if not 1 <= number <= parts:
+        raise pytest.UsageError(f"--part {number}/{parts} must be between 1/{parts} and {parts}/{parts}")
+    tests_of_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        tests_of_file.setdefault(item.path, []).append(item)
+    kept = {id(item) for tests in tests_of_file.values() for item in tests[number - 1 :: parts]}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """40 documents, 13 to 215 bytes long."""
