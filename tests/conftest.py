@@ -61,7 +61,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Keep the tests of one part: in every file each N-th test, so that all parts take as long."""
     number, parts = (int(x) for x in config.getoption("--part").split("/"))
     if not 1 <= number <= parts:
-        raise pytest.UsageError(f"--part {number}/{parts} must be between 1/{parts} and {parts}/{parts}")
+        raise pytest.UsageError(
+            f"--part {number}/{parts} must be between 1/{parts} and {parts}/{parts}"
+        )
     tests_of_file: dict[Path, list[pytest.Item]] = {}
     for item in items:
         tests_of_file.setdefault(item.path, []).append(item)
