@@ -98,7 +98,7 @@ def work_of(given: dict, most: int | None = None) -> Work:
 def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
     from ...parallel import (Sequence)
     from ...trainer.data.batches import (Microbatch)
-    from ...trainer.run.loop import (build_engine)
+    from ...trainer.engines.build import build_engine
     from ...trainer.recipe.check import (check_recipe)
 
     quiet_libraries()
