@@ -1,20 +1,46 @@
-"""Plain tables on a terminal."""
+"""Tables of text on a terminal."""
 
 import re
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 _NUMBER = re.compile(r"[\d,.]+(e[+-]\d+)?( ?(%|ms|GiB|MiB))?")
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; numbers stand to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+class Column(NamedTuple):
+    """How the cells of a column stand."""
+
+    align: Literal["left", "right", "number"] = "number"
+    """``number``: cells that are numbers, with or without a unit, to the right, others to the left."""
+    width: int = 0
+    """Of at least this many characters."""
+
+
+def table(rows: Sequence[Sequence[str]], columns: Sequence[Column] = ()) -> str:
+    """Return lines of text whose columns are as wide as their widest cell.
+
+    Args:
+        rows: cells. A row with fewer cells than the first ends in a text that runs over the columns after it.
+        columns: of the first columns; those after them are ``Column()``.
+    """
+    columns = [*columns, *[Column()] * (len(rows[0]) - len(columns))]
+    widths = [column.width for column in columns]
+    for row in rows:
+        cells = row if len(row) == len(columns) else row[:-1]
+        for number, cell in enumerate(cells):
+            widths[number] = max(widths[number], len(cell))
+
     lines = []
     for row in rows:
-        sized = zip(row, widths, strict=True)
-        cells = [
-            cell.rjust(width) if _NUMBER.fullmatch(cell) else cell.ljust(width)
-            for cell, width in sized
+        padded = [
+            cell.rjust(width) if _stands_right(cell, column) else cell.ljust(width)
+            for cell, column, width in zip(row, columns, widths, strict=False)
         ]
-        lines.append("  ".join(cells).rstrip())
+        lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
+
+
+def _stands_right(cell: str, column: Column) -> bool:
+    if column.align == "number":
+        return _NUMBER.fullmatch(cell) is not None
+    return column.align == "right"

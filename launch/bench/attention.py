@@ -21,7 +21,7 @@ from ...attention.softmax.pieces import groups
 from ...attention.softmax.tiles import BACKENDS
 from ...trainer.errors import UserError
 from ...trainer.progress import track
-from ..options import counts, numbers
+from ..options import counts, numbers, out_folder
 from ..process import keep_freed_memory
 from . import measure
 from .measure import STEPS, Measured, Work
@@ -165,7 +165,7 @@ class Row(Measured):
 def bench_attention(options: Namespace) -> None:
     """Measure, print a table, and write ``attention.json`` and ``attention.png`` to the folder ``options.out``."""
     settings = _settings(options)
-    out = measure.out_folder(options)
+    out = out_folder(options)
     keep_freed_memory()
     rows = [row for length in settings.lengths for row in _rows(settings, length)]
     with track("measuring", len(rows) * (settings.repeats + 2), of_bytes=False) as advance:

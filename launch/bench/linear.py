@@ -10,7 +10,7 @@ from ...attention.arguments import check_backend
 from ...attention.linear.attention import BACKENDS
 from ...trainer.errors import UserError
 from ...trainer.progress import track
-from ..options import counts, numbers
+from ..options import counts, numbers, out_folder
 from ..process import keep_freed_memory
 from . import linear_candidates, measure
 from .linear_candidates import BLOCKS, Width
@@ -56,7 +56,7 @@ class Row(Measured):
 def bench_linear(options: Namespace) -> None:
     """Measure, print a table, and write ``linear.json`` and ``linear.png`` to the folder ``options.out``."""
     settings = _settings(options)
-    out = measure.out_folder(options)
+    out = out_folder(options)
     keep_freed_memory()
     rows = [row for length in settings.lengths for row in _rows(settings, length)]
     checked: dict[tuple, str | None] = {}

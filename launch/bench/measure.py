@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...trainer.errors import UserError
 from ...trainer.versions import version_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -263,18 +262,6 @@ def default_dtype() -> str:
 def dtype_of(options: Namespace) -> str:
     """``--dtype``, or what fits the device."""
     return default_dtype() if options.dtype == "auto" else options.dtype
-
-
-def out_folder(options: Namespace) -> Path:
-    """``--out``, made where it is not there."""
-    out = Path(options.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be made: {error}") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out: {out} cannot be written to")
-    return out
 
 
 def plot_against_length(

@@ -14,7 +14,7 @@ import torch
 
 from ...trainer.errors import UserError
 from ...trainer.progress import track
-from ..options import counts
+from ..options import counts, out_folder
 from ..process import process_group, quiet_libraries
 from ..table import table
 from . import measure
@@ -51,7 +51,7 @@ class Row:
 def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
     size, budget = size_of(options), counts(options, "budget_mib")["budget_mib"] * 2**20
-    out = measure.out_folder(options)
+    out = out_folder(options)
     ours = [
         name
         for name, memory in OURS.items()
@@ -155,7 +155,7 @@ def _theirs(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
         model.train()
         call = lambda tokens, labels: (
             model(input_ids=tokens, labels=labels, shift_labels=labels).loss
-        )  # noqa: E731
+        )
     device = measure.device()
     model.to(device, getattr(torch, measure.default_dtype()))  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

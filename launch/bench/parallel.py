@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ...trainer.errors import UserError
 from ...trainer.progress import track
-from ..options import counts
+from ..options import counts, out_folder
 from ..process import process_group, under_torchrun
 from ..ranks import run_ranks
 from ..table import table
@@ -57,8 +57,6 @@ class Row:
 
 def bench_parallel(options: Namespace) -> int:
     """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``."""
-    from . import measure
-
     settings = Settings(**counts(options, *(field.name for field in fields(Settings))))
     if settings.heads % settings.kv_heads:
         raise UserError(f"--kv-heads: {settings.kv_heads} does not divide --heads {settings.heads}")
@@ -71,7 +69,7 @@ def bench_parallel(options: Namespace) -> int:
     if under_torchrun():
         _rank(settings, Path(options.out))
         return 0
-    measure.out_folder(options)
+    out_folder(options)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(settings).items()]
     command = [
         sys.executable,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ...trainer.progress import track
-from ..options import counts
+from ..options import counts, out_folder
 from ..table import table
 from . import measure
 from .plain_model import Size, size_of
@@ -52,7 +52,7 @@ def bench_train(options: Namespace) -> None:
         **asdict(size_of(options)),
         **counts(options, "length", "batch", "steps", "repeats"),
     }
-    out = measure.out_folder(options)
+    out = out_folder(options)
     rows = [Row(name) for name in CANDIDATES]
     with track("turns", settings["repeats"] * len(rows), of_bytes=False) as advance:
         for _ in range(settings["repeats"]):
@@ -110,7 +110,7 @@ def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
 
     from ...trainer.data.build import build_corpus
     from ...trainer.data.tokenizer import ByteTokenizer
-    from ..commands.train import train
+    from ..training import train
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = {"log_interval": 1}

@@ -10,7 +10,7 @@ from longspan.trainer import versions
 def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
     done = longspan("doctor", "--folder", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    for name in doctor.NEEDED:
+    for name in doctor.REQUIRED:
         assert re.search(rf"^{name} +{re.escape(version(name))}$", done.stdout, re.M)
     assert re.search(
         rf"^disk +{tmp_path}: [0-9,.]+ GiB free, [0-9,]+ MB/s written through$", done.stdout, re.M

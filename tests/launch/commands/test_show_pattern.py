@@ -5,7 +5,7 @@ import pytest
 import torch
 from longspan.attention import S2, Causal, Dilated, Sinks, Window
 from longspan.launch.cli import main
-from longspan.launch.commands.show_pattern import FUTURE, VISIBLE, visible_shares
+from longspan.launch.pattern_picture import FUTURE, VISIBLE, visible_shares
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

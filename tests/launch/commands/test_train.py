@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from longspan.launch.commands.train import train
+from longspan.launch.training import train
 from longspan.trainer.errors import UserError
 from longspan.trainer.predict.flops import training_flops
 from longspan.trainer.recipe.file import load_recipe

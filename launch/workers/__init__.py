@@ -1,0 +1,1 @@
+"""Processes that commands start, each a module: ``python -m longspan.launch.workers.NAME ARGUMENTS``."""
