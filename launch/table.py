@@ -26,18 +26,24 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[Column] = ()) -> str:
     columns = [*columns, *[Column()] * (len(rows[0]) - len(columns))]
     widths = [column.width for column in columns]
     for row in rows:
-        cells = row if len(row) == len(columns) else row[:-1]
-        for number, cell in enumerate(cells):
+        for number, cell in enumerate(_cells_of(row, len(columns))):
             widths[number] = max(widths[number], len(cell))
 
     lines = []
     for row in rows:
-        padded = [
+        cells = _cells_of(row, len(columns))
+        texts = [
             cell.rjust(width) if _stands_right(cell, column) else cell.ljust(width)
-            for cell, column, width in zip(row, columns, widths, strict=False)
+            for cell, column, width in zip(cells, columns, widths, strict=False)
         ]
-        lines.append("  ".join(padded).rstrip())
+        texts += row[len(cells) :]
+        lines.append("  ".join(texts).rstrip())
     return "\n".join(lines)
+
+
+def _cells_of(row: Sequence[str], num_columns: int) -> Sequence[str]:
+    """Return the cells that stand in a column: all, but for the text at the end of a shorter row."""
+    return row if len(row) == num_columns else row[:-1]
 
 
 def _stands_right(cell: str, column: Column) -> bool:

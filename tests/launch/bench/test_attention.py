@@ -79,8 +79,8 @@ def test_report(capsys, tmp_path, monkeypatch, on_cpu):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
-    settings = bench.Settings(["Window(64)"], [4096], "torch", 2, 2, 16, "float32", 1)
-    peak = bench.cpu_peak(settings, bench.Row("", "ours", "Window(64)", 4096, 1.0))
+    settings = bench.AttentionSettings(["Window(64)"], [4096], "torch", 2, 2, 16, "float32", 1)
+    peak = bench.cpu_peak(settings, bench.AttentionTiming("", "ours", "Window(64)", 4096, 1.0))
     left = 4 * 4096 * 2 * 16 * 4  # bytes of the output and three gradients
     assert 0.9 * left < peak < 4096**2, "far from holding every pair"
 
@@ -123,12 +123,12 @@ class _Off(torch.autograd.Function):
 
 
 def _wrong_gradient(settings, pattern, length):
-    right = bench.KINDS["right"].make(settings, pattern, length)
+    right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
     return lambda q, k, v: right(q, _Off.apply(k), v)
 
 
 def _wrong_output(settings, pattern, length):
-    right = bench.KINDS["right"].make(settings, pattern, length)
+    right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
     return lambda q, k, v: (
         right(q, k, v)
         * torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
@@ -151,9 +151,11 @@ def _too_large(settings, pattern, length):
 def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
     capsys, tmp_path, monkeypatch, on_cpu, no_memory, make, status, kind
 ):
-    monkeypatch.setitem(bench.KINDS, "right", bench.KINDS["ours"])
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, "right", bench.IMPLEMENTATIONS["ours"])
     monkeypatch.setitem(
-        bench.KINDS, kind, bench.Kind(make, bench.KINDS[kind].dense, heads_first=False)
+        bench.IMPLEMENTATIONS,
+        kind,
+        bench.Implementation(make, bench.IMPLEMENTATIONS[kind].dense, heads_first=False),
     )
     exit_status, out, _ = run(capsys, "--pattern", "Window(64)", *SMALL, "--out", tmp_path)
     assert exit_status == 0
@@ -173,9 +175,11 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", bench.ON_CPU)
 def test_grouped_heads(on_cpu, kind, kv_heads):
-    settings = bench.Settings(["S2(8, 2, 4)"], [100], "torch", 4, kv_heads, 8, "float32", 1)
-    row = next(row for row in bench._rows(settings, 100) if row.kind == kind)
-    assert bench._fault(settings, row) is None
+    settings = bench.AttentionSettings(
+        ["S2(8, 2, 4)"], [100], "torch", 4, kv_heads, 8, "float32", 1
+    )
+    row = next(row for row in bench._candidates(settings, 100) if row.kind == kind)
+    assert bench._find_fault(settings, row) is None
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from longspan.launch.bench import linear as bench_linear
 from longspan.launch.bench import linear_candidates, measure
-from longspan.launch.bench.linear_candidates import BLOCKS, Width
+from longspan.launch.bench.linear_candidates import BLOCKS, AttentionWidth
 from longspan.launch.cli import main
 
 SMALL = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
@@ -130,7 +130,9 @@ def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
         return v + sum(x.sum() for x in (q, k, *gates.values()))
 
     monkeypatch.setattr(linear_candidates, "linear_attention", attend)
-    grads = linear_candidates.linear_work(Width(4, 32, "bfloat16"), mixer, "torch", 5)()[1:]
+    grads = linear_candidates.linear_call(AttentionWidth(4, 32, "bfloat16"), mixer, "torch", 5)()[
+        1:
+    ]
     assert [tuple(grad.shape) for grad in grads] == [(1, 5, *shape) for shape in shapes.values()]
     (call,) = calls
     fixed = {"decay": (4,)} if mixer == "retention" else {}
@@ -145,8 +147,10 @@ def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
-    settings = bench_linear.Settings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
-    peak = bench_linear.cpu_peak(settings, bench_linear.Row("linear", "linear", "torch", 8192))
+    settings = bench_linear.LinearSettings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
+    peak = bench_linear.cpu_peak(
+        settings, bench_linear.LinearTiming("linear", "linear", "torch", 8192)
+    )
     left = 4 * 8192 * 2 * 16 * 4  # bytes of the output and three gradients
     assert 0.9 * left < peak < 8192**2, "far from holding every pair"
 
@@ -219,7 +223,7 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
         "dtype": "auto",
     }
     settings = bench_linear._settings(SimpleNamespace(mixer=["kda"], **options))
-    rows = list(bench_linear._rows(settings, 70))
+    rows = list(bench_linear._candidates(settings, 70))
     assert [row.candidate for row in rows] == [DENSE, "kda (torch)", "kda (triton)", "kda (fla)"]
     assert settings.dtype == "bfloat16"
     monkeypatch.setattr(measure, "device", lambda: "cpu")

@@ -2,7 +2,7 @@
 
 import pytest
 from longspan.trainer.data.tokenizer import recipe_vocab_size
-from longspan.trainer.huggingface.native import Source
+from longspan.trainer.huggingface.native import ModelToExport
 from longspan.trainer.huggingface.target import choose_target
 from longspan.trainer.predict.estimate import DEVICES, GIB, estimate
 from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
@@ -28,7 +28,7 @@ TARGETS = {
 
 def target(name: str) -> str:
     recipe = load_recipe(name)
-    source = Source(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
+    source = ModelToExport(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
     return choose_target(source)[0].model_type
 
 
