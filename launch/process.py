@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from ..trainer.errors import UserError
+from ..trainer.errors import SilentRankError, UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command and return its exit status: its own (None is 0), or that of the error that ended it.
 
-    The problems of a ``UserError`` are printed to stderr, one a line; an error without text prints nothing: another rank
-    has printed it. Other errors pass, and end Python with a traceback and status 1.
+    The problems of a ``UserError`` are printed to stderr, one a line; of a ``SilentRankError``
+    nothing is printed, since another rank has the message. Other errors pass, and end Python with a
+    traceback and status 1.
     """
     try:
         return command() or 0
+    except SilentRankError as error:
+        return error.exit_status
     except UserError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         lines = [f"longspan: {rank}{line}\n" for line in str(error).splitlines()]

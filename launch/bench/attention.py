@@ -123,7 +123,8 @@ def flex_mask(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the pattern as FlexAttention's ``mask_mod(batch, query_head, query, key)``.
 
-    If KV heads differ only in the residue of their stripes, the residue is looked up, so that many heads cost no more.
+    If KV heads differ only in the residue of their stripes, the residue is looked up, so that many
+    heads cost no more.
     """
     group_size = heads // kv_heads
     rules_of_head = [pattern.rules(head) for head in range(kv_heads)]

@@ -161,7 +161,8 @@ def _measure(
     measure.measure_in_turns(
         timings,
         settings.repeats,
-        # Anew at every turn: at a great length, the tensors of all candidates do not fit into memory.
+        # Anew at every turn: at a great length, the tensors of all candidates do not fit into
+        # memory.
         build=partial(_build, settings),
         find_fault=find_fault,
         peak=peak,

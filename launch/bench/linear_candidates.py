@@ -65,7 +65,8 @@ def dense_call(width: AttentionWidth, length: int) -> ForwardBackward:
 def linear_fault(width: AttentionWidth, mixer: str, backend: str, length: int) -> str | None:
     """Return what is wrong with the output or a gradient, if anything.
 
-    They are compared with the recurrence in fp64 on the same numbers, over at most :data:`CHECKED_TOKENS`.
+    They are compared with the recurrence in fp64 on the same numbers, over at most
+    :data:`CHECKED_TOKENS`.
     """
     design = width.design(mixer)
     inputs, grad_out = _tensors(design, min(length, CHECKED_TOKENS), width.dtype)
@@ -129,7 +130,8 @@ def _tensors(design: LinearDesign, length: int, dtype: str) -> tuple[dict[str, T
     if design.decay != "none" and not _has_fixed_decay(design):
         dims = [design.key_dim] if design.decay_rank else []
         x = draw(design.heads, *dims).float()
-        # As large as those that the mixers begin with: weak, or rates up to 16 times steps of about 0.01.
+        # As large as those that the mixers begin with: weak, or rates up to 16 times steps of about
+        # 0.01.
         if design.decay == "sigmoid":
             inputs["decay"] = F.logsigmoid(x) / 16
         else:

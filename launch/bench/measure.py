@@ -1,7 +1,8 @@
 """What ``longspan bench attention`` and ``longspan bench linear`` share: candidates of a length, measured in turns.
 
-All candidates of a length are measured in turns in one process, so that whatever else the machine does affects all of them
-alike. Each is checked before it is timed. Peak memory on a CPU is that of a fresh process.
+All candidates of a length are measured in turns in one process, so that whatever else the machine
+does affects all of them alike. Each is checked before it is timed. Peak memory on a CPU is that of
+a fresh process.
 """
 
 import json
@@ -99,7 +100,8 @@ def measure_in_turns(
         timings: the candidates.
         repeats: turns of each candidate.
         build: makes what is timed; called at every turn.
-        find_fault: says what is wrong with a candidate's results, if anything; such a candidate is not timed.
+        find_fault: says what is wrong with a candidate's results, if anything; such a candidate is
+            not timed.
         peak: bytes by which memory grows.
         tensor_bytes: the unit of ``peak_multiple``.
         advance: called with 1, ``repeats + 2`` times for each candidate.
@@ -181,7 +183,8 @@ def first_fault(comparisons: Iterable[Comparison], dtype: str) -> str | None:
 def _relative_error(result: Tensor, expected: Tensor) -> float:
     """Return the largest error of any head in any sixteenth of the time.
 
-    Gradients of late keys are small beside those of the first: over all of the time their errors would not be seen.
+    Gradients of late keys are small beside those of the first: over all of the time their errors
+    would not be seen.
     """
     chunks = zip(result.double().chunk(16, 1), expected.double().chunk(16, 1), strict=True)
     errors = [
@@ -235,7 +238,8 @@ def fresh_process_peak(benchmark: str, candidate: dict, warmup_tokens: int = 128
     Returns:
         The bytes, or None if the process failed, as on a system that does not tell.
     """
-    # Memory that is freed before must go back to the system, or it would be used again without being seen.
+    # Memory that is freed before must go back to the system, or it would be used again without
+    # being seen.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     worker = [sys.executable, "-m", "longspan.launch.workers.peak_memory"]
     arguments = [benchmark, json.dumps(candidate), str(warmup_tokens)]

@@ -1,7 +1,7 @@
 """``longspan bench memory``: the memory of a training step of a Llama, and the longest sequence within a budget.
 
-Measures what a step needs besides the weights, gradients and moments, with each of the memory options, and beside plain
-PyTorch and ``transformers``.
+Measures what a step needs besides the weights, gradients and moments, with each of the memory
+options, and beside plain PyTorch and ``transformers``.
 """
 
 import json
@@ -118,7 +118,8 @@ def _fits(
 StepOfLength = Callable[[int], ForwardBackward]
 """A model's training step on one sequence of a number of tokens."""
 
-# Of the process that builds a candidate: the warm-up and the measurement share a model, and its process group.
+# Of the process that builds a candidate: the warm-up and the measurement share a model, and its
+# process group.
 _steps: dict[str, StepOfLength] = {}
 _process = ExitStack()
 
@@ -136,8 +137,8 @@ def build_candidate(candidate: dict, max_tokens: int | None) -> ForwardBackward:
 def _our_steps(candidate: str, size: LlamaSize, longest: int) -> StepOfLength:
     from ...parallel import Sequence
     from ...trainer.data.batches import Microbatch
+    from ...trainer.engines.build import build_engine
     from ...trainer.recipe.check import check_recipe
-    from ...trainer.run.loop import build_engine
 
     quiet_libraries()
     recipe = check_recipe(

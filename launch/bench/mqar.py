@@ -1,8 +1,8 @@
 """``longspan bench mqar``: trains recipes of the recall task, with several learning rates and seeds each, and tabulates them.
 
-Every training is a ``longspan train`` and a ``longspan eval mqar`` of its own, in a folder of its own under ``--work``, and
-leaves its result there. Killed at any time, the same command continues: finished ones are read, others resume from their
-checkpoints.
+Every training is a ``longspan train`` and a ``longspan eval mqar`` of its own, in a folder of its
+own under ``--work``, and leaves its result there. Killed at any time, the same command continues:
+finished ones are read, others resume from their checkpoints.
 """
 
 import json
@@ -140,7 +140,8 @@ def _wait_until_free(folder: RunFolder) -> None:
 
 def _run_all(trials: list[Trial], jobs: int, examples: int) -> None:
     """Run the trainings, ``jobs`` at a time; if one fails, or this is interrupted, the others save and stop."""
-    # See PARENT_PIPE: this process holds the writing end, and however it ends, the trainings see the pipe's end.
+    # See PARENT_PIPE: this process holds the writing end, and however it ends, the trainings see
+    # the pipe's end.
     pipe_reading, pipe_writing = os.pipe()
     with (
         ThreadPoolExecutor(jobs) as pool,

@@ -1,7 +1,7 @@
 """``longspan bench parallel``: the operations over context-parallel ranks on this machine's CPU, against one of them.
 
-Every rank has one thread, on a core of its own if there are enough. The single rank and all of them take turns in the same
-processes, so that whatever else the machine does affects both alike.
+Every rank has one thread, on a core of its own if there are enough. The single rank and all of them
+take turns in the same processes, so that whatever else the machine does affects both alike.
 """
 
 import json
@@ -59,7 +59,8 @@ def bench_parallel(options: Namespace) -> int:
     """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``.
 
     Returns:
-        The exit status. Under torchrun this process is a rank that measures, else it starts the ranks: the same command.
+        The exit status. Under torchrun this process is a rank that measures, else it starts the
+        ranks: the same command.
     """
     settings = ParallelSettings(
         **counts(options, *(field.name for field in fields(ParallelSettings)))

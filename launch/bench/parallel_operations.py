@@ -70,7 +70,8 @@ def _softmax_operations(settings: ParallelSettings, qkv: list[Tensor]) -> Iterat
             if not unsupported_reason(kv_schedule, settings.ranks, pattern, *heads):
                 yield Operation(name, schedule, _attention(pattern, kv_schedule), qkv)
 
-    # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured itself against.
+    # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured
+    # itself against.
     (kv_schedule,) = named("heads", settings.ranks)
     if not unsupported_reason(kv_schedule, settings.ranks, None, *heads):
         # Half of the sequence: the weights alone are 4 bytes x length^2 a head.
@@ -140,7 +141,8 @@ def measure(settings: ParallelSettings, operation: Operation) -> ParallelTiming:
     local_inputs = [layout.shard(x, rank).requires_grad_() for x in operation.inputs]
     whole_inputs = [x.clone().requires_grad_() for x in operation.inputs]
 
-    # Every rank draws the gradient of its part of the output; the first rank's whole one is put together from them.
+    # Every rank draws the gradient of its part of the output; the first rank's whole one is put
+    # together from them.
     out_shape = operation.run(local_inputs, layout).shape
     local_grad_out = torch.randn(out_shape, generator=torch.Generator().manual_seed(rank))
     whole_grad_out = layout.unshard(_gather(local_grad_out))

@@ -1,7 +1,7 @@
 """``longspan bench train``: training steps of a Llama by longspan, by a plain loop, and by ``transformers``.
 
-The plain loop is PyTorch's, with the same attention; ``transformers`` trains with its ``Trainer``. Each trains in processes of
-its own (:mod:`longspan.launch.workers.train_steps`), in turns.
+The plain loop is PyTorch's, with the same attention; ``transformers`` trains with its ``Trainer``.
+Each trains in processes of its own (:mod:`longspan.launch.workers.train_steps`), in turns.
 """
 
 import json
