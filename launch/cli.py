@@ -1,7 +1,7 @@
-"""The command line ``longspan COMMAND``: a table of commands, each a module that is imported when it is asked for.
+"""The command line ``longspan COMMAND``: a table of commands, each a module.
 
-A command's module has ``add_arguments(parser)`` and ``run(options)``, which returns an exit status or None for 0.
-Its heavy imports are inside ``run``, so that ``--help`` answers at once.
+A command's module has ``add_arguments(parser)`` and ``run(options)``, which returns an exit status
+or None for 0. Its heavy imports are inside ``run``, so that ``--help`` answers at once.
 """
 
 import argparse
@@ -92,7 +92,8 @@ COMMANDS: dict[str, Command | Group] = {
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit.
 
-    0 done, 2 bad input (one line per problem on stderr), 3 loss not finite, 75 stopped on request, 1 anything else.
+    0 done, 2 bad input (one line per problem on stderr), 3 loss not finite, 75 stopped on request,
+    1 anything else.
     """
     parser = _LazyParser(
         prog="longspan", description="Pretrain language models on very long sequences."
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class _LazyParser(argparse.ArgumentParser):
-    """The parser of a command, which gets its arguments when it first parses: only if its command is given."""
+    """A parser that gets its arguments when it first parses, so only if its command is given."""
 
     command: Command | Group | None = None
 

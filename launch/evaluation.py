@@ -1,6 +1,7 @@
 """What the ``longspan eval`` commands share.
 
-Each measures what a trained run can do, prints a table, and keeps the numbers and a plot in ``RUN/eval/``.
+Each measures what a trained run can do, prints a table, and keeps the numbers and a plot in
+``RUN/eval/``.
 """
 
 import os
@@ -40,7 +41,8 @@ def open_run(options: Namespace, name: str) -> RunFolder:
         name: the evaluation: ``mqar``, ``loss``, ``needle`` or ``tasks``.
 
     Raises:
-        UserError: if an option, or the run, does not fit the evaluation, or its report cannot be written.
+        UserError: if an option, or the run, does not fit the evaluation, or its report cannot be
+            written.
     """
     folder = RunFolder(options.run_dir)
     counts(options, *(option for option in ("examples", "documents") if option in options))
@@ -80,7 +82,7 @@ def inference_engine(folder: RunFolder) -> Iterator["Engine"]:
 
 
 def open_corpus(folder: RunFolder, prefix: str | None) -> "Corpus":
-    """Open the corpus ``prefix``, by default the held-out text of the run, which must have weights."""
+    """Open the corpus ``prefix``, by default the run's held-out text; the run must have weights."""
     from ..trainer.evaluation.held_out import held_out_corpus
 
     folder.require_weights()

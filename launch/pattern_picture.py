@@ -68,7 +68,8 @@ def show_pattern(
     """Draw a pattern, or the patterns of a recipe, to ``out``, and print a line about each.
 
     Args:
-        expression_or_recipe: a pattern such as ``"S2(64, 16, 16) | Sinks(4)"``, or the name or path of a recipe.
+        expression_or_recipe: a pattern such as ``"S2(64, 16, 16) | Sinks(4)"``, or the name or path
+            of a recipe.
         out: the file; its suffix is the format.
         num_kv_heads: of the pattern (default 4); a recipe has its own.
         length: in tokens (default: enough to show the pattern's structure, or that of the recipe).
@@ -145,8 +146,8 @@ def _extent(rule: Rule) -> int:
 def visible_shares(pattern: Pattern, num_kv_heads: int, length: int) -> np.ndarray:
     """Return the share of each cell's causal pairs that is visible.
 
-    Up to ``CELLS * SAMPLES`` tokens all pairs are counted, beyond that those of random positions of each cell: positions
-    at equal distances would all fall on the same side of a dilated pattern.
+    Up to ``CELLS * SAMPLES`` tokens all pairs are counted, beyond that those of random positions of
+    each cell: positions at equal distances would all fall on the same side of a dilated pattern.
 
     Returns:
         float32 ``[kv_heads, cells, cells]``, NaN in cells without causal pairs.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: its own (None is 0), or that of the error that ended it.
+    """Run a command, and return its exit status (0 for None) or that of the error that ended it.
 
     The problems of a ``UserError`` are printed to stderr, one a line; of a ``SilentRankError``
     nothing is printed, since another rank has the message. Other errors pass, and end Python with a
@@ -37,7 +37,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def under_torchrun() -> bool:
-    """Return whether this process is a rank, of torchrun's or of :func:`longspan.launch.ranks.run_ranks`."""
+    """Return whether this process is a rank, started by torchrun or by ``ranks.run_ranks``."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -78,7 +78,8 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
 def _rendezvous_store(rank: int, world_size: int) -> "Store":
     """Return torchrun's store under a prefix of this attempt.
 
-    Ranks of an earlier attempt, which are gone, have left their addresses in the store; the prefix keeps them apart.
+    Ranks of an earlier attempt, which are gone, have left their addresses in the store; the prefix
+    keeps them apart.
     """
     import torch.distributed as dist
 
@@ -94,13 +95,15 @@ def _rendezvous_store(rank: int, world_size: int) -> "Store":
 
 
 def _attempt_name(store: "Store", rank: int, world_size: int) -> str:
-    """Return a name that only the processes of this attempt share: rank 0 makes it, and sends it to the others.
+    """Return a name that only the processes of this attempt share, made by rank 0.
 
-    The number of restarts that an agent counts is no such name: an agent whose own ranks were well does not count one.
+    The number of restarts that an agent counts is no such name: an agent whose own ranks were well
+    does not count one.
 
-    In the store, every process writes a name of its own to ``here/RANK``; rank 0 writes its name, which is that of the
-    attempt, to ``NAME/attempt`` for the name of every other rank. A rank that has read it adds 1 to ``ATTEMPT/told``, for
-    which rank 0 waits: what it read in ``here/RANK`` may still be the name of a process that is gone.
+    In the store, every process writes a name of its own to ``here/RANK``; rank 0 writes its name,
+    which is that of the attempt, to ``NAME/attempt`` for the name of every other rank. A rank that
+    has read it adds 1 to ``ATTEMPT/told``, for which rank 0 waits: what it read in ``here/RANK``
+    may still be the name of a process that is gone.
     """
     own_name = uuid4().hex
     store.set(f"here/{rank}", own_name)
@@ -133,8 +136,8 @@ _M_MMAP_MAX = -4
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that torch frees on the CPU for its next tensors.
 
-    By default it gives large tensors back to the system at once, and the page faults of the next ones then cost a fifth
-    of an attention's time.
+    By default it gives large tensors back to the system at once, and the page faults of the next
+    ones then cost a fifth of an attention's time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
     if mallopt is not None:
@@ -145,7 +148,8 @@ def keep_freed_memory() -> None:
 def quiet_libraries() -> None:
     """Hide warnings that a user cannot act on.
 
-    Megatron-core warns of CUDA packages that longspan does not use, and causes torch's warnings about its own calls.
+    Megatron-core warns of CUDA packages that longspan does not use, and causes torch's warnings
+    about its own calls.
     """
     warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
     warnings.filterwarnings(

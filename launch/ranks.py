@@ -2,17 +2,19 @@
 
 Who asks whom to stop:
 
-- A person or a scheduler sends SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP to the parent, the process that called
-  ``run_ranks``. It sends SIGTERM to every rank, and waits. The ranks agree on a step, save, and exit with ``STOPPED`` (75).
-  Signals that come to the ranks themselves mean the same (:mod:`longspan.trainer.run.stop`).
-- A second signal, more than ``REPEAT_SECONDS`` after the first, makes the parent kill the ranks at once and exit with
-  128 + its number. Until then it is the same request: schedulers send a signal to every process.
-- If the parent is killed, the pipe whose writing end it holds comes to its end. Every rank has the reading end
-  (``PARENT_PIPE``), and takes that for a request to stop.
+- A person or a scheduler sends SIGTERM, SIGUSR1, SIGINT (Ctrl-C) or SIGHUP to the parent, the
+  process that called ``run_ranks``. It sends SIGTERM to every rank, and waits. The ranks agree on a
+  step, save, and exit with ``STOPPED`` (75). Signals that come to the ranks themselves mean the
+  same (:mod:`longspan.trainer.run.stop`).
+- A second signal, more than ``REPEAT_SECONDS`` after the first, makes the parent kill the ranks at
+  once and exit with 128 + its number. Until then it is the same request: schedulers send a signal
+  to every process.
+- If the parent is killed, the pipe whose writing end it holds comes to its end. Every rank has the
+  reading end (``PARENT_PIPE``), and takes that for a request to stop.
 - If a rank fails, the others get ``_GRACE_SECONDS`` to notice and clean up; then they are killed.
 
-The exit status is that of the first rank found to have failed (128 + the signal's number for one that a signal ended),
-else ``STOPPED`` if a rank stopped on request, else 0.
+The exit status is that of the first rank found to have failed (128 + the signal's number for one
+that a signal ended), else ``STOPPED`` if a rank stopped on request, else 0.
 """
 
 import os
@@ -25,15 +27,17 @@ from datetime import timedelta
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
 from ..trainer.run.stop import PARENT_PIPE, REPEAT_SECONDS, SIGNALS, not_ignored
 
-# The others notice a rank that failed within a second, as their collectives fail; then they clean up.
+# The others notice a rank that failed within a second, as their collectives fail; then they clean
+# up.
 _GRACE_SECONDS = 30.0
 
 
 def run_ranks(command: list[str], count: int, threads: int) -> int:
-    """Run a command as ranks, processes with torchrun's environment, and return their common exit status.
+    """Run a command as ranks, with torchrun's environment, and return their common exit status.
 
-    A signal that asks to stop is passed on, so that the ranks stop together in their own time (torchrun would give them
-    30 s); a second one ends them at once. They also stop when this process is killed.
+    A signal that asks to stop is passed on, so that the ranks stop together in their own time
+    (torchrun would give them 30 s); a second one ends them at once. They also stop when this
+    process is killed.
 
     Args:
         command: of every rank.
@@ -42,7 +46,8 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
     """
     from torch.distributed import TCPStore
 
-    # This process keeps the rendezvous store, as torchrun's agent does, so no port is chosen before it is bound.
+    # This process keeps the rendezvous store, as torchrun's agent does, so no port is chosen before
+    # it is bound.
     store = TCPStore(
         "localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5)
     )
@@ -91,8 +96,8 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
 def _wait(ranks: list[subprocess.Popen], received: list[int]) -> int:
     """Wait until all ranks have ended, and return their exit status.
 
-    Returns earlier, with ranks still running, if one has failed and the others had time to notice, or if a second signal
-    has come.
+    Returns earlier, with ranks still running, if one has failed and the others had time to notice,
+    or if a second signal has come.
 
     Args:
         ranks: their processes.

@@ -11,7 +11,7 @@ class Column(NamedTuple):
     """How the cells of a column stand."""
 
     align: Literal["left", "right", "number"] = "number"
-    """``number``: cells that are numbers, with or without a unit, to the right, others to the left."""
+    """``number``: numbers, with or without a unit, stand to the right, other cells to the left."""
     width: int = 0
     """Of at least this many characters."""
 
@@ -20,7 +20,8 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[Column] = ()) -> str:
     """Return lines of text whose columns are as wide as their widest cell.
 
     Args:
-        rows: cells. A row with fewer cells than the first ends in a text that runs over the columns after it.
+        rows: cells. A row with fewer cells than the first ends in a text that runs over the columns
+            after it.
         columns: of the first columns; those after them are ``Column()``.
     """
     columns = [*columns, *[Column()] * (len(rows[0]) - len(columns))]
@@ -42,7 +43,7 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[Column] = ()) -> str:
 
 
 def _cells_of(row: Sequence[str], num_columns: int) -> Sequence[str]:
-    """Return the cells that stand in a column: all, but for the text at the end of a shorter row."""
+    """Return the cells that stand in a column: not the text at the end of a shorter row."""
     return row if len(row) == num_columns else row[:-1]
 
 

@@ -1,7 +1,8 @@
 """The work of ``longspan train``: checks in the parent process, then the ranks, then the report.
 
-A recipe for several processes starts itself as ranks (:mod:`longspan.launch.ranks`): the same command with torchrun's
-variables. Under torchrun this process is one of the ranks from the beginning.
+A recipe for several processes starts itself as ranks (:mod:`longspan.launch.ranks`): the same
+command with torchrun's variables. Under torchrun this process is one of the ranks from the
+beginning.
 """
 
 import contextlib
@@ -48,7 +49,8 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
 
     folder = RunFolder(recipe.run_dir)
     folder.require_usable(recipe)
-    # A request to stop from before this run. Under torchrun it stays: the ranks may be restarted ones of a run.
+    # A request to stop from before this run. Under torchrun it stays: the ranks may be restarted
+    # ones of a run.
     folder.stop_file.unlink(missing_ok=True)
     _prepare(recipe, folder)
     if recipe.launch.processes > 1:
@@ -159,7 +161,7 @@ def _print_dry_run(recipe: Recipe) -> None:
 
 
 def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
-    """Print what the run reached, beside a baseline and with a sample if the recipe asks for them."""
+    """Print what the run reached, with a baseline and a sample if the recipe asks for them."""
     evaluations = [record for record in folder.read_metrics() if "eval/loss" in record]
     if evaluations:
         bits = evaluations[-1].get("eval/bits_per_byte")
@@ -176,7 +178,7 @@ def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
 
 
 def _ngram_bits_per_byte(data: PreparedData) -> float:
-    """Return the held-out loss of a count-based model of order 2; the data are corpora with held-out text."""
+    """Return the held-out loss of an order-2 count-based model of bytes."""
     from ..trainer.data.corpus import Corpus
     from ..trainer.data.tokenizer import ByteTokenizer
     from ..trainer.evaluation.ngram import order2_bits_per_token

@@ -1,4 +1,4 @@
-"""``longspan bench attention``: our softmax attention against dense kernels, each checked before it is timed."""
+"""``longspan bench attention``: softmax attention against dense kernels, checked, then timed."""
 
 import textwrap
 from argparse import Namespace
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CHECKED_TOKENS = 2048
-"""Candidates are checked at the measured length, but at most at this: the reference holds every pair in fp64."""
+"""Longest checked length, at most that measured: the reference holds every pair in fp64."""
 PATTERNS = ("S2(64, 16, 16)", "Window(1024)")
 """Measured by default."""
 
@@ -61,7 +61,7 @@ class Implementation(NamedTuple):
     """An implementation of attention."""
 
     make: Callable[[AttentionSettings, Pattern, int], Attention]
-    """``make(settings, pattern, length)`` does what is done once for a length, and returns the attention."""
+    """``make(settings, pattern, length)`` prepares the attention of a length, and returns it."""
     dense: bool
     """Whether it knows no pattern: every query sees all keys up to its own."""
     heads_first: bool
@@ -168,7 +168,7 @@ class AttentionTiming(Timing):
 
     @property
     def ideal(self) -> float:
-        """How many times faster than dense it would be if time were proportional to visible pairs."""
+        """Speed-up over dense attention if time were proportional to visible pairs."""
         return 1 / self.density
 
     def record(self) -> dict:
@@ -176,7 +176,7 @@ class AttentionTiming(Timing):
 
 
 def bench_attention(options: Namespace) -> None:
-    """Measure, print a table, and write ``attention.json`` and ``attention.png`` to the folder ``options.out``."""
+    """Measure, print a table, and write ``attention.json`` and ``.png`` to ``options.out``."""
     settings = _settings(options)
     out = out_folder(options)
     keep_freed_memory()
@@ -268,7 +268,7 @@ def _build(
 
 
 def _tensors(settings: AttentionSettings, length: int) -> list[Tensor]:
-    """Return q, k, v and the output's gradient, ``[1, time, heads, dim]``: the same at every call."""
+    """Return q, k, v and the output's gradient, ``[1, time, heads, dim]``, always the same."""
     device = measure.device()
     dtype = getattr(torch, settings.dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -288,7 +288,7 @@ def _tensor_bytes(settings: AttentionSettings, length: int) -> int:
 
 
 def _find_fault(settings: AttentionSettings, timing: AttentionTiming) -> str | None:
-    """Return what is wrong with a candidate's output or gradients, compared with the reference, if anything."""
+    """Return how the output or gradients differ from the reference, or None if they are right."""
     length = min(timing.length, CHECKED_TOKENS)
     implementation = IMPLEMENTATIONS[timing.kind]
     results = _build(implementation, settings, timing.pattern, length)()
@@ -302,7 +302,7 @@ def _find_fault(settings: AttentionSettings, timing: AttentionTiming) -> str | N
 
 
 def cpu_peak(settings: AttentionSettings, timing: AttentionTiming) -> int | None:
-    """Return by how many bytes a fresh process grows while it runs the candidate once, or None if unknown."""
+    """Return the growth in bytes of a fresh process that runs the candidate, None if unknown."""
     candidate = {"settings": asdict(settings), "timing": asdict(timing)}
     return measure.fresh_process_peak("attention", candidate)
 
@@ -370,7 +370,7 @@ def _ratio_cell(timing: AttentionTiming, name: str) -> str:
 
 
 def _draw(timings: list[AttentionTiming], settings: AttentionSettings, path: Path) -> None:
-    """Draw times against length to the left, and the share of the ideal that each pattern reached to the right."""
+    """Draw times against length to the left, and shares of the ideal speed-up to the right."""
     import matplotlib
 
     matplotlib.use("Agg")

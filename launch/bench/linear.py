@@ -1,4 +1,4 @@
-"""``longspan bench linear``: the operation of every linear mixer against the length, beside dense attention."""
+"""``longspan bench linear``: linear mixers' operations, and dense attention, against length."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from .linear_candidates import BLOCKS, AttentionWidth
 from .measure import DENSE, PASSES, ForwardBackward, Timing
 
 BASE_TOKENS = 4096
-"""Constancy is relative to the shortest length of at least this many tokens: shorter ones are overhead."""
+"""Constancy is relative to the shortest length of at least this: shorter ones are overhead."""
 BOTH_PASSES = "forward+backward"
 
 
@@ -53,7 +53,7 @@ class LinearTiming(Timing):
     tokens_per_second: dict[str, float] | None = None
     """By pass."""
     constancy: float | None = None
-    """Tokens/s of both passes, divided by those at the shortest length of at least ``BASE_TOKENS``."""
+    """Tokens/s of both passes over those at the shortest length of at least ``BASE_TOKENS``."""
 
 
 class CheckedCandidate(NamedTuple):
@@ -65,7 +65,7 @@ class CheckedCandidate(NamedTuple):
 
 
 def bench_linear(options: Namespace) -> None:
-    """Measure, print a table, and write ``linear.json`` and ``linear.png`` to the folder ``options.out``."""
+    """Measure, print a table, and write ``linear.json`` and ``.png`` to ``options.out``."""
     settings = _settings(options)
     out = out_folder(options)
     keep_freed_memory()
@@ -183,7 +183,7 @@ def _build(
 
 
 def cpu_peak(settings: LinearSettings, timing: LinearTiming) -> int | None:
-    """Return by how many bytes a fresh process grows while it runs the candidate once, or None if unknown."""
+    """Return the growth in bytes of a fresh process that runs the candidate, None if unknown."""
     candidate = {"settings": asdict(settings), "timing": asdict(timing)}
     return measure.fresh_process_peak(
         "linear", candidate, warmup_tokens=linear_candidates.CHECKED_TOKENS

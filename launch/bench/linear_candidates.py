@@ -1,4 +1,4 @@
-"""What ``longspan bench linear`` measures: the call that each linear mixer makes, and dense attention of the same width."""
+"""What ``longspan bench linear`` measures: the call of each linear mixer, and dense attention."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ _BLOCKS = [
 BLOCKS = {get_args(block.model_fields["mixer"].annotation)[0]: block for block in _BLOCKS}
 """The layer kinds with linear attention, by the name of their mixer."""
 CHECKED_TOKENS = 600
-"""Tokens that are checked, at most: the reference goes token by token. More than a segment of a backend, and no whole chunks."""
+"""Tokens that are checked at most, as the reference goes token by token.
+
+They are more than a segment of a backend, and no whole number of chunks.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ def _with_dims(x: Tensor) -> Tensor:
 
 
 def tensor_bytes(width: AttentionWidth, mixer: str | None, length: int) -> int:
-    """Return the bytes of the inputs, the output and their gradients; ``mixer`` is None for dense attention."""
+    """Return the bytes of the inputs, the output and their gradients.
+
+    Args:
+        width: of the candidate.
+        mixer: its name, or None for dense attention.
+        length: in tokens.
+    """
     if mixer is None:
         itemsize = getattr(torch, width.dtype).itemsize
         return 2 * 4 * width.heads * width.head_dim * length * itemsize
@@ -122,7 +131,7 @@ def _has_fixed_decay(design: LinearDesign) -> bool:
 
 
 def _tensors(design: LinearDesign, length: int, dtype: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the inputs by their names in :func:`~longspan.attention.linear_attention`, and the output's gradient."""
+    """Return the inputs, by argument of ``linear_attention``, and the output's gradient."""
     draw = _random_tensors(length, dtype)
     inputs = {name: _features(design, draw(design.key_heads, design.key_dim)) for name in "qk"}
     inputs["v"] = draw(design.heads, design.value_dim)
@@ -144,7 +153,7 @@ def _tensors(design: LinearDesign, length: int, dtype: str) -> tuple[dict[str, T
 
 
 def _random_tensors(length: int, dtype: str) -> Callable[..., Tensor]:
-    """Return ``draw(*shape)``, which gives normal numbers ``[1, time, *shape]``: the same for the same calls."""
+    """Return ``draw(*shape)``: normal numbers ``[1, time, *shape]``, the same at every run."""
     device = measure.device()
     generator = torch.Generator(device).manual_seed(0)
 
@@ -156,7 +165,7 @@ def _random_tensors(length: int, dtype: str) -> Callable[..., Tensor]:
 
 
 def _features(design: LinearDesign, x: Tensor) -> Tensor:
-    """Return the features of queries or keys; normalised mixers make weights of them that are positive."""
+    """Return the features of queries or keys; those of normalised mixers give positive weights."""
     if design.feature_map == "hedgehog":
         identity = torch.eye(design.key_dim, dtype=x.dtype, device=x.device)
         return hedgehog(x, identity.expand(design.heads, -1, -1))

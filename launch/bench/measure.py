@@ -1,4 +1,4 @@
-"""What ``longspan bench attention`` and ``longspan bench linear`` share: candidates of a length, measured in turns.
+"""What ``bench attention`` and ``bench linear`` share: candidates of a length, measured in turns.
 
 All candidates of a length are measured in turns in one process, so that whatever else the machine
 does affects all of them alike. Each is checked before it is timed. Peak memory on a CPU is that of
@@ -35,13 +35,16 @@ DENSE = "dense (sdpa)"
 
 
 class ForwardBackward(Protocol):
-    """Runs forward, calls ``between()``, and runs backward; returns the output and the gradients of all inputs."""
+    """Runs forward, calls ``between()``, runs backward; returns the output and all gradients."""
 
     def __call__(self, between: Callable[[], Any] | None = None) -> tuple[Tensor, ...]: ...
 
 
 class Candidate:
-    """What is measured. Not a dataclass: in the report, these fields stand where a subclass declares them."""
+    """What is measured.
+
+    It is no dataclass, so that these fields stand in reports where a subclass declares them.
+    """
 
     candidate: str
     """Its name in the table."""
@@ -54,11 +57,11 @@ class Timing(Candidate):
     """What was measured of one candidate at one length; subclasses add what the candidate is."""
 
     status: str = "measured"
-    """Or why it was not: ``wrong: ...``, ``cannot run: ...`` or ``skipped: ...``, with no numbers beside it."""
+    """Or why there are no numbers: ``wrong: ...``, ``cannot run: ...`` or ``skipped: ...``."""
     seconds: dict[str, list[float]] | None = None
     """Times of every repeat, by pass."""
     peak_bytes: int | None = None
-    """By how much memory grew in one forward and backward pass, beside the inputs and the output's gradient.
+    """Growth of memory in both passes, besides the inputs and the output's gradient.
 
     None on a CPU whose system does not say.
     """
@@ -168,7 +171,7 @@ class Comparison(NamedTuple):
 
 
 def first_fault(comparisons: Iterable[Comparison], dtype: str) -> str | None:
-    """Return the first result whose error is larger than the dtype allows, in words, or None if there is none."""
+    """Return which result is first to have a larger error than the dtype allows, None if none."""
     allowed = TOLERANCE[dtype]
     for name, result, expected in comparisons:
         error = _relative_error(result, expected)
@@ -228,7 +231,7 @@ def cuda_peak(call: ForwardBackward) -> int:
 
 
 def fresh_process_peak(benchmark: str, candidate: dict, warmup_tokens: int = 128) -> int | None:
-    """Return by how many bytes a fresh process, or on CUDA its memory there, grows while it runs a candidate once.
+    """Return the growth in bytes of a fresh process, or of its GPU memory, that runs a candidate.
 
     Args:
         benchmark: a key of :data:`longspan.launch.workers.peak_memory.BUILDERS`.
@@ -269,7 +272,14 @@ def machine() -> dict[str, Any]:
 def write_report(
     path: Path, settings: Any, timings: Sequence[Timing], packages: Sequence[str]
 ) -> None:
-    """Write ``settings``, a dataclass, and the timings as JSON, with the machine and the versions of ``packages``."""
+    """Write settings and timings as JSON, with the machine and the versions of packages.
+
+    Args:
+        path: the file.
+        settings: a dataclass.
+        timings: the candidates.
+        packages: besides Python.
+    """
     report = {
         "machine": machine(),
         "versions": {name: version_of(name) for name in ("python", *packages)},

@@ -1,4 +1,4 @@
-"""``longspan bench memory``: the memory of a training step of a Llama, and the longest sequence within a budget.
+"""``longspan bench memory``: memory of a Llama's training step, and its longest sequence.
 
 Measures what a step needs besides the weights, gradients and moments, with each of the memory
 options, and beside plain PyTorch and ``transformers``.
@@ -102,7 +102,7 @@ def _search(
 def _fits(
     result: MemoryResult, size: LlamaSize, length: int, budget: int, advance: Callable[[int], None]
 ) -> bool:
-    """Measure a step of this length, record it in ``result``, and return whether it stays within the budget."""
+    """Measure a step, record it in ``result``, and return whether it stays within the budget."""
     candidate = {"candidate": result.candidate, "size": asdict(size), "length": length}
     peak = measure.fresh_process_peak("memory", candidate, warmup_tokens=WARMUP_TOKENS)
     if peak is None:
@@ -125,7 +125,7 @@ _process = ExitStack()
 
 
 def build_candidate(candidate: dict, max_tokens: int | None) -> ForwardBackward:
-    """Build a training step of a candidate on one sequence, in the process of ``measure.fresh_process_peak``."""
+    """Build a candidate's training step on one sequence, in the process that measures it."""
     name = candidate["candidate"]
     length = candidate["length"]
     if name not in _steps:
@@ -198,7 +198,7 @@ def _other_steps(candidate: str, size: LlamaSize, longest: int) -> StepOfLength:
 
 
 def _time_loss(size: LlamaSize, num_tokens: int = 4096, repeats: int = 7) -> dict[str, float]:
-    """Return the median seconds of forward and backward of the loss alone, tiled and plain, measured in turns."""
+    """Return the median seconds of both passes of the loss alone, tiled and plain."""
     import torch.nn.functional as F
 
     from ...trainer.model.loss import cross_entropy_sum

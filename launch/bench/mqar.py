@@ -1,4 +1,4 @@
-"""``longspan bench mqar``: trains recipes of the recall task, with several learning rates and seeds each, and tabulates them.
+"""``longspan bench mqar``: recall of the mixers, over several learning rates and seeds.
 
 Every training is a ``longspan train`` and a ``longspan eval mqar`` of its own, in a folder of its
 own under ``--work``, and leaves its result there. Killed at any time, the same command continues:
@@ -66,7 +66,11 @@ class _StoppedError(Exception):
 
 
 def bench_mqar(options: Namespace) -> int:
-    """Train what is left, then write ``OUT.json``, ``OUT.png`` and the table in ``OUT.md``; return the exit status."""
+    """Train what is left, then write ``OUT.json``, ``OUT.png`` and the table in ``OUT.md``.
+
+    Returns:
+        The exit status.
+    """
     for option in ("jobs", "examples"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option}: must be at least 1, got {getattr(options, option)}")
@@ -88,7 +92,11 @@ def bench_mqar(options: Namespace) -> int:
 
 
 def _trials(options: Namespace) -> list[Trial]:
-    """Return all the trainings; every problem of every recipe is reported before the first one begins."""
+    """Return all the trainings.
+
+    Raises:
+        UserError: if anything is wrong with a recipe, before the first training begins.
+    """
     lrs = numbers("--lrs", options.lrs, float, 0)
     seeds = numbers("--seeds", options.seeds, int, 0)
     trials = []
@@ -139,7 +147,10 @@ def _wait_until_free(folder: RunFolder) -> None:
 
 
 def _run_all(trials: list[Trial], jobs: int, examples: int) -> None:
-    """Run the trainings, ``jobs`` at a time; if one fails, or this is interrupted, the others save and stop."""
+    """Run the trainings, ``jobs`` at a time.
+
+    If one fails, or this process is interrupted, the others save and stop.
+    """
     # See PARENT_PIPE: this process holds the writing end, and however it ends, the trainings see
     # the pipe's end.
     pipe_reading, pipe_writing = os.pipe()
@@ -191,7 +202,10 @@ def _reached(trial: Trial, result: dict) -> str:
 
 
 def _longspan(trial: Trial, parent_pipe: int, *arguments: object) -> int:
-    """Run a command that writes to the training's log, and stops when this process ends; return its exit status."""
+    """Run a command that writes to the training's log, and return its exit status.
+
+    It stops when this process ends.
+    """
     trial.folder.path.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_PIPE: str(parent_pipe)}
     with trial.log.open("a") as log:
@@ -213,7 +227,7 @@ def _require_success(trial: Trial, status: int) -> None:
 
 
 def _write_diverged(trial: Trial, examples: int) -> None:
-    """Report a training whose loss became infinite or NaN: it has learned nothing, and counts as 0."""
+    """Report a training whose loss became infinite or NaN: it has learned nothing, a 0."""
     settings = [{**asdict(setting), "accuracy": 0.0} for setting in default_settings(trial.recipe)]
     report = {
         "step": trial.recipe.training.steps,
@@ -268,7 +282,7 @@ def _result(trial: Trial, examples: int) -> dict | None:
 
 
 def _answers_our_questions(report: dict, trial: Trial) -> bool:
-    """Return whether an evaluation is of the finished training, and not of settings that somebody else asked for."""
+    """Return whether an evaluation is of the finished training, in the default settings."""
     asked = [(setting["length"], setting["pairs"]) for setting in report["settings"]]
     wanted = [(setting.length, setting.pairs) for setting in default_settings(trial.recipe)]
     finished = report["step"] == trial.recipe.training.steps

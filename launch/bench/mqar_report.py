@@ -1,4 +1,4 @@
-"""What ``longspan bench mqar`` leaves: all results as JSON, a table inside a page, and a picture."""
+"""What ``longspan bench mqar`` leaves: all results as JSON, a table in a page, and a picture."""
 
 import datetime
 import json
@@ -32,9 +32,9 @@ class RecipeResult:
     state_bytes: int
     """Of one sequence of the trained length, over all layers, fp32."""
     accuracy: list[dict]
-    """For each setting: ``length``, ``pairs``, ``trained``, and ``mean``, ``min`` and ``max`` over the seeds."""
+    """Of every setting: ``length``, ``pairs``, ``trained``; ``mean``, ``min``, ``max`` of seeds."""
     diverged: int
-    """Trainings of this recipe, at any learning rate, whose loss became infinite or NaN; they count as 0."""
+    """Trainings, at any learning rate, whose loss became infinite or NaN; they count as 0."""
 
     @property
     def hardest_trained(self) -> dict:

@@ -1,4 +1,4 @@
-"""``longspan bench parallel``: the operations over context-parallel ranks on this machine's CPU, against one of them.
+"""``longspan bench parallel``: operations over context-parallel ranks on the CPU, against one rank.
 
 Every rank has one thread, on a core of its own if there are enough. The single rank and all of them
 take turns in the same processes, so that whatever else the machine does affects both alike.
@@ -56,7 +56,7 @@ class ParallelTiming:
 
 
 def bench_parallel(options: Namespace) -> int:
-    """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``.
+    """Print a table, and write ``parallel.json`` and ``parallel.png`` to ``options.out``.
 
     Returns:
         The exit status. Under torchrun this process is a rank that measures, else it starts the

@@ -20,7 +20,10 @@ BLOCK = 64
 """Tokens on whose multiples the layout cuts a sequence."""
 
 Run = Callable[[list[Tensor], Layout | None], Tensor]
-"""``run(inputs, layout)``: this rank's part of the output for its inputs, or, without a layout, all of it for whole inputs."""
+"""``run(inputs, layout)``: this rank's part of the output, from its part of the inputs.
+
+Without a layout the inputs and the output are whole.
+"""
 
 
 class Operation(NamedTuple):

@@ -1,4 +1,4 @@
-"""What trainers are measured against: the same Llama in plain PyTorch, and that of ``transformers``."""
+"""What trainers are measured against: a Llama in plain PyTorch, and that of ``transformers``."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ class _Layer(nn.Module):
 def transformers_llama(
     size: LlamaSize, length: int, gradient_checkpointing: bool = False
 ) -> nn.Module:
-    """Return ``LlamaForCausalLM`` of this size, with SDPA, for sequences of up to ``length`` tokens."""
+    """Return ``LlamaForCausalLM`` with SDPA, for sequences of up to ``length`` tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -156,7 +156,7 @@ def transformers_llama(
 
 
 def random_batches(size: LlamaSize, length: int, batch: int = 1, seed: int = 0) -> Iterator[Tensor]:
-    """Yield batches without end, int64 ``[batch, length + 1]``: tokens, and shifted by one their labels."""
+    """Yield batches without end: int64 ``[batch, length + 1]``, tokens with their labels."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(size.vocabulary, (batch, length + 1), generator=generator)

@@ -1,4 +1,4 @@
-"""``longspan bench train``: training steps of a Llama by longspan, by a plain loop, and by ``transformers``.
+"""``longspan bench train``: training steps by longspan, a plain loop, and ``transformers``.
 
 The plain loop is PyTorch's, with the same attention; ``transformers`` trains with its ``Trainer``.
 Each trains in processes of its own (:mod:`longspan.launch.workers.train_steps`), in turns.

@@ -1,4 +1,4 @@
-"""``longspan bench memory``: memory of a training step, and the longest sequence within a budget."""
+"""``longspan bench memory``: memory of a training step, and the longest sequence in a budget."""
 
 import argparse
 

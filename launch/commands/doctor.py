@@ -1,4 +1,4 @@
-"""``longspan doctor``: show what this machine has for training, what it lacks, and how fast it moves bytes."""
+"""``longspan doctor``: show what this machine has for training, and what it lacks."""
 
 import argparse
 import os
@@ -17,7 +17,9 @@ from ..table import Column, table
 REQUIRED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
 OPTIONAL = {
     "flash-attn": "causal attention and windows run on longspan's Triton kernels instead",
-    "flash-linear-attention": "the delta rule and decays of each key run in torch on GPUs, several times slower",
+    "flash-linear-attention": (
+        "the delta rule and decays of each key run in torch on GPUs, several times slower"
+    ),
     "wandb": "metrics.wandb is refused",
     "tensorboard": "metrics.tensorboard is refused",
     "pyarrow": "data build takes no .parquet",
@@ -86,7 +88,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _disk(folder: Path) -> str:
-    """Return what is free on the disk of a folder, made or not, and how fast a checkpoint would be written to it."""
+    """Return what is free on a folder's disk, and how fast a checkpoint would be written there."""
     existing = next(
         path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
     )

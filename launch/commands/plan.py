@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from ...trainer.recipe.layers.softmax import SoftmaxBlock
     from ...trainer.recipe.schema import Recipe
 
-# Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any number of them.
+# Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
+# number of them.
 _ANY_BATCH = 2**4 * 3**2 * 5 * 7
 
 _DRAWN_SCHEDULES = ("ring", "gather", "stripes", "heads", "grid")
 _MOST_STAGES = 512
-"""A ring or grid over more ranks is not drawn: each has as many stages, whose cost takes a second to compute."""
+"""A ring or grid over more ranks is not drawn: its cost, a sum over stages, takes seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what is predicted, and draw what context-parallel ranks receive against their number."""
+    """Print what is predicted, and draw what ranks receive against their number."""
     from ...trainer.data.tokenizer import recipe_vocab_size
     from ...trainer.predict.estimate import DEVICES, estimate
     from ...trainer.recipe.layers.softmax import SoftmaxBlock
@@ -73,9 +74,10 @@ def run(options: argparse.Namespace) -> None:
 def _recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
     """Load the recipe for this many GPUs, with its batch rounded up to what they need.
 
-    The batch that is asked for does not divide over any number of GPUs, and a recipe with such a batch is refused. So the
-    first recipe has a batch that always divides, only to learn how many ranks are data parallel; the second has no
-    parallelism, only to learn the batch that is asked for.
+    The batch that is asked for does not divide over any number of GPUs, and a recipe with such a
+    batch is refused. So the first recipe has a batch that always divides, only to learn how many
+    ranks are data parallel; the second has no parallelism, only to learn the batch that is asked
+    for.
     """
     from ...trainer.recipe.file import load_recipe
 

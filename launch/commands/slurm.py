@@ -1,4 +1,4 @@
-"""``longspan slurm``: write a batch script that trains a recipe on several nodes, check it, and submit it if asked to."""
+"""``longspan slurm``: write, check and submit a batch script that trains a recipe."""
 
 import argparse
 import re
@@ -75,8 +75,8 @@ def run(options: argparse.Namespace) -> None:
     """Write the script to the run's folder, and submit it with ``--submit``.
 
     Raises:
-        UserError: if the recipe does not fit the processes, or the time the notice; if Slurm is not there or refuses the
-            request; or if the files cannot be written.
+        UserError: if the recipe does not fit the processes, or the time the notice; if Slurm is not
+            there or refuses the request; or if the files cannot be written.
     """
     recipe = _checked_recipe(options)
     script = render(options, recipe)
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _checked_recipe(options: argparse.Namespace) -> "Recipe":
-    """Load the recipe for the processes of all nodes; all problems of the options are reported first."""
+    """Check the options, and load the recipe for the processes of all nodes."""
     from ...trainer.recipe.file import load_recipe
 
     problems = [*_problems(options), *_time_problems(options)]

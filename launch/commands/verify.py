@@ -1,4 +1,4 @@
-"""``longspan verify``: a recipe's layers over context-parallel ranks against one rank, in a table."""
+"""``longspan verify``: check a recipe's layers over context-parallel ranks against one rank."""
 
 import argparse
 import math

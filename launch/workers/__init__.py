@@ -1,1 +1,1 @@
-"""Processes that commands start, each a module: ``python -m longspan.launch.workers.NAME ARGUMENTS``."""
+"""Processes that commands start: ``python -m longspan.launch.workers.NAME ARGUMENTS``."""

@@ -1,6 +1,7 @@
 """A rank of ``longspan doctor``: measures how many bytes a second each rank sends to all others.
 
-Runs under :func:`longspan.launch.ranks.run_ranks`, without arguments; the first rank prints the result.
+Runs under :func:`longspan.launch.ranks.run_ranks`, without arguments; the first rank prints the
+result.
 """
 
 import time

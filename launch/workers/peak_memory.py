@@ -1,6 +1,7 @@
-"""A process that prints by how many bytes its memory grows while it runs a candidate of a benchmark once.
+"""A process that prints by how many bytes its memory grows while it runs a candidate.
 
-On CUDA the growth is that of the memory in use there. See :func:`longspan.launch.bench.measure.fresh_process_peak`.
+On CUDA the growth is that of the memory in use there. See
+:func:`longspan.launch.bench.measure.fresh_process_peak`.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from pathlib import Path
 from ..bench.measure import ForwardBackward, cuda_peak, device
 
 Build = Callable[[dict, int | None], ForwardBackward]
-"""``build(candidate, max_tokens)``: the call of a candidate, of at most ``max_tokens`` tokens if they are given."""
+"""``build(candidate, max_tokens)``: the call of a candidate, cut to ``max_tokens`` if given."""
 
 
 def _attention() -> Build:
@@ -56,7 +57,8 @@ def main() -> None:
 
 def _resident_peak(call: ForwardBackward) -> int:
     """Return by how many bytes the resident memory of this process grows while it runs."""
-    # The highest resident size so far becomes what is in use now. If that is not permitted, they hardly differ.
+    # The highest resident size so far becomes what is in use now. If that is not permitted, they
+    # hardly differ.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _highest_resident_size()

@@ -1,6 +1,7 @@
-"""A rank of ``longspan verify``: writes what the layers of a recipe do over so many ranks to a file.
+"""A rank of ``longspan verify``: writes to a file what the recipe's layers do.
 
-Runs under :func:`longspan.launch.ranks.run_ranks`. Over one rank it computes the same cases without context parallelism.
+Runs under :func:`longspan.launch.ranks.run_ranks`. Over one rank it computes the same cases without
+context parallelism.
 """
 
 import argparse
