@@ -19,7 +19,7 @@ OPTIONS = ["training.steps=60", "metrics.log_interval=1", "parallel.cp=2", "chec
 
 @pytest.fixture
 def torchrun(tiny_recipe):
-    """``torchrun(*options)`` starts an agent that trains the tiny recipe, or runs another ``script``."""
+    """``torchrun(*options)``: start an agent that trains the tiny recipe, or runs a script."""
     started = []
 
     def start(
@@ -78,7 +78,7 @@ def test_two_agents_are_one_run(torchrun, alone, tmp_path):
 
 
 def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_path):
-    """As with NCCL, whose ranks do not fail with another: their agents restart them without counting it."""
+    """As with NCCL, whose ranks do not fail with another: agents restart them without counting."""
     script, options = tmp_path / "script.py", [*two_machines(), "--max-restarts", "1"]
     script.write_text(WAITS)
     agents = [torchrun(*options, script=(script, tmp_path / "died")) for _ in range(2)]
@@ -141,7 +141,8 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
         (
             True,
             1,
-            f"stopped after step 1 of 60, as asked by {file}, now removed; the same command goes on from there",
+            f"stopped after step 1 of 60, as asked by {file}, now removed; "
+            "the same command goes on from there",
         ),
         (False, 60, "going on from step 1"),
         (True, 60, "all 60 steps are done"),
@@ -159,7 +160,10 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
 def _kill(
     agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()
 ) -> int:
-    """A rank that this agent started, once the run has reached a step; which process it was, none of ``but``."""
+    """Kill a rank of this agent once the run has reached a step; not one of the processes ``but``.
+
+    Returns the process.
+    """
     for _ in range(600):
         if (
             max(losses(run), default=0) >= step

@@ -33,7 +33,8 @@ def test_memory_and_arithmetic_shrink_with_the_ranks():
         assert one.memory.weights == 2 * total
         assert one.memory.optimizer == 12 * total / ranks
         assert one.tokens_per_second == pytest.approx((1 << 20) / one.step_s)
-        # Matrices take two operations a parameter and token, but embeddings; attention and states come on top.
+        # All matrices but the embeddings need two operations a parameter and token; attention and
+        # states come on top.
         matrices = 2 * (total - 384 * 4096)
         forward = one.head_flops + sum(
             kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in one.kinds

@@ -1,4 +1,4 @@
-"""The recipes that are shipped: each is one that trains; its twin for a CPU does so, goes on and leaves for transformers."""
+"""The shipped recipes: each is valid, and has a tiny twin that trains, resumes and is exported."""
 
 import pytest
 from longspan.trainer.data.tokenizer import recipe_vocab_size

@@ -39,8 +39,9 @@ def test_the_picture_is_the_mask(capsys, tmp_path):
     )
     assert status == 0
     pattern = (S2(4, 2, 4) | Sinks(1)).spread(2)
+    density = pattern.density(32, 2)
     assert printed.splitlines() == [
-        f"{pattern!r}: density {pattern.density(32, 2):.4f} at 32 tokens, ideal speed-up {1 / pattern.density(32, 2):.2f}x, "
+        f"{pattern!r}: density {density:.4f} at 32 tokens, ideal speed-up {1 / density:.2f}x, "
         "positions not all covered by the union of 2 heads"
     ]
     at = torch.arange(32)

@@ -1,4 +1,7 @@
-"""Batch scripts: what is refused, what is written, and on a real Slurm a job that is told to stop, queued again and goes on."""
+"""``longspan slurm``: what is refused, what is written, and a job on a real Slurm.
+
+The job is asked to stop, is requeued, and resumes.
+"""
 
 import json
 import os
@@ -58,7 +61,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         (
             ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
             [
-                "--processes-per-node: 4, but --gpus-per-node is 2, and each process needs a GPU of its own; use at most 2"
+                "--processes-per-node: 4, but --gpus-per-node is 2, "
+                "and each process needs a GPU of its own; use at most 2"
             ],
         ),
         (
@@ -159,10 +163,8 @@ def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monk
         "slurm", tiny_recipe, "--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--submit"
     )
     assert done.returncode == 2
-    assert (
-        "--submit: there is no sbatch here; run it on a login node, or write the script here and take it"
-        in done.stderr
-    )
+    remedy = "run it on a login node, or write the script here and take it"
+    assert f"--submit: there is no sbatch here; {remedy}" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -196,7 +198,10 @@ def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argume
 
 @pytest.mark.parametrize("saves", [False, True])
 def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
-    """With stand-ins for Slurm's commands. The setup may read what is not set, and a STOP of before is not the job's."""
+    """With stand-ins for Slurm's commands.
+
+    The setup may read what is not set, and a STOP from before is not the job's.
+    """
     run, tools = tmp_path / "run", tmp_path / "tools"
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     (run / "STOP").touch()
@@ -248,7 +253,10 @@ def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_p
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A Slurm of one node, of what ``slurm_here.sh`` unpacked or the machine has; its commands are on the PATH."""
+    """Start a Slurm of one node, with its commands on the PATH.
+
+    It is what ``slurm_here.sh`` unpacked, or what the machine has.
+    """
     unpacked = Path(os.environ.get("LONGSPAN_SLURM", "/nowhere"), "root")
     if unpacked.is_dir():
         library = next(unpacked.glob("usr/lib/*-linux-gnu"))
@@ -428,7 +436,8 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
     _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
     stopped = max(_losses(run))
     assert stopped < 120
-    # Slurm holds a job that was queued again for two minutes; its node refuses one that comes in the second of its end.
+    # Slurm holds a requeued job for two minutes; its node refuses one that comes within a second of
+    # its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
     _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
     assert f"going on from step {stopped}" in log.read_text()

@@ -115,7 +115,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
     [
         (
             [
-                "engine={name: deepspeed, zero_stage: 2, config: {zero_optimization: {offload_optimizer: {device: cpu}}}}",
+                "engine={name: deepspeed, zero_stage: 2, config: "
+                "{zero_optimization: {offload_optimizer: {device: cpu}}}}",
                 "model.hidden_size=65536",
             ],
             "engine.config.zero_optimization",
@@ -170,10 +171,8 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
         f"data.sources={{{tmp_path / 'bad'}: 1.0}}",
     )
     assert done.returncode == 2, done.stderr
-    assert (
-        f"{tmp_path / 'bad'}.bin: token id 999 at byte offset 2000 (token 1000) is outside the vocabulary of 257"
-        in done.stderr
-    )
+    place = "token id 999 at byte offset 2000 (token 1000)"
+    assert f"{tmp_path / 'bad'}.bin: {place} is outside the vocabulary of 257" in done.stderr
     assert "Traceback" not in done.stderr
 
 
