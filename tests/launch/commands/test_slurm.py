@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+ON_CPUS = ["--nodes", "1", "--gpus-per-node", "0"]
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -122,19 +124,8 @@ def test_what_cannot_run_is_refused(longspan, tiny_recipe, tmp_path, arguments, 
 
 def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
     setup = ["--setup", "module load cuda", "--setup", "source .venv/bin/activate"]
-    asked = [
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "4",
-        "--time",
-        "2-00:00:00",
-        "--account",
-        "lab",
-        "--partition",
-        "gpu",
-        *setup,
-    ]
+    sizes = ["--nodes", "2", "--gpus-per-node", "4", "--time", "2-00:00:00"]
+    asked = [*sizes, "--account", "lab", "--partition", "gpu", *setup]
     done = longspan("slurm", tiny_recipe, "parallel.cp=2", "training.global_batch_size=8", *asked)
     assert done.returncode == 0, done.stderr
     script = tmp_path / "run" / "slurm" / "train.sbatch"
@@ -159,9 +150,7 @@ def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
 
 def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = longspan(
-        "slurm", tiny_recipe, "--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--submit"
-    )
+    done = longspan("slurm", tiny_recipe, *ON_CPUS, "--time", "60", "--submit")
     assert done.returncode == 2
     remedy = "run it on a login node, or write the script here and take it"
     assert f"--submit: there is no sbatch here; {remedy}" in done.stderr
@@ -181,17 +170,7 @@ def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monk
 def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argument, line):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    done = longspan(
-        "slurm",
-        tiny_recipe,
-        argument.format(tmp_path),
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "60",
-    )
+    done = longspan("slurm", tiny_recipe, argument.format(tmp_path), *ON_CPUS, "--time", "60")
     assert (done.returncode, done.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
 
@@ -202,19 +181,11 @@ def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_p
 
     The setup may read what is not set, and a STOP from before is not the job's.
     """
-    run, tools = tmp_path / "run", tmp_path / "tools"
+    run = tmp_path / "run"
+    tools = tmp_path / "tools"
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     (run / "STOP").touch()
-    asked = [
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "60",
-        "--setup",
-        'echo "$OF_A_MODULE" >setup',
-    ]
+    asked = [*ON_CPUS, "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
     assert longspan("slurm", tiny_recipe, *asked).returncode == 0
     work = (
         "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
@@ -253,76 +224,79 @@ def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_p
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Start a Slurm of one node, with its commands on the PATH.
+    """Start a Slurm of one node, with its commands on the PATH, and yield its folder.
 
     It is what ``slurm_here.sh`` unpacked, or what the machine has.
     """
     unpacked = Path(os.environ.get("LONGSPAN_SLURM", "/nowhere"), "root")
     if unpacked.is_dir():
         library = next(unpacked.glob("usr/lib/*-linux-gnu"))
-        monkeypatch.setenv(
-            "LD_LIBRARY_PATH",
-            f"{library}:{library}/slurm-wlm:{unpacked}/{library.relative_to(unpacked / 'usr')}",
-        )
+        own_library = unpacked / library.relative_to(unpacked / "usr")
+        monkeypatch.setenv("LD_LIBRARY_PATH", f"{library}:{library}/slurm-wlm:{own_library}")
         monkeypatch.setenv("PATH", f"{unpacked}/usr/bin:{unpacked}/usr/sbin:{os.environ['PATH']}")
-    commands = [
-        shutil.which(name) or shutil.which(f"{name}-wlm") for name in ("slurmctld", "slurmd")
-    ]  # Debian's names
-    if None in commands:
+    slurmctld = _daemon("slurmctld")
+    slurmd = _daemon("slurmd")
+    if slurmctld is None or slurmd is None:
         pytest.skip("needs Slurm, as tests/launch/slurm_here.sh unpacks it")
-    where = Path(os.path.realpath(commands[0]))
-    plugins = next(
-        (
-            path
-            for path in (unpacked, Path("/"))
-            for path in path.glob("usr/lib/*-linux-gnu/slurm-wlm")
-        ),
-        None,
-    )
+
     folder = tmp_path / "slurm"
     for name in ("state", "spool"):
         folder.joinpath(name).mkdir(parents=True)
-    ports = [_free_port(), _free_port()]
-    host, user = socket.gethostname().split(".")[0], os.environ.get("USER", "root")
-    text = CONF.format(
-        host=host, user=user, ports=ports, folder=folder, plugins=plugins, cpus=os.cpu_count()
-    )
+    plugins = [
+        path
+        for root in (unpacked, Path("/"))
+        for path in root.glob("usr/lib/*-linux-gnu/slurm-wlm")
+    ]
     conf = folder / "slurm.conf"
-    conf.write_text(text)
-    monkeypatch.setenv("SLURM_CONF", str(conf))
-    stepd = next(
-        iter([*where.parent.glob("slurmstepd*"), *where.parent.parent.glob("sbin/slurmstepd*")])
-    )
-    daemons = []
-    for name, command, *options in (
-        ("slurmctld", commands[0]),
-        ("slurmd", commands[1], "-d", str(stepd)),
-    ):
-        log = folder.joinpath(f"{name}.log").open("w")
-        daemons.append(
-            subprocess.Popen([command, "-D", "-f", str(conf), *options], stdout=log, stderr=log)
+    conf.write_text(
+        CONF.format(
+            host=socket.gethostname().split(".")[0],
+            user=os.environ.get("USER", "root"),
+            ports=[_free_port(), _free_port()],
+            folder=folder,
+            plugins=plugins[0] if plugins else None,
+            cpus=os.cpu_count(),
         )
+    )
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+
+    real = Path(os.path.realpath(slurmctld))
+    stepd = [*real.parent.glob("slurmstepd*"), *real.parent.parent.glob("sbin/slurmstepd*")][0]
+    commands = {
+        "slurmctld": [slurmctld, "-D", "-f", conf],
+        "slurmd": [slurmd, "-D", "-f", conf, "-d", stepd],
+    }
+    logs = {name: folder / f"{name}.log" for name in commands}
+    daemons = []
+    for name, command in commands.items():
+        log = logs[name].open("w")
+        daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
     try:
-        for _ in range(120):
-            if (
-                "idle"
-                in subprocess.run(
-                    ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False
-                ).stdout
-            ):
-                break
-            time.sleep(0.5)
-        else:
-            pytest.fail(
-                folder.joinpath("slurmctld.log").read_text()
-                + folder.joinpath("slurmd.log").read_text()
-            )
+        _wait_until_idle(logs.values())
         yield folder
     finally:
+        user = os.environ.get("USER", "root")
         subprocess.run(["scancel", "--signal=KILL", "--full", f"--user={user}"], check=False)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(20)
+
+
+def _daemon(name: str) -> str | None:
+    """Return the path of a daemon of Slurm's, by its own name or Debian's, if it is there."""
+    return shutil.which(name) or shutil.which(f"{name}-wlm")
+
+
+def _wait_until_idle(logs: Iterable[Path]) -> None:
+    """Wait until Slurm's node is ready."""
+    for _ in range(120):
+        states = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False
+        )
+        if "idle" in states.stdout:
+            return
+        time.sleep(0.5)
+    pytest.fail("".join(log.read_text() for log in logs))
 
 
 def _free_port() -> int:
@@ -354,7 +328,7 @@ def _until(condition, seconds: float, what: str, log: Path = Path(os.devnull)) -
 def test_slurm_checks_the_request_before_anything_is_written(
     slurm, longspan, tiny_recipe, tmp_path
 ):
-    asked = ["--nodes", "1", "--gpus-per-node", "0", "--time", "30", "--partition", "nowhere"]
+    asked = [*ON_CPUS, "--time", "30", "--partition", "nowhere"]
     done = longspan("slurm", tiny_recipe, *asked, "--submit")
     line = "longspan: --submit: Slurm refuses the job: invalid partition specified: nowhere"
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -369,17 +343,7 @@ def test_a_job_works_where_its_command_was_given(
     folder = tmp_path / "my runs"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    done = longspan(
-        "slurm",
-        tiny_recipe,
-        "run_dir=a run",
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "30",
-    )
+    done = longspan("slurm", tiny_recipe, "run_dir=a run", *ON_CPUS, "--time", "30")
     assert done.returncode == 0, done.stderr
     script = folder / "a run" / "slurm" / "train.sbatch"
     submitted = subprocess.run(
@@ -411,18 +375,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
     assert alone.returncode == 0, alone.stderr
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
     package = f"export PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-    asked = [
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--processes-per-node",
-        "2",
-        "--time",
-        "30",
-        "--notice",
-        "60",
-    ]
+    asked = [*ON_CPUS, "--processes-per-node", "2", "--time", "30", "--notice", "60"]
     done = longspan(
         "slurm", tiny_recipe, *options, *asked, "--setup", path, "--setup", package, "--submit"
     )
