@@ -6,8 +6,10 @@ or None for 0. Its heavy imports are inside ``run``, so that ``--help`` answers 
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from .. import __version__
 from .process import exit_status, quiet_libraries
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     0 done, 2 bad input (one line per problem on stderr), 3 loss not finite, 75 stopped on request,
     1 anything else.
     """
-    parser = _LazyParser(
+    parser = argparse.ArgumentParser(
         prog="longspan", description="Pretrain language models on very long sequences."
     )
     parser.add_argument("--version", action="version", version=f"longspan {__version__}")
@@ -112,22 +114,29 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(exit_status(lambda: options.run(options)))
 
 
-class _LazyParser(argparse.ArgumentParser):
-    """A parser that gets its arguments when it first parses, so only if its command is given."""
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of a command, which adds the command's arguments when it first parses.
 
-    command: Command | Group | None = None
+    So the module of a command is imported only if the command is given.
+    """
+
+    def __init__(self, *, command: Command | Group, **options: Any):
+        super().__init__(**options)
+        self._command: Command | Group | None = command
 
     def parse_known_args(self, args=None, namespace=None):
-        if self.command:
-            self.command.fill(self)
-            self.command = None
+        if self._command:
+            self._command.fill(self)
+            self._command = None
         return super().parse_known_args(args, namespace)
 
 
-def _add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command | Group]) -> None:
+    subparsers = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
     for name, command in commands.items():
-        subparsers.add_parser(name, help=command.help).command = command
+        subparsers.add_parser(name, help=command.help, command=command)
 
 
 def _is_override(argument: str) -> bool:
