@@ -41,9 +41,7 @@ class Group:
 
 COMMANDS: dict[str, Command | Group] = {
     "train": Command("train a recipe", "commands.train"),
-    "recipes": Command(
-        "list the recipes that are shipped, or all keys of a recipe", "commands.recipes"
-    ),
+    "recipes": Command("list the shipped recipes, or all keys of a recipe", "commands.recipes"),
     "data": Group(
         "prepare data",
         {"build": Command("tokenize text to a .bin/.idx corpus", "commands.data_build")},
@@ -53,23 +51,23 @@ COMMANDS: dict[str, Command | Group] = {
     "check-export": Command(
         "compare an exported model's logits with its run's", "commands.check_export"
     ),
-    "verify": Command("check a recipe's layers over ranks against one rank", "commands.verify"),
+    "verify": Command("compare a recipe's layers over ranks with one rank", "commands.verify"),
     "plan": Command("predict memory, messages and time on GPUs", "commands.plan"),
     "slurm": Command("write, check and submit a batch script", "commands.slurm"),
     "eval": Group(
         "measure what a trained run can do",
         {
             "mqar": Command("recall (MQAR) at trained and longer lengths", "commands.eval_mqar"),
-            "loss": Command("held-out loss by the place in the context", "commands.eval_loss"),
-            "needle": Command("a number that is hidden in a text", "commands.eval_needle"),
-            "tasks": Command("tasks of RULER's kind", "commands.eval_tasks"),
+            "loss": Command("held-out loss by position in the context", "commands.eval_loss"),
+            "needle": Command("retrieval of a number hidden in a text", "commands.eval_needle"),
+            "tasks": Command("tasks in the style of RULER", "commands.eval_tasks"),
         },
     ),
     "doctor": Command(
         "show what this machine has for training, and what it lacks", "commands.doctor"
     ),
     "status": Command(
-        "show how far a run is, and which of its checkpoints are whole", "commands.status"
+        "show a run's progress, and which of its checkpoints are whole", "commands.status"
     ),
     "plot": Command("draw a run's loss curve", "commands.plot"),
     "show-pattern": Command("draw what each KV head sees", "commands.show_pattern"),

@@ -67,7 +67,7 @@ def _require_causal_choices(folder: RunFolder) -> None:
         if isinstance(block, MoBABlock):
             raise UserError(
                 f"{folder.path}: has moba layers, whose blocks of queries choose together: an "
-                "answer would be seen before it is given; only eval loss can be asked"
+                "answer would be seen before it is given; only eval loss can be measured"
             )
 
 
@@ -183,8 +183,8 @@ def _answers_table(answers: list[dict], setting_names: list[str], examples: int)
         lines.append((*cells, "" if answer["trained"] else "(longer than trained)"))
 
     legend = (
-        "exact: greedy decoding says it; preferred: to a wrong answer that is in the text too, "
-        f"by chance a half; {examples} examples of each"
+        "exact: greedy decoding gives the answer; preferred: to a wrong answer that is in the text "
+        f"too (chance: a half); {examples} examples of each"
     )
     return f"{table(lines)}\n{legend}"
 

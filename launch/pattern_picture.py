@@ -106,7 +106,7 @@ def _pictures_of_recipe(
 ) -> list[PatternPicture]:
     recipe = load_recipe(recipe_name)
     if num_kv_heads is not None:
-        raise UserError("--heads: goes with a pattern; a recipe says how many heads it has")
+        raise UserError("--heads: only for a pattern; a recipe has its own number of heads")
     num_kv_heads = recipe.model.kv_heads
     length = length or recipe.training.seq_length
 
@@ -123,8 +123,8 @@ def _pictures_of_recipe(
     ]
     if not pictures:
         raise UserError(
-            f"{recipe_name}: has no block of softmax attention whose pattern is known before it "
-            "sees a text"
+            f"{recipe_name}: has no block of softmax attention whose pattern is known without the "
+            "text"
         )
     return pictures
 

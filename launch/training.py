@@ -174,7 +174,7 @@ def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
         print(f"a sample:\n{_sample(recipe.evaluation.sample_prompt, folder)}")
 
     command = "eval mqar" if recipe.data.mqar else "generate"
-    print(f"{folder.loss_plot} shows the curve; go on with: longspan {command} {folder.path}")
+    print(f"{folder.loss_plot} shows the curve; continue with: longspan {command} {folder.path}")
 
 
 def _ngram_bits_per_byte(data: PreparedData) -> float:

@@ -8,8 +8,8 @@ from ..options import add_evaluated_text, add_examples
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tasks of RULER's kind: several numbers in held-out text, one among a crowd of them, one "
-        "that is passed on from name to name, the most frequent word."
+        "Measure a run on tasks in the style of RULER: find several numbers in held-out text, one "
+        "among many, one that is passed on from name to name; find the most frequent word."
     )
     add_evaluated_text(parser)
     add_examples(parser, default=50)
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     tasks = options.tasks.split(",") if options.tasks else list(TASKS)
     for task in tasks:
         if task not in TASKS:
-            raise UserError(f"--tasks: {task} is none; known: {', '.join(TASKS)}")
+            raise UserError(f"--tasks: {task} is not a task; known: {', '.join(TASKS)}")
     haystack, lengths = open_haystack(folder, options)
 
     from ...trainer.evaluation.plots import plot_tasks

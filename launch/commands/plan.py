@@ -24,12 +24,15 @@ _MOST_STAGES = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Predict what a recipe takes on a number of GPUs: memory, arithmetic, messages and time. "
-        "Needs no GPU."
+        "Predict what a recipe needs on a number of GPUs: memory, arithmetic, messages and time. "
+        "Needs no GPU itself."
     )
     add_recipe_arguments(parser, example="parallel.cp=8")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="(default: launch.processes of the recipe)"
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="number of GPUs (default: launch.processes of the recipe)",
     )
     parser.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
     parser.add_argument(
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         default="plan.png",
         metavar="PNG",
-        help="bytes against ranks (default %(default)s)",
+        help="plot of bytes received against ranks (default %(default)s)",
     )
 
 
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         _draw(recipe, softmax, picture)
         print(f"\n{picture} shows what ranks receive against their number")
     else:
-        print("\nno layer has a schedule that could be drawn: only states move")
+        print("\nno layer has a schedule to draw: only states move")
 
 
 def _recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
@@ -148,9 +151,9 @@ def _print_layers(predicted: "Estimate") -> None:
     rows.append(("output", "", f"{predicted.head_flops / 1e6:,.2f}", "", "", "", ""))
     print(table(rows))
     print(
-        "of one layer: arithmetic forward; bytes a microbatch brings a rank from others of its "
-        "sequence, forward and\n"
-        "backward; pairs of query and key of the rank with most work, over the mean of all"
+        "for one layer: forward arithmetic; bytes that a rank receives from the others of its "
+        "sequence in a microbatch's\n"
+        "forward and backward; pairs of query and key on the rank with most, over the mean of all"
     )
     for kind in predicted.kinds:
         if kind.choice:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "On the CPU, with the recipe's layers and patterns in a small model: replace tokens, see "
+        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, see "
         "which positions change, and compare loss and gradients over context-parallel ranks with "
-        "those of one."
+        "those on one rank."
     )
     add_recipe_arguments(parser, example="parallel.schedule=ring")
     parser.add_argument(

@@ -207,7 +207,7 @@ def test_flex_attention_gets_the_pattern(text):
     [
         (["--pattern", "S3(64)"], "unknown pattern 'S3'"),
         (["--pattern", "PerHead([Causal()])"], "PerHead has patterns for 1 KV heads"),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 8192,32768, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 8192,32768, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--kv-heads", "3"], "--kv-heads: 3 does not divide --heads 4"),

@@ -240,16 +240,16 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
     [
         (
             ["--mixer", "full"],
-            "--mixer: there is no linear 'full', only linear, lightning, retention, ",
+            "--mixer: 'full' is not a linear mixer; known: linear, lightning, retention, ",
         ),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 4096,65536, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 4096,65536, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
         (
             ["--mixer", "gla", "--head-dim", "5"],
-            "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part",
+            "--heads, --head-dim: do not fit gla: key_head_dim is by default 1/2 of a head's part",
         ),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],

@@ -131,7 +131,7 @@ def test_the_default_length_shows_the_structure(capsys, tmp_path):
             ["quickstrat"],
             "recipe quickstrat: no such file or shipped recipe (did you mean quickstart?)",
         ),
-        (["quickstart", "--heads", "2"], "--heads: goes with a pattern"),
+        (["quickstart", "--heads", "2"], "--heads: only for a pattern"),
         (["Causal()", "--heads", "0"], "--heads: must be at least 1, got 0"),
         (["Causal()", "--length", "0"], "--length: must be at least 1, got 0"),
         (["Causal()", "-o", "{tmp}/a.docx"], "a.docx: cannot be written"),

@@ -54,11 +54,14 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         (["--nodes", "0", "--time", "10"], ["--nodes: must be at least 1, got 0"]),
         (
             ["--nodes", "1", "--time", "a day"],
-            ["--time: a day is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00"],
+            ["--time: a day is not a time for Slurm, such as 90 (minutes), 12:00:00 or 2-00:00:00"],
         ),
         (
             ["--nodes", "1", "--time", "5"],
-            ["--time: 5 leaves nothing: a job is told 300 s before its end to save and stop"],
+            [
+                "--time: 5 leaves no time to train: "
+                "the job is told to save and stop 300 s before its end"
+            ],
         ),
         (
             ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
