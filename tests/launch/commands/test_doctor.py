@@ -1,4 +1,4 @@
-"""What a machine has and lacks, as it is told."""
+"""``longspan doctor``: what a machine has and lacks."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -7,7 +7,7 @@ from longspan.launch.commands import doctor
 from longspan.trainer import versions
 
 
-def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
+def test_it_reports_what_is_there_and_measures(longspan, tmp_path):
     done = longspan("doctor", "--folder", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     for name in doctor.REQUIRED:
@@ -22,7 +22,7 @@ def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_path):
+def test_what_is_missing_is_reported_with_what_it_costs(capsys, monkeypatch, tmp_path):
     def without(name):
         if name in ("deepspeed", "wandb"):
             raise PackageNotFoundError
@@ -30,13 +30,13 @@ def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_p
 
     monkeypatch.setattr(versions, "version", without)
     assert doctor.doctor(str(tmp_path)) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"^deepspeed +MISSING$", told, re.M)
-    assert re.search(r"^wandb +not installed: metrics.wandb is refused$", told, re.M)
-    assert "cannot train without deepspeed: pip install deepspeed" in told
+    out = capsys.readouterr().out
+    assert re.search(r"^deepspeed +MISSING$", out, re.M)
+    assert re.search(r"^wandb +not installed: metrics.wandb is refused$", out, re.M)
+    assert "cannot train without deepspeed: pip install deepspeed" in out
 
 
-def test_a_folder_that_takes_nothing_is_told(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(
         doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})
     )

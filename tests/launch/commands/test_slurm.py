@@ -179,7 +179,7 @@ def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argume
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
+def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, saves):
     """With stand-ins for Slurm's commands.
 
     The setup may read what is not set, and a STOP from before is not the job's.
@@ -362,7 +362,7 @@ def test_a_job_works_where_its_command_was_given(
     assert "JobName=a run\n" in shown
 
 
-def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
+def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
     slurm, longspan, tiny_recipe, tmp_path
 ):
     """To the same bits as a run that nothing happens to; two processes of one node's task."""

@@ -64,17 +64,11 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert longspan("plot", run).stdout.strip() == str(run / "plots" / "loss.png")
     assert (run / "plots" / "loss.png").exists()
 
-    said = longspan(
-        "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
-    )
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.startswith("Document 1")
-    assert (
-        said.stdout
-        == longspan(
-            "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
-        ).stdout
-    )
+    greedy = ["--prompt", "Document 1", "--tokens", "20", "--temperature", "0"]
+    generated = longspan("generate", run, *greedy)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("Document 1")
+    assert generated.stdout == longspan("generate", run, *greedy).stdout
 
     again = longspan("train", tiny_recipe, *overrides)
     assert again.returncode == 0, again.stderr
@@ -103,8 +97,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
             )
             (length,) = [
                 length
-                for length, each in possible.items()
-                if flops == pytest.approx(each, rel=1e-6)
+                for length, expected in possible.items()
+                if flops == pytest.approx(expected, rel=1e-6)
             ]
             seen.add(length)
     assert len(seen) > 1
