@@ -20,7 +20,9 @@ SAMPLES = 8
 """Positions that are looked at along an axis of a cell, at most."""
 SHOWN_HEADS = 8
 """KV heads with a panel, at most."""
-FUTURE, HIDDEN, VISIBLE = "#d9dde2", "white", "tab:blue"
+FUTURE = "#d9dde2"
+HIDDEN = "white"
+VISIBLE = "tab:blue"
 
 
 @dataclass(frozen=True)

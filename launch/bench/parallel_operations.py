@@ -156,7 +156,7 @@ def _all_ranks() -> dist.ProcessGroup:
     return group
 
 
-class Step(NamedTuple):
+class TimedStep(NamedTuple):
     """A forward and backward pass."""
 
     seconds: float
@@ -177,10 +177,10 @@ def measure(settings: ParallelSettings, operation: Operation) -> ParallelTiming:
     local_grad_out = torch.randn(out_shape, generator=torch.Generator().manual_seed(rank))
     whole_grad_out = layout.unshard(_gather(local_grad_out))
 
-    def step_together() -> Step:
+    def step_together() -> TimedStep:
         return _step(operation.run, local_inputs, layout, local_grad_out)
 
-    def step_alone() -> Step:
+    def step_alone() -> TimedStep:
         return _step(operation.run, whole_inputs, None, whole_grad_out)
 
     results = step_together().results
@@ -205,11 +205,11 @@ def measure(settings: ParallelSettings, operation: Operation) -> ParallelTiming:
     return timing
 
 
-def _step(run: Run, inputs: list[Tensor], layout: Layout | None, grad_out: Tensor) -> Step:
+def _step(run: Run, inputs: list[Tensor], layout: Layout | None, grad_out: Tensor) -> TimedStep:
     start = time.perf_counter()
     out = run(inputs, layout)
     gradients = torch.autograd.grad(out, inputs, grad_out)
-    return Step(time.perf_counter() - start, [out.detach(), *gradients])
+    return TimedStep(time.perf_counter() - start, [out.detach(), *gradients])
 
 
 def _gather(value: Any) -> list[Any]:

@@ -76,7 +76,8 @@ def test_two_agents_are_one_run(torchrun, alone, tmp_path):
 
 def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_path):
     """As with NCCL, whose ranks do not fail with another: agents restart them without counting."""
-    script, options = tmp_path / "script.py", [*two_machines(), "--max-restarts", "1"]
+    script = tmp_path / "script.py"
+    options = [*two_machines(), "--max-restarts", "1"]
     script.write_text(WAITS)
     agents = [torchrun(*options, script=(script, tmp_path / "died")) for _ in range(2)]
     for agent in agents:

@@ -57,10 +57,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
     monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
     status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
     assert status == 0
-    report, rows = (
-        json.loads((tmp_path / "deep" / "linear.json").read_text()),
-        rows_of(tmp_path / "deep"),
-    )
+    report = json.loads((tmp_path / "deep" / "linear.json").read_text())
+    rows = rows_of(tmp_path / "deep")
     assert set(report) == {"machine", "versions", "settings", "rows"}
     assert set(report["versions"]) == {"python", "torch", "triton", "flash-linear-attention"}
     assert report["settings"] == {
@@ -74,7 +72,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
         "repeats": 1,
     }
     assert list(rows) == [(name, length) for length in (70, 130) for name in (DENSE, *BLOCKS)]
-    skipped, dense = rows.pop((DENSE, 130)), rows[DENSE, 70]
+    skipped = rows.pop((DENSE, 130))
+    dense = rows[DENSE, 70]
     assert skipped["status"] == "skipped: longer than --dense-up-to 70"
     assert line_of(out, skipped).endswith(skipped["status"])
     assert not any(
@@ -201,7 +200,8 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(
     )
     assert exit_status == 0
     rows = rows_of(tmp_path)
-    bad, good = rows["deltanet", 70], rows["gla", 70]
+    bad = rows["deltanet", 70]
+    good = rows["gla", 70]
     assert bad["status"].startswith(status)
     assert line_of(out, bad).endswith(bad["status"])
     assert not any(

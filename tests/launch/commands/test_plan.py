@@ -40,7 +40,8 @@ def test_memory_and_arithmetic_shrink_with_the_ranks():
             kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in predicted.kinds
         )
         assert forward > matrices
-    few, many = estimates[8], estimates[64]
+    few = estimates[8]
+    many = estimates[64]
     # How evenly the work is spread differs.
     assert few.compute_s == pytest.approx(8 * many.compute_s, rel=1e-3)
     assert few.memory.activations == pytest.approx(8 * many.memory.activations)
@@ -114,7 +115,8 @@ def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
 
 
 def test_engines_and_options_change_what_is_held():
-    device, options = DEVICES["h100"], {"engine.name=deepspeed"}
+    device = DEVICES["h100"]
+    options = ["engine.name=deepspeed"]
     total = parameter_count(large(8).model, 257)
     for stage, weights, gradients in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
         recipe = large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32")

@@ -41,7 +41,8 @@ def test_every_recipe_has_a_twin_and_is_named_here():
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_recipe_and_its_twin_become_the_same_architecture(name):
     assert target(name) == target(f"{name}-tiny") == TARGETS[name]
-    whole, twin = load_recipe(name), load_recipe(f"{name}-tiny")
+    whole = load_recipe(name)
+    twin = load_recipe(f"{name}-tiny")
     mixers = [{block.mixer for block in recipe.model.stack} for recipe in (whole, twin)]
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
