@@ -12,7 +12,7 @@ from pathlib import Path
 from ...trainer.errors import (UserError)
 from ...trainer.evaluation.mqar_settings import (Setting, trained_settings)
 from ...trainer.recipe.schema import (Recipe)
-from ...trainer.checkpoint.run_folder import (replace_file)
+from ...trainer.checkpoint.atomic import replace_file
 
 BEGIN, END = "<!-- longspan bench mqar: begin -->", "<!-- longspan bench mqar: end -->"
 """The table stands between these two lines of the page; the text around them is left as it is."""

@@ -7,7 +7,7 @@ import subprocess
 from argparse import Namespace
 from pathlib import Path
 
-from ...trainer.checkpoint.run_folder import replace_file
+from ...trainer.checkpoint.atomic import replace_file
 from ...trainer.errors import UserError
 from ...trainer.recipe.file import load_recipe
 from ...trainer.recipe.schema import Recipe

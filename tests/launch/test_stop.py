@@ -126,7 +126,7 @@ def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path):
     hangs = """
 import ctypes, os, sys
-from longspan.trainer.stop import StopRequest
+from longspan.trainer.run.stop import StopRequest
 with StopRequest(sys.argv[1]):
     mutex = ctypes.create_string_buffer(256)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -147,12 +147,12 @@ with StopRequest(sys.argv[1]):
 def test_what_was_started_to_ignore_a_signal_ignores_it(tmp_path):
     ignores = """
 import os, signal, sys
-from longspan.trainer.stop import StopRequest
+from longspan.trainer.run.stop import StopRequest
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
 with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     os.kill(os.getpid(), signal.SIGINT)
     __import__("time").sleep(0.2)
-    sys.exit(stop.asked())
+    sys.exit(stop.is_requested())
 """
     assert (
         subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode

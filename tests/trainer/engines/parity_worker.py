@@ -29,7 +29,11 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
 
         engine = build_engine(recipe)
         batches = Batches(
-            recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.share, engine.device
+            recipe,
+            prepare_data(recipe),
+            recipe_vocab_size(recipe),
+            engine.batch_shard,
+            engine.device,
         )
         seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
         tokens = [

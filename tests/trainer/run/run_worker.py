@@ -41,12 +41,12 @@ def tokens_hash(engine: Engine, batches) -> str:
     """Of the global batch, put together from all ranks' parts in the order of its samples."""
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(
-        everyones, (engine.share, [(b.tokens, b.sequence.layout) for b in batches])
+        everyones, (engine.batch_shard, [(b.tokens, b.sequence.layout) for b in batches])
     )
     parts = {(share.data_rank, share.context_rank): seen for share, seen in everyones}
     digest, layout = hashlib.sha256(), batches[0].sequence.layout
     for i in range(len(batches)):
-        for data_rank in range(engine.share.data_ranks):
+        for data_rank in range(engine.batch_shard.data_ranks):
             whole = layout.unshard([parts[data_rank, rank][i][0] for rank in range(layout.ranks)])
             digest.update(whole.numpy().tobytes())
     return digest.hexdigest()[:16]
