@@ -155,7 +155,7 @@ def _theirs(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
         model.train()
         call = lambda tokens, labels: (
             model(input_ids=tokens, labels=labels, shift_labels=labels).loss
-        )
+        )  # noqa: E731
     device = measure.device()
     model.to(device, getattr(torch, measure.default_dtype()))  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
