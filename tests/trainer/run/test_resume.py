@@ -1,4 +1,4 @@
-"""Real runs that are killed, stopped, damaged and taken up again, against one that was left alone."""
+"""Real runs that are killed, stopped, damaged and resumed, against one that was left alone."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def expected(made, go, run):
-    """What a run on two ranks sees to which nothing happens: step -> (loss in hex, hash of its tokens)."""
+    """What an undisturbed run on two ranks sees: step -> (loss in hex, hash of its tokens)."""
     if "expected" not in made:
         go(2, *PAIR)
         made["expected"] = seen(run)
@@ -165,7 +165,7 @@ def test_without_a_whole_checkpoint_nothing_is_lost(go, stopped):
 
 
 def test_other_ranks_go_on_with_the_same_tokens_and_losses(go, run, expected):
-    """Four ranks, then two, then one, then two of other kinds, each taking up what the one before left."""
+    """Four ranks, then two, then one, then two of other kinds, each resuming the one before."""
     arrangements = [
         (4, "parallel.cp=2"),
         (2, "parallel.pp=2"),
@@ -393,7 +393,8 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(go, run, tiny_recipe)
         (
             ["optimizer.lr=1e-4", "training.seed=1", "model.layers.blocks.sparse.stride=1"],
             [
-                "optimizer.lr: is 0.0001, but the run in {} has 0.001; set it back, or choose another run_dir",
+                "optimizer.lr: is 0.0001, but the run in {} has 0.001; "
+                "set it back, or choose another run_dir",
                 "training.seed: is 1, but",
                 "model.layers.blocks.sparse.stride: is 1, but",
             ],
@@ -464,14 +465,17 @@ def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stoppe
     done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR)
     assert done.returncode == 2
     assert (
-        "step-00000010: was written by a newer longspan (format 99, this one reads up to 1); upgrade"
-        in done.stderr
+        "step-00000010: was written by a newer longspan (format 99, "
+        "this one reads up to 1); upgrade" in done.stderr
     )
     assert "Traceback" not in done.stderr
     assert file.exists()
 
 
-STAGES = "stages=[{from_step: 5, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}}]"
+STAGES = (
+    "stages=[{from_step: 5, training: {seq_length: 192, global_batch_size: 2}, "
+    "model: {rope_theta: 50000.0}}]"
+)
 BUCKETS = [
     "training.seq_length=192",
     "data.packing=buckets",

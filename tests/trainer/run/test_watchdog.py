@@ -71,7 +71,8 @@ def test_a_rank_that_stands_still_is_named(tiny_recipe, tmp_path):
     assert run.returncode == 1
     step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
     assert re.search(
-        rf"^longspan: rank 0: (?:the \w+ of )?step (?:{step}|{step + 1}) takes \d+ s, more than launch",
+        rf"^longspan: rank 0: (?:the \w+ of )?step (?:{step}|{step + 1}) takes \d+ s, "
+        "more than launch",
         errors,
         re.M,
     )
