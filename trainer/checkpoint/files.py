@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..errors import UserError
 
 VERSION = 1
-"""Of the format of manifests; a newer one is refused."""
+"""Version of the format of manifests; a newer one is refused."""
 _NAME = re.compile(r"step-(\d+)")
 
 

@@ -37,7 +37,7 @@ class Shards:
     """This rank's boxes of a whole tensor."""
 
     shape: torch.Size
-    """Of the whole."""
+    """Shape of the whole tensor."""
     boxes: list[Box]
     owner: bool = True
     """False if another rank saves the same boxes: here they are only loaded."""
@@ -102,7 +102,7 @@ def flat_range_boxes(
     """
     if len(shape) > 2:
         raise ValueError(f"a parameter must be a vector or a matrix, got shape {tuple(shape)}")
-    whole = [size * ranks if dim == split_dim else size for dim, size in enumerate(shape)]
+    whole_shape = [size * ranks if dim == split_dim else size for dim, size in enumerate(shape)]
     is_matrix = len(shape) == 2
     num_columns = shape[1] if is_matrix else 1
     # A slab is this rank's rows of one of the stacked matrices. In the whole, the slabs of all
@@ -126,7 +126,7 @@ def flat_range_boxes(
             boxes.append(Box((row, column), data.view(rectangle.rows, rectangle.columns)))
         else:
             boxes.append(Box((row,), data.view(rectangle.rows)))
-    return torch.Size(whole), boxes
+    return torch.Size(whole_shape), boxes
 
 
 class _Rectangle(NamedTuple):
@@ -190,11 +190,11 @@ class LoadPlanner(DefaultLoadPlanner):
         items = []
         for name, shards in self.state_dict.items():
             saved = self.metadata.state_dict_metadata.get(name)
-            if not isinstance(saved, TensorStorageMetadata) or saved.size != shards.shape:
-                found = tuple(saved.size) if isinstance(saved, TensorStorageMetadata) else "nothing"
-                raise ValueError(
-                    f"{name} is {tuple(shards.shape)} in the model, and {found} in the checkpoint"
-                )
+            in_model = f"{name} is {tuple(shards.shape)} in the model"
+            if not isinstance(saved, TensorStorageMetadata):
+                raise ValueError(f"{in_model}, and nothing in the checkpoint")
+            if saved.size != shards.shape:
+                raise ValueError(f"{in_model}, and {tuple(saved.size)} in the checkpoint")
             chunks = [_chunk(offsets, data) for offsets, data in shards.boxes]
             items += create_read_items_for_chunk_list(name, saved, chunks)
         return LoadPlan(items)

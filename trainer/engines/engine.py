@@ -54,9 +54,9 @@ class Engine(Protocol):
 
     device: torch.device
     dtype: torch.dtype
-    """Of weights and activations."""
+    """The dtype of weights and activations."""
     num_parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
     rank_layout: str
     """How the ranks are arranged; random states fit no other arrangement."""
     batch_shard: BatchShard

@@ -99,8 +99,8 @@ class EngineState(ABC):
         """Take this rank's parts of whole tensors, by global name."""
         shards = self.shards()
         for name, tensor in whole.items():
-            own = shards.get(f"model.{name}")
-            for offsets, data in own.boxes if own else ():
+            own_shards = shards.get(f"model.{name}")
+            for offsets, data in own_shards.boxes if own_shards else ():
                 box = tuple(
                     slice(offset, offset + size)
                     for offset, size in zip(offsets, data.shape, strict=True)
