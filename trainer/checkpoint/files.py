@@ -166,7 +166,7 @@ def quarantine(checkpoint: Checkpoint) -> Path:
             return checkpoint.path.rename(target)
     raise UserError(
         f"{checkpoint.path.parent}: holds a thousand damaged checkpoints; "
-        "look into the disk, and remove them"
+        "check the disk, and remove them"
     )
 
 

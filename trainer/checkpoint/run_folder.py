@@ -100,7 +100,7 @@ class RunFolder:
         for name, fingerprint in fingerprints.items():
             if old_fingerprints.get(name, fingerprint) != fingerprint:
                 changed = f"data: {name}: is not what the run in {self.path} began with"
-                raise UserError(f"{changed}; bring that back, or choose another run_dir")
+                raise UserError(f"{changed}; restore it, or choose another run_dir")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

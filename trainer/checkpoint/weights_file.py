@@ -27,7 +27,7 @@ def write_weights(file: Path, weights: dict[str, "Tensor"], step: int) -> None:
         partial.rename(file)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        again = "the checkpoint is whole: the same command writes it again"
+        again = "the checkpoint is whole: the same command writes the weights again"
         raise UserError(f"{file}: could not be written: {error}; {again}") from None
 
 

@@ -59,7 +59,7 @@ def generate(
     if temperature < 0:
         raise UserError(f"--temperature: must not be negative, got {temperature}")
     if not token_ids:
-        raise UserError("--prompt: is empty; the model needs something to go on from")
+        raise UserError("--prompt: is empty; the model needs something to continue")
 
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):

@@ -272,7 +272,7 @@ def _set_aside(damage: dict[Checkpoint, str], step: int, say: Callable[[str], No
     for checkpoint, reason in damage.items():
         aside = quarantine(checkpoint).name
         say(
-            f"warning: {checkpoint.path}: {reason}; set aside as {aside}, going on from step {step}"
+            f"warning: {checkpoint.path}: {reason}; set aside as {aside}, resuming from step {step}"
         )
 
 
@@ -286,4 +286,4 @@ def _free_space(folder: Path) -> str:
     try:
         return f"the disk has {shutil.disk_usage(folder).free / 2**20:,.0f} MiB left"
     except OSError as error:
-        return f"the disk does not say how much is left: {error.strerror}"
+        return f"the space left on the disk is not known: {error.strerror}"

@@ -53,7 +53,7 @@ class MetricsLog:
         except OSError as error:
             if not self._failed:
                 print(
-                    f"ALERT: {self._path} cannot be written: {error.strerror}; training goes on",
+                    f"ALERT: {self._path} cannot be written: {error.strerror}; training continues",
                     flush=True,
                 )
             self._failed = True

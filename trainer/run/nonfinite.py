@@ -53,7 +53,7 @@ class NonFinitePolicy:
 
     def _hint(self) -> str:
         if not self._skips:
-            return "training.on_nonfinite=skip goes past it"
+            return "training.on_nonfinite=skip would skip the step"
         limit = self._training.max_skipped_steps
         return f"{self._skipped_in_a_row} steps in a row, training.max_skipped_steps is {limit}"
 

@@ -72,7 +72,7 @@ class Report:
         if self._steps_done >= self._steps:
             self.say(f"all {self._steps} steps are done; raise training.steps")
         elif self._steps_done:
-            self.say(f"going on from step {self._steps_done}")
+            self.say(f"resuming from step {self._steps_done}")
         if self._recipe.parallel.cp > 1:
             for choice in choices(self._recipe, engine.dtype.itemsize):
                 self.say(str(choice))
@@ -127,7 +127,7 @@ class Report:
         by = f" by {self._folder.stop_file}, now removed" if by_stop_file else ""
         self.say(
             f"stopped after step {step} of {self._steps}, as asked{by}; "
-            "the same command goes on from there"
+            "the same command resumes from there"
         )
 
 
@@ -158,8 +158,8 @@ def recipe_warnings(recipe: Recipe) -> Iterator[str]:
     for name, block in model.layers.blocks.items():
         if isinstance(block, SoftmaxBlock) and block.leaves_gaps(model.kv_heads):
             yield (
-                f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps, "
-                f"which are seen from nearby alone. Use a stride of at most {model.kv_heads}, "
+                f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps "
+                f"that only nearby queries see. Use a stride of at most {model.kv_heads}, "
                 "or a full layer beside it"
             )
 

@@ -75,7 +75,7 @@ def test_a_twin_trains_goes_on_and_leaves(longspan, corpus, tmp_path, name):
     ]  # less held-out text than its own
     steps = 16 if "1m" in name else 3  # into its second stage
     run("train", *twin, f"training.steps={steps}")
-    assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
+    assert f"resuming from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
     said = run("export", tmp_path / "run", tmp_path / "model")
     assert "tokens of greedy text are the same" in said
     own = TARGETS[name] == "longspan"

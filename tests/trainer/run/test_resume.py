@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     whole = whole_steps(longspan, run)
     assert whole == ([8, 4] if fault == "kill-before-clean-up=8" else [4])
     written = go(2, *PAIR)
-    assert f"going on from step {whole[0]}" in written[0][0]
+    assert f"resuming from step {whole[0]}" in written[0][0]
     assert seen(run) == expected
     assert whole_steps(longspan, run) == [14, 12]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert whole_steps(longspan, stopped) == [8]
     first, second = go(2, *PAIR)
     assert re.search(rf"warning: {newest}: {re.escape(name)}:? {message}", first[0]), first[0]
-    assert "set aside as step-00000010.damaged-1, going on from step 8" in first[0]
+    assert "set aside as step-00000010.damaged-1, resuming from step 8" in first[0]
     assert "warning" not in second[0]
     assert seen(stopped) == expected
 
@@ -283,7 +283,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     go, run, longspan, expected, request_to_stop
 ):
     first, _ = go(2, request_to_stop, *PAIR, status=75)
-    assert "stopped after step 6 of 14, as asked; the same command goes on from there" in first[0]
+    assert "stopped after step 6 of 14, as asked; the same command resumes from there" in first[0]
     assert whole_steps(longspan, run) == [6, 4]
     go(2, *PAIR)
     assert seen(run) == expected
@@ -293,7 +293,7 @@ def test_a_full_disk_stops_no_training(go, run, longspan, expected):
     first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR, "metrics.log_interval=1")
     assert (
         first[0].count(
-            f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training goes on"
+            f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training continues"
         )
         == 1
     )
