@@ -45,7 +45,7 @@ INTERPRETED_WIDE = [
     ids=", ".join,
 )
 def test_parity_in_the_interpreter(cases):
-    python("linear_triton_worker.py", *cases)
+    python("../linear/triton_worker.py", *cases)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -73,7 +73,7 @@ def compiled(arch: int, dim: int, cases: list[str]) -> list[dict]:
         map(
             json.loads,
             python(
-                "linear_aot_worker.py", arch, *(case.format(dim) for case in cases)
+                "../linear/aot_worker.py", arch, *(case.format(dim) for case in cases)
             ).splitlines(),
         )
     )
