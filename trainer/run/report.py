@@ -34,10 +34,12 @@ class Report:
     def __enter__(self) -> "Report":
         if not self._is_first:
             return self
-        display = Display(self._steps, self._recipe.metrics.log_interval, self._steps_done)
+        log_interval = self._recipe.metrics.log_interval
         with contextlib.ExitStack() as resources:
             self._log = resources.enter_context(MetricsLog(self._folder, self._recipe))
-            self._display = resources.enter_context(display)
+            self._display = resources.enter_context(
+                Display(self._steps, log_interval, self._steps_done)
+            )
             self._resources = resources.pop_all()
         return self
 
