@@ -33,7 +33,6 @@ from .layers.softmax import (
     StreamingBlock,
     WindowBlock,
 )
-from .learning_rate import learning_rate
 
 AnyBlock = Annotated[
     FullBlock
@@ -453,31 +452,6 @@ class Recipe(Section):
                 }
                 now = now.model_copy(update=changed | whole)
         return now
-
-    def data_start(self, step: int) -> int:
-        """The step (from 0) at which the data of step ``step`` begin: where a stage last changed them."""
-        return max(
-            [
-                0,
-                *(
-                    stage.from_step
-                    for stage in self.stages
-                    if stage.from_step <= step and stage.changes_data
-                ),
-            ]
-        )
-
-    def learning_rate(self, step: int) -> float:
-        """Of step ``step`` (from 0)."""
-        now, starts = (
-            self.at(step),
-            [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)],
-        )
-        first, last = (
-            max(s for s in starts if s <= step),
-            min((s for s in starts if s > step), default=self.training.steps),
-        )
-        return learning_rate(step - first, last - first, now.optimizer.lr, now.lr_scheduler)
 
     @property
     def data_parallel(self) -> int:
