@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ...attention.arguments import (check_backend)
 from ...attention.patterns.expression import (parse_pattern)
-from ...attention.patterns.patterns import (Pattern)
+from ...attention.patterns import (Pattern)
 from ...attention.patterns.rules import (union_masks)
 from ...attention.softmax.attend import (attend)
 from ...attention.softmax.pieces import (groups)
-from ...attention.softmax.tiles import (BACKENDS)
+from ...attention.softmax.backends import (BACKENDS)
 from ...trainer.errors import (UserError)
 from ...trainer.progress import (track)
 from . import (measure)
