@@ -18,7 +18,7 @@ from ...attention.patterns.expression import parse_pattern
 from ...attention.patterns.rules import union_masks
 from ...attention.softmax.attend import attend
 from ...attention.softmax.backends import BACKENDS
-from ...attention.softmax.pieces import groups
+from ...attention.softmax.pieces import group_heads
 from ...trainer.errors import UserError
 from ...trainer.progress import track
 from ..options import counts, numbers
@@ -107,7 +107,7 @@ def flex_mask(
     """
     group = heads // kv_heads
     rules = [pattern.rules(head) for head in range(kv_heads)]
-    if len(groups(pattern, kv_heads)) == 1:
+    if len(group_heads(pattern, kv_heads)) == 1:
         residues = torch.tensor(
             [[rule.residue for rule in of_head] for of_head in rules], device=device
         )
