@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...attention.patterns.patterns import ClosedFormPattern
+from ...attention.patterns import ClosedFormPattern
 from ...parallel import Sequence
 from ..data.batches import Microbatch, recipe_layout
 from ..engines.megatron import MegatronEngine

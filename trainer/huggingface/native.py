@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
-from ...attention.patterns.patterns import Causal, Window
+from ...attention.patterns import Causal, Window
 from ..recipe.layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
 from ..recipe.layers.softmax import Block, SoftmaxBlock
 from ..recipe.schema import ModelConfig

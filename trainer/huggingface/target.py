@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from ...attention.patterns.patterns import ClosedFormPattern
+from ...attention.patterns import ClosedFormPattern
 from ..errors import UserError
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
 from ..recipe.layers.softmax import Block, SoftmaxBlock

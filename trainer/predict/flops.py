@@ -1,6 +1,6 @@
 """How large a recipe's model is, what a sequence leaves behind in it and what a token costs, counted without building it."""
 
-from ...attention.patterns.patterns import Pattern
+from ...attention.patterns import Pattern
 from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock, LinearDesign
 from ..recipe.layers.softmax import Block, MoBABlock, SoftmaxBlock
 from ..recipe.schema import ModelConfig
@@ -152,6 +152,6 @@ def _pairs(model: ModelConfig, block: SoftmaxBlock, length: int) -> int:
     """Of query and key that all KV heads show; blocks that are chosen from the content count as full."""
     pattern = block.attention_pattern(model.kv_heads)
     if isinstance(pattern, Pattern):
-        return sum(pattern.seen(length, head) for head in range(model.kv_heads))
+        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
     most = min(length, pattern.top_k * pattern.block)
     return model.kv_heads * (most * (most + 1) // 2 + (length - most) * most)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ...attention.patterns.patterns import Pattern, PerHead, Union
+from ...attention.patterns import Pattern, PerHead, Union
 from ..engines.deepspeed_config import deepspeed_problems
 from ..errors import suggest
 from ..predict.communication import schedule_problems

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ....attention.patterns import S2, Causal, Pattern, Streaming, Window
 from ....attention.patterns.expression import parse_pattern
-from ....attention.patterns.patterns import S2, Causal, Pattern, Streaming, Window
 from ....attention.patterns.selection import MoBA, Selector
 
 Positive = Annotated[int, Field(gt=0)]
