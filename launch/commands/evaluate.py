@@ -12,7 +12,6 @@ from ...trainer.data.tokenizer import recipe_tokenizer
 from ...trainer.errors import UserError
 from ...trainer.evaluation.mqar_settings import settings_of
 from ...trainer.progress import track
-from ...trainer.recipe.layers.softmax import MoBABlock
 from ..options import counts, numbers
 from ..process import process_group
 from ..table import table
@@ -185,9 +184,9 @@ def _folder(options: Namespace, name: str) -> RunFolder:
         )
     if name in ("needle", "tasks"):
         for block in folder.recipe.model.stack:
-            if isinstance(block, MoBABlock):
+            if block.queries_choose_together:
                 raise UserError(
-                    f"{folder.path}: has moba layers, whose blocks of queries choose together: an answer would be seen before "
+                    f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an answer would be seen before "
                     "it is given; only eval loss can be asked"
                 )
     folder.require_evaluation(name)

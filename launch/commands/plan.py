@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ...trainer.errors import UserError, suggest
 from ...trainer.recipe.file import load_recipe
-from ...trainer.recipe.layers.softmax import SoftmaxBlock
 from ...trainer.recipe.schema import Recipe
 from ..table import table
 
@@ -80,7 +79,7 @@ def plan(options: argparse.Namespace) -> None:
         f"{PER_NODE} GPUs, of {device.network_gb_s:g} GB/s beyond; messages not hidden;\n"
         "             tensor, expert and pipeline parallel messages and bubbles left out"
     )
-    if any(isinstance(block, SoftmaxBlock) for block in recipe.model.stack):
+    if any(block.has_kv_schedule for block in recipe.model.stack):
         print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
     else:
         print("\nno layer has a schedule that could be drawn: only states move")
@@ -114,7 +113,7 @@ def _draw(recipe: Recipe, out: Path) -> Path:
 
     model, length = recipe.model, recipe.training.seq_length
     softmax = {name: model.layers.blocks[name] for name in dict.fromkeys(model.stack_names)}
-    softmax = {name: block for name, block in softmax.items() if isinstance(block, SoftmaxBlock)}
+    softmax = {name: block for name, block in softmax.items() if block.has_kv_schedule}
     heads, dims = (
         (model.num_attention_heads, model.kv_heads),
         (model.kv_channels, model.kv_channels),

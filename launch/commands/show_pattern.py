@@ -12,7 +12,6 @@ from ...attention.patterns.patterns import Pattern
 from ...attention.patterns.rules import Rule
 from ...trainer.errors import UserError
 from ...trainer.recipe.file import load_recipe
-from ...trainer.recipe.layers.softmax import SoftmaxBlock
 
 CELLS = 512
 """Cells along an axis of a picture at most: about what a panel has pixels for."""
@@ -87,11 +86,7 @@ def _of_recipe(name: str, heads: int | None, length: int | None) -> list[Shown]:
         raise UserError("--heads: goes with a pattern; a recipe says how many heads it has")
     heads, length = recipe.model.kv_heads, length or recipe.training.seq_length
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.layers.pattern}
-    patterns = {
-        name: block.attention_pattern(heads)
-        for name, block in blocks.items()
-        if isinstance(block, SoftmaxBlock)
-    }
+    patterns = {name: block.attention_pattern(heads) for name, block in blocks.items()}
     shown = [
         Shown(name, pattern, heads, length)
         for name, pattern in patterns.items()

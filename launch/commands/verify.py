@@ -108,7 +108,7 @@ def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
             wrong.append(
                 f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
             )
-        mixer = "" if name == STACK else case.model.stack[0].mixer
+        mixer = "" if name == STACK else case.model.stack[0].kind()
         rows.append(
             (
                 name,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ...parallel.schedules.names import Schedule, named, unsupported_reason
 from ..errors import suggest
-from ..recipe.layers.softmax import SoftmaxBlock
 
 if TYPE_CHECKING:
     from ..recipe.schema import ModelConfig, ParallelConfig, Recipe
@@ -24,10 +23,10 @@ def schedule_problems(
                 f"parallel.schedules.{name}",
                 f"names no block{suggest(name, list(blocks))}; known: {', '.join(blocks)}",
             )
-        elif not isinstance(blocks[name], SoftmaxBlock):
+        elif not blocks[name].has_kv_schedule:
             yield (
                 f"parallel.schedules.{name}",
-                f"is for softmax attention, but the block is {blocks[name].mixer}; remove it",
+                f"is for softmax attention, but the block is {blocks[name].kind()}; remove it",
             )
     chosen = {"schedule": parallel.schedule} | {
         f"schedules.{name}": schedule for name, schedule in parallel.schedules.items()
@@ -41,7 +40,7 @@ def schedule_problems(
             yield f"parallel.{key}", str(error)
     for name, block in blocks.items() if parallel.cp > 1 else ():
         schedule = parallel.schedule_of(name)
-        if not isinstance(block, SoftmaxBlock) or schedule in faulty:
+        if not block.has_kv_schedule or schedule in faulty:
             continue
         try:
             pattern = block.attention_pattern(model.kv_heads)
@@ -101,9 +100,9 @@ def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
     dims = model.kv_channels, model.kv_channels
     for name in dict.fromkeys(model.stack_names):
         block = model.layers.blocks[name]
-        if not isinstance(block, SoftmaxBlock):
-            continue
         pattern = block.attention_pattern(model.kv_heads)
+        if pattern is None:
+            continue
         chosen = choose_schedule(parallel.schedule_of(name), layout, pattern, heads, kv_heads, dims)
         able = [
             one

@@ -6,8 +6,7 @@ from typing import NamedTuple
 from ...parallel.linear import scan_steps
 from ..data.batches import recipe_layout
 from ..engines.deepspeed_config import offloads
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
-from ..recipe.layers.softmax import SoftmaxBlock
+from ..layers.base import ContextSplit
 from ..recipe.schema import Recipe
 from .communication import Choice, choices
 from .flops import (
@@ -179,7 +178,7 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     mode = recipe.memory.recompute_of(name)
     return LayerKind(
         name,
-        block.mixer,
+        block.kind(),
         model.stack_names.count(name),
         mixer,
         mlp,
@@ -193,26 +192,19 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
 
 def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
     """What the maps of segments and the halos of convolutions bring a rank, forward and backward."""
-    model, parallel, block = recipe.model, recipe.parallel, recipe.model.stack[layer]
-    if parallel.cp == 1 or isinstance(block, SoftmaxBlock):
+    parallel = recipe.parallel
+    if parallel.cp == 1:
         return 0.0
-    layout, batch = recipe_layout(recipe), recipe.training.micro_batch_size
-    segments = max(map(len, layout.segments))
-    if isinstance(block, ConvolutionBlock):
-        halo = (block.conv_kernel - 1) * model.num_attention_heads * model.kv_channels / parallel.tp
-        return 2 * batch * 2 * segments * (parallel.cp - 1) * halo
-    assert isinstance(block, LinearAttentionBlock)
-    design = block.design(model, layer)
-    kept = design.feature_dim if design.beta else 1
-    numbers = (
-        design.heads
-        * design.feature_dim
-        * (design.value_dim + design.normalised + kept)
-        / parallel.tp
+    layout = recipe_layout(recipe)
+    split = ContextSplit(
+        ranks=parallel.cp,
+        segments=max(map(len, layout.segments)),
+        state_steps=scan_steps(layout) or parallel.cp - 1,
+        tensor_ranks=parallel.tp,
     )
-    steps = scan_steps(layout) or parallel.cp - 1
-    halo = max(0, design.conv_kernel - 1) * design.conv_channels / parallel.tp
-    return 2 * batch * segments * (4 * steps * numbers + 2 * (parallel.cp - 1) * halo)
+    block = recipe.model.stack[layer]
+    batch = recipe.training.micro_batch_size
+    return batch * block.exchanged_bytes(recipe.model, layer, split)
 
 
 def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
@@ -241,7 +233,7 @@ def _saved_numbers(recipe: Recipe, layer: int, mode: str | None = None) -> float
     if mode == "full":
         return 0 if recipe.memory.offload_inputs else hidden
     width = model.num_attention_heads * model.kv_channels
-    projected = mixer_parameters(model, layer) / model.hidden_size - width
+    projected = model.stack[layer].projected_numbers(model, layer)
     if mode == "selective":
         return 3 * hidden + (projected + width) / tp
     wide = (

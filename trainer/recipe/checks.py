@@ -4,12 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ...attention.patterns.patterns import Pattern, PerHead, Union
 from ..engines.deepspeed_config import deepspeed_problems
 from ..errors import suggest
 from ..predict.communication import schedule_problems
-from .layers.linear import GLABlock, LinearAttentionBlock
-from .layers.softmax import Block, MoBABlock, PatternBlock, S2Block, SoftmaxBlock
 
 if TYPE_CHECKING:
     from .schema import ModelConfig, Recipe
@@ -36,24 +33,8 @@ def _model_problems(model: "ModelConfig"):
         key = f"model.layers.blocks.{name}"
         if name not in model.layers.pattern:
             yield key, "is not in model.layers.pattern; name it there or remove it"
-        if isinstance(block, SoftmaxBlock):
-            yield from (
-                (f"{key}.{field}", reason) for field, reason in _pattern_problems(block, kv_heads)
-            )
-        if (
-            isinstance(block, LinearAttentionBlock) and model.kv_channels
-        ):  # a head without dims is told of below
-            try:
-                block.design(model)
-            except ValueError as error:
-                field, reason = str(error).split(" ", 1)
-                yield f"{key}.{field}", reason
-        if isinstance(block, SoftmaxBlock) and model.kv_channels * block.rotary_fraction % 2:
-            dims = model.kv_channels * block.rotary_fraction
-            yield (
-                f"{key}.rotary_fraction",
-                f"rotates {dims:g} of {model.kv_channels} dims; it must be an even number",
-            )
+        for problem in block.problems(model):
+            yield f"{key}.{problem.field}", problem.reason
     if model.head_dim is None and model.hidden_size % heads:
         yield (
             "model.num_attention_heads",
@@ -61,38 +42,6 @@ def _model_problems(model: "ModelConfig"):
         )
     if heads % kv_heads:
         yield "model.num_key_value_heads", f"{kv_heads} does not divide num_attention_heads {heads}"
-
-
-def _pattern_problems(block: SoftmaxBlock, kv_heads: int) -> Iterator[tuple[str, str]]:
-    try:
-        pattern = block.attention_pattern(kv_heads)
-    except ValueError as error:
-        if isinstance(block, PatternBlock):
-            yield "pattern", str(error)
-        else:  # a pattern's own refusal begins with what it refuses: S2.block must be ...
-            field, reason = str(error).partition(".")[2].split(" ", 1)
-            yield field, reason
-        return
-    for per_head in _per_heads(pattern):
-        if (per_head.first_head, len(per_head.patterns)) != (0, kv_heads):
-            reason = f"PerHead lists {len(per_head.patterns)} patterns and the model has {kv_heads} KV heads"
-            yield "pattern", f"{reason}; list one for each, from head 0"
-    if isinstance(block, S2Block) and block.dense_heads > kv_heads:
-        yield "dense_heads", f"{block.dense_heads} is more than the {kv_heads} KV heads"
-
-
-def _per_heads(pattern: Pattern) -> Iterator[PerHead]:
-    """All that an expression has, however deep."""
-    if isinstance(pattern, PerHead):
-        yield pattern
-    for part in (
-        pattern.parts
-        if isinstance(pattern, Union)
-        else pattern.patterns
-        if isinstance(pattern, PerHead)
-        else ()
-    ):
-        yield from _per_heads(part)
 
 
 def _data_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
@@ -143,19 +92,6 @@ def _data_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
         )
 
 
-def _linear_splits(block: Block, model: "ModelConfig") -> Iterator[tuple[str, int]]:
-    """What tensor parallelism splits of a linear mixer."""
-    if not isinstance(block, LinearAttentionBlock):
-        return
-    try:
-        design = block.design(model)
-    except ValueError:  # a problem of the model
-        return
-    yield "num_key_heads" if design.key_heads != design.heads else "num_heads", design.key_heads
-    if design.decay_rank:
-        yield "decay_rank" if isinstance(block, GLABlock) else "value_head_dim", design.decay_rank
-
-
 def _parts(recipe: "Recipe") -> int:
     """Equal parts of a sequence: zigzag has two a rank; Megatron splits each rank's tokens over tp, and its pipeline needs
     equal shapes.
@@ -173,7 +109,8 @@ def _training_problems(recipe: "Recipe"):
     }
     for name, block in model.layers.blocks.items():
         splits |= {
-            f"layers.blocks.{name}.{key}": count for key, count in _linear_splits(block, model)
+            f"layers.blocks.{name}.{key}": count
+            for key, count in block.tensor_parallel_splits(model).items()
         }
     for key, count in splits.items():
         if count % parallel.tp:
@@ -220,11 +157,11 @@ def _training_problems(recipe: "Recipe"):
     yield from schedule_problems(model, parallel)
     for name, block in model.layers.blocks.items():
         shard = training.seq_length * parallel.tp // parts
-        if isinstance(block, MoBABlock) and parallel.cp > 1 and shard % block.block:
+        if parallel.cp > 1 and shard % block.rank_block:
             yield (
                 "training.seq_length",
                 f"{training.seq_length} gives context-parallel ranks parts of {shard} tokens, which are not whole blocks of "
-                f"model.layers.blocks.{name}: use a multiple of {parts // parallel.tp * block.block}",
+                f"model.layers.blocks.{name}: use a multiple of {parts // parallel.tp * block.rank_block}",
             )
     if recipe.checkpoint.keep_latest_k == 1:
         yield (
@@ -342,7 +279,7 @@ def _bucket_problems(recipe: "Recipe") -> Iterator[tuple[str, str]]:
     unit = math.lcm(_parts(recipe), align)
     for name, block in recipe.model.layers.blocks.items():
         shard = shortest * recipe.parallel.tp // _parts(recipe)
-        if isinstance(block, MoBABlock) and recipe.parallel.cp > 1 and shard % block.block:
+        if recipe.parallel.cp > 1 and shard % block.rank_block:
             reason = f"{shortest} gives context-parallel ranks parts of {shard} tokens, which are not whole blocks of"
             yield key, f"{reason} model.layers.blocks.{name}; use a greater one"
     if shortest % unit:

@@ -4,58 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ..layers.base import Block, Fraction, Momentum, Positive, Section
+from ..layers.registry import AnyBlock
 from .checks import impossible
-from .layers.linear import (
-    BasedBlock,
-    ConvolutionBlock,
-    DeltaNetBlock,
-    GatedDeltaNetBlock,
-    GLABlock,
-    HedgehogBlock,
-    KDABlock,
-    LightningBlock,
-    LinearBlock,
-    Mamba2Block,
-    RetentionBlock,
-    SimpleGLABlock,
-)
-from .layers.softmax import (
-    Block,
-    Fraction,
-    FullBlock,
-    MoBABlock,
-    Momentum,
-    PatternBlock,
-    Positive,
-    S2Block,
-    Section,
-    SoftmaxBlock,
-    StreamingBlock,
-    WindowBlock,
-)
 from .learning_rate import learning_rate
-
-AnyBlock = Annotated[
-    FullBlock
-    | S2Block
-    | WindowBlock
-    | StreamingBlock
-    | PatternBlock
-    | MoBABlock
-    | LinearBlock
-    | LightningBlock
-    | RetentionBlock
-    | SimpleGLABlock
-    | GLABlock
-    | BasedBlock
-    | HedgehogBlock
-    | Mamba2Block
-    | DeltaNetBlock
-    | GatedDeltaNetBlock
-    | KDABlock
-    | ConvolutionBlock,
-    Field(discriminator="mixer"),
-]
 
 
 class LayersConfig(Section):
@@ -83,6 +35,17 @@ class MoEConfig(Section):
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the loss that asks for equally many tokens at each expert (Switch Transformer, arXiv 2101.03961), reckoned over
     a microbatch."""
+
+    def parameter_count(self, hidden_size: int, default_width: int, per_token: bool = False) -> int:
+        """Count the parameters of a layer's router and experts; ``per_token`` those alone that a
+        token meets. ``default_width`` is the model's ``intermediate_size``.
+        """
+        width = self.intermediate_size or default_width
+        experts = self.num_experts_per_tok if per_token else self.num_experts
+        router = self.num_experts * hidden_size
+        shared = 3 * hidden_size * (self.shared_expert_intermediate_size or 0)
+        shared_gate = hidden_size if self.shared_expert_gate else 0
+        return experts * 3 * hidden_size * width + router + shared + shared_gate
 
 
 class ModelConfig(Section):
@@ -133,11 +96,8 @@ class ModelConfig(Section):
     @property
     def document_alignment(self) -> int:
         """Documents start at multiples of this: the largest block of the sparse patterns in use."""
-        used = [self.layers.blocks[name] for name in self.layers.pattern[: self.num_hidden_layers]]
-        softmax = [block for block in used if isinstance(block, SoftmaxBlock)]
-        return max(
-            (block.attention_pattern(self.kv_heads).alignment for block in softmax), default=1
-        )
+        names = self.layers.pattern[: self.num_hidden_layers]
+        return max(self.layers.blocks[name].document_alignment(self.kv_heads) for name in names)
 
 
 class MQARConfig(Section):

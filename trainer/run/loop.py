@@ -20,7 +20,6 @@ from ..predict.communication import choices
 from ..predict.estimate import DEVICES
 from ..predict.flops import training_flops
 from ..ranks import RankGroup
-from ..recipe.layers.softmax import SoftmaxBlock
 from ..recipe.schema import Recipe
 from .checkpointer import Checkpointer, Saved
 from .display import Display
@@ -239,7 +238,7 @@ def _stage(recipe: Recipe) -> str:
 def _warnings(recipe: Recipe) -> Iterator[str]:
     model = recipe.model
     for name, block in model.layers.blocks.items():
-        if isinstance(block, SoftmaxBlock) and block.leaves_gaps(model.kv_heads):
+        if block.leaves_gaps(model.kv_heads):
             yield (
                 f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps, which are seen from nearby "
                 f"alone. Use a stride of at most {model.kv_heads}, or a full layer beside it"

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from longspan.launch.process import process_group
 from longspan.parallel import Layout, Sequence
+from longspan.trainer import LightningBlock
 from longspan.trainer.recipe.file import load_recipe
-from longspan.trainer.recipe.schema import LightningBlock
 
 from ..stacks import LINEAR, LINEAR_MORE, PATTERNS
 
@@ -239,7 +239,7 @@ def test_decays_stay_fp32_when_the_model_is_cast(engine):
 def test_every_mixer_decays_in_fp32_when_the_model_is_cast(
     engine, monkeypatch, stack, fixed, learned
 ):
-    from longspan.trainer.model.mixers import linear
+    from longspan.trainer.layers import linear_mixer as linear
 
     made, seen = engine("training.dtype=bfloat16", *stack), []
 
