@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-part test-gpu lint types resolve
+.PHONY: train test test-all test-part test-gpu docs lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -36,6 +36,10 @@ types: $(VENV)/installed
 resolve: $(VENV)/installed
 	env -u UV_FIND_LINKS $(BIN)/uv pip compile -q --no-config --python-version 3.11 \
 		--python-platform x86_64-unknown-linux-gnu -c constraints.txt --extra test pyproject.toml -o /dev/null
+
+# API pages from the docstrings.
+docs: $(VENV)/installed
+	$(BIN)/python docs/api.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

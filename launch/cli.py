@@ -22,11 +22,13 @@ def main(arguments: list[str] | None = None) -> None:
         options.overrides += rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    from ..trainer.errors import UserError
+    from ..trainer.errors import SilentRankError, UserError
 
     quiet_libraries()
     try:
         status = options.run(options)
+    except SilentRankError as error:
+        status = error.exit_status
     except UserError as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
         print(

@@ -1,24 +1,35 @@
-"""Errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 import difflib
 
 STOPPED = 75
-"""Exit status of a run that was asked to stop and can go on: sysexits' EX_TEMPFAIL."""
+"""Exit status of a run that was asked to stop and can be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 class UserError(Exception):
-    """Bad input: each line names a key or file, what is wrong and what to do. Commands print it and exit with its status."""
+    """Bad input: each line names a key or file, what is wrong with it and what to do.
+
+    Commands print the lines and exit with ``exit_status``.
+    """
 
     exit_status = 2
 
 
 class NonFiniteError(UserError):
-    """Training cannot go on: the loss or its gradient is NaN or infinite."""
+    """Training cannot continue: the loss or its gradient is NaN or infinite."""
 
     exit_status = 3
 
 
+class SilentRankError(UserError):
+    """All ranks fail together and another rank has the message; this one prints nothing and exits with the same status."""
+
+    def __init__(self, exit_status: int = UserError.exit_status):
+        super().__init__()
+        self.exit_status = exit_status
+
+
 def suggest(word: str, known: list[str]) -> str:
-    """`` (did you mean ...?)`` where a known word is close, else nothing."""
+    """Return `` (did you mean ...?)`` if a known word is close, else an empty string."""
     close = difflib.get_close_matches(str(word), known, 1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -2,50 +2,71 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import SilentRankError, UserError
+
+T = TypeVar("T")
 
 
 class RankGroup:
-    """A gloo group beside the engine's own, so that agreeing on a flag never waits for a GPU."""
+    """All ranks, in a gloo group beside the engine's own groups, so that agreeing on a flag never waits for a GPU.
 
-    def __init__(self):
+    Apart from :meth:`failure`, every method is a collective: all ranks must call it, in the same order.
+    """
+
+    def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo")
+        self.rank = dist.get_rank()
+        self.is_first = self.rank == 0
+        """Whether this is rank 0, which speaks for all of them."""
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank raises the flag. Every rank must ask, at the same place."""
+        """Return whether any rank raises the flag."""
         raised = torch.tensor(int(flag))
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self._group)
         return bool(raised)
 
-    def gather(self, value: object) -> list:
-        """Every rank's value, on every rank, in rank order."""
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order, on every rank."""
         values: list = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def broadcast(self, value: object) -> object:
-        """The first rank's value, on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value on every rank."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def broadcast_tensor(self, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """The first rank's fp32 tensor, on every rank."""
+        """Return rank 0's fp32 tensor of this shape on every rank; the others pass None."""
         tensor = torch.empty(shape) if value is None else value.contiguous()
         dist.broadcast(tensor, src=0, group=self._group)
         return tensor
 
+    def failure(self, message: str, kind: type[UserError] = UserError) -> UserError:
+        """Return the error with which all ranks end together: rank 0 has the message, the others are silent.
+
+        No collective: for what every rank knows to have failed.
+        """
+        return kind(message) if self.is_first else SilentRankError(kind.exit_status)
+
     @contextmanager
     def raise_on_all(self) -> Iterator[None]:
-        """What is raised inside on some ranks, as for bad input, ends all of them here; the others have no message."""
+        """End all ranks here if anything is raised inside on some of them.
+
+        Raises:
+            Exception: what this rank raised itself.
+            SilentRankError: another rank raised something, and has the message.
+        """
         error = None
         try:
             yield
         except Exception as caught:
             error = caught
         if self.any(error is not None):
-            raise error or UserError()
+            raise error or SilentRankError()

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..patterns import ClosedFormPattern
 from ..patterns.block_lists import BlockLists
-from ..patterns.patterns import ClosedFormPattern
 from ..patterns.rules import Blocks, Rule, union_masks
 
 # Queries that share a call for far keys; a band takes fewer, as its corners are computed in vain.

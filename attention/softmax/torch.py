@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
+from ..patterns import Pattern
 from ..patterns.block_lists import BlockLists
-from ..patterns.patterns import Pattern
 from ..patterns.rules import Blocks
 from .pieces import Mask, Piece, granule, groups, list_pieces, pieces
-from .tiles import Logits, Tile, merge_
+from .tiles import LogitOptions, Tile, merge_
 
 # Where torch has a flash kernel that gives the log-sum-exp and takes the final one back.
 _FLASH_DEVICES = {"cpu"}
@@ -22,12 +22,14 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _PAIRS = 1 << 21
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
+) -> None:
     """It does all."""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.softmax.tiles.tile_forward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
     value_dim, dtype = v.shape[-1], accumulation_dtype(q)
     q, k, v = _heads_first(q, k, v)
     out, lse = _time_first(q, dtype), torch.empty(q.shape[:3], dtype=dtype, device=q.device)
@@ -48,7 +50,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
 
 
 def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
-    """See :func:`~longspan.attention.softmax.tiles.tile_backward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
     dims = [x.shape[-1] for x in (q, k, v)]
     if grad_lse is not None:
         # A key's weight p moves lse by p: as if each value had one more entry, 1, which the output does not show.
@@ -131,7 +133,7 @@ def _query_heads(piece: Piece, q: Tensor, k: Tensor) -> slice:
 
 def _runs(tile: Tile, kv_heads: int) -> Iterator["_Run"]:
     row = 0
-    for at in tile.k_at:
+    for at in tile.k_positions:
         yield _Run(tile.pattern, kv_heads, at, slice(row, row + len(at)))
         row += len(at)
 
@@ -149,7 +151,7 @@ class _Run:
 
     def pieces(self, tile: Tile, like: Tensor) -> Iterator[Piece]:
         row = 0
-        for at in tile.q_at:
+        for at in tile.q_positions:
             consecutive = (
                 [at]
                 if at.step == 1
@@ -223,7 +225,7 @@ class _Keys:
         return index.flatten(), (batch, index.shape[1], -1, dim)
 
 
-def _piece_forward(q, k, v, mask: Mask | str | None, logits: Logits):
+def _piece_forward(q, k, v, mask: Mask | str | None, logits: LogitOptions):
     if (
         q.device.type not in _FLASH_DEVICES
         or logits.softcap is not None
@@ -239,7 +241,7 @@ def _piece_forward(q, k, v, mask: Mask | str | None, logits: Logits):
     return out, lse
 
 
-def _piece_backward(grad_out, q, out, lse, k, v, mask: Mask | str | None, logits: Logits):
+def _piece_backward(grad_out, q, out, lse, k, v, mask: Mask | str | None, logits: LogitOptions):
     if (
         q.device.type not in _FLASH_DEVICES
         or logits.softcap is not None
@@ -312,9 +314,9 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _scores(
-    q: Tensor, k: Tensor, mask: Mask | str | None, rows: slice, logits: Logits
+    q: Tensor, k: Tensor, mask: Mask | str | None, rows: slice, logits: LogitOptions
 ) -> tuple[Tensor, Tensor | float]:
-    """Logits ``[batch, kv_heads, group, queries, keys]``, hidden ones minus infinity, and their slope in the products."""
+    """LogitOptions ``[batch, kv_heads, group, queries, keys]``, hidden ones minus infinity, and their slope in the products."""
     dtype, slope = accumulation_dtype(q), logits.scale
     s = torch.einsum("bhgqd,bhkd->bhgqk", _grouped(q.to(dtype), k), k.to(dtype)) * logits.scale
     if logits.softcap is not None:

@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...attention.arguments import (check_backend)
-from ...attention.patterns.expression import (parse_pattern)
-from ...attention.patterns.patterns import (Pattern)
-from ...attention.patterns.rules import (union_masks)
-from ...attention.softmax.attend import (attend)
-from ...attention.softmax.pieces import (groups)
-from ...attention.softmax.tiles import (BACKENDS)
-from ...trainer.errors import (UserError)
-from ...trainer.progress import (track)
-from . import (measure)
-from .measure import (STEPS, Measured, Work)
-from ..options import (counts, numbers)
-from ..process import (keep_freed_memory)
+from ...attention.arguments import check_backend
+from ...attention.patterns import Pattern
+from ...attention.patterns.expression import parse_pattern
+from ...attention.patterns.rules import union_masks
+from ...attention.softmax.attend import attend
+from ...attention.softmax.backends import BACKENDS
+from ...attention.softmax.pieces import groups
+from ...trainer.errors import UserError
+from ...trainer.progress import track
+from ..options import counts, numbers
+from ..process import keep_freed_memory
+from . import measure
+from .measure import STEPS, Measured, Work
 
 CHECKED_TOKENS = 2048
 """Candidates are checked at the measured length, but at no more than this: the reference holds every pair in fp64."""
@@ -88,12 +88,18 @@ def _flex(settings: Settings, pattern: Pattern, length: int):
     torch._dynamo.config.recompile_limit = 1000  # compiled anew for every pattern and length
     visible = flex_mask(pattern, settings.heads, settings.kv_heads, measure.device())
     # Uncompiled it would hold every pair.
-    blocks = torch.compile(create_block_mask)(visible, None, settings.heads, length, length, device=measure.device())
+    blocks = torch.compile(create_block_mask)(
+        visible, None, settings.heads, length, length, device=measure.device()
+    )
     grouped = settings.heads != settings.kv_heads
-    return partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks, enable_gqa=grouped)
+    return partial(
+        torch.compile(flex_attention, dynamic=False), block_mask=blocks, enable_gqa=grouped
+    )
 
 
-def flex_mask(pattern: Pattern, heads: int, kv_heads: int, device: str) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def flex_mask(
+    pattern: Pattern, heads: int, kv_heads: int, device: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The pattern as FlexAttention's ``mask_mod(batch, query head, query, key)``.
 
     Where heads differ in nothing but the place of their stripes that place is looked up, so that the mask costs no more with
@@ -102,11 +108,15 @@ def flex_mask(pattern: Pattern, heads: int, kv_heads: int, device: str) -> Calla
     group = heads // kv_heads
     rules = [pattern.rules(head) for head in range(kv_heads)]
     if len(groups(pattern, kv_heads)) == 1:
-        residues = torch.tensor([[rule.residue for rule in of_head] for of_head in rules], device=device)
+        residues = torch.tensor(
+            [[rule.residue for rule in of_head] for of_head in rules], device=device
+        )
 
         def mask(batch, head, query, key):
             own = residues[head // group]
-            return union_masks(replace(rule, residue=own[i]).mask(query, key) for i, rule in enumerate(rules[0]))
+            return union_masks(
+                replace(rule, residue=own[i]).mask(query, key) for i, rule in enumerate(rules[0])
+            )
     else:
 
         def mask(batch, head, query, key):
@@ -124,7 +134,11 @@ KINDS = {
     "flex": Kind(_flex, dense=False, heads_first=True),
 }
 ON_CPU = ("sdpa", "ours")
-REFERENCE = Kind(lambda settings, pattern, length: partial(attend, pattern=pattern, backend="reference"), False, False)
+REFERENCE = Kind(
+    lambda settings, pattern, length: partial(attend, pattern=pattern, backend="reference"),
+    False,
+    False,
+)
 
 
 @dataclass
@@ -186,7 +200,9 @@ def _rows(settings: Settings, length: int) -> Iterator[Row]:
             continue
         for text in settings.patterns:
             name = text if kind == "ours" else f"{text} ({kind})"
-            yield Row(name, kind, text, length, settings.pattern(text).density(length, settings.kv_heads))
+            yield Row(
+                name, kind, text, length, settings.pattern(text).density(length, settings.kv_heads)
+            )
 
 
 def _measure(settings: Settings, rows: list[Row], advance: Callable[[int], None]) -> None:
@@ -203,7 +219,9 @@ def _measure(settings: Settings, rows: list[Row], advance: Callable[[int], None]
         settings.repeats,
         make=make,
         fault=partial(_fault, settings),
-        peak=lambda row: measure.cuda_peak(make(row)) if measure.device() == "cuda" else cpu_peak(settings, row),
+        peak=lambda row: (
+            measure.cuda_peak(make(row)) if measure.device() == "cuda" else cpu_peak(settings, row)
+        ),
         tensor_bytes=lambda row: _tensor_bytes(settings, row.length),
         advance=advance,
     )
@@ -283,10 +301,14 @@ def _table(rows: list[Row], settings: Settings, machine: dict) -> str:
 
 def _numbers(row: Row) -> str:
     times = "  ".join(f"{1e3 * row.median[step]:>10.2f}" for step in STEPS)
-    ratios = [f"{row.ratio[step]:.2f}x ({row.share[step]:.0%})" if row.ratio else "-" for step in STEPS]
+    ratios = [
+        f"{row.ratio[step]:.2f}x ({row.share[step]:.0%})" if row.ratio else "-" for step in STEPS
+    ]
     peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
     multiple = "-" if row.peak_multiple is None else f"{row.peak_multiple:.2f}"
-    return f"{times}  {row.ideal:>5.2f}x  {ratios[0]:>14}  {ratios[1]:>14}  {peak:>8}  {multiple:>5}"
+    return (
+        f"{times}  {row.ideal:>5.2f}x  {ratios[0]:>14}  {ratios[1]:>14}  {peak:>8}  {multiple:>5}"
+    )
 
 
 def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
@@ -309,10 +331,17 @@ def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
     width = 0.8 / len(settings.lengths)
     for i, length in enumerate(settings.lengths):
         own = [row for row in bars if row.length == length]
-        at = [names.index(row.candidate) + (i - (len(settings.lengths) - 1) / 2) * width for row in own]
-        right.bar(at, [100 * row.share[step] for row in own], width * 0.9, label=f"{length:,} tokens")
+        at = [
+            names.index(row.candidate) + (i - (len(settings.lengths) - 1) / 2) * width
+            for row in own
+        ]
+        right.bar(
+            at, [100 * row.share[step] for row in own], width * 0.9, label=f"{length:,} tokens"
+        )
     right.axhline(100, color="grey", linestyle="--", linewidth=1)
-    right.set_xticks(range(len(names)), [textwrap.fill(name, 24) for name in names], rotation=15, ha="right")
+    right.set_xticks(
+        range(len(names)), [textwrap.fill(name, 24) for name in names], rotation=15, ha="right"
+    )
     right.set(ylabel="% of the ideal, 1 / density", title=f"speed-up over dense (sdpa), {step}")
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:

@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from ...attention.arguments import (check_backend)
-from ...attention.linear.attention import (BACKENDS)
-from ...trainer.errors import (UserError)
-from ...trainer.progress import (track)
-from . import (linear_candidates, measure)
-from .linear_candidates import (BLOCKS, Width)
-from .measure import (DENSE, STEPS, Measured, Work)
-from ..options import (counts, numbers)
-from ..process import (keep_freed_memory)
+from ...attention.arguments import check_backend
+from ...attention.linear.attention import BACKENDS
+from ...trainer.errors import UserError
+from ...trainer.progress import track
+from ..options import counts, numbers
+from ..process import keep_freed_memory
+from . import linear_candidates, measure
+from .linear_candidates import BLOCKS, Width
+from .measure import DENSE, STEPS, Measured, Work
 
 BASE_TOKENS = 4096
 """What is constant is told from the shortest length of at least so many: shorter ones are overhead."""
@@ -64,7 +64,9 @@ def bench_linear(options: Namespace) -> None:
         for length in settings.lengths:
             _measure(settings, [row for row in rows if row.length == length], checked, advance)
     _compare(rows)
-    measure.write_report(out / "linear.json", settings, rows, ("torch", "triton", "flash-linear-attention"))
+    measure.write_report(
+        out / "linear.json", settings, rows, ("torch", "triton", "flash-linear-attention")
+    )
     _draw(rows, settings, out / "linear.png")
     print(_table(rows, settings, measure.machine()))
 
@@ -83,7 +85,9 @@ def _settings(options: Namespace) -> Settings:
     backends = [options.backend]
     if options.backend == "auto":
         backends = ["torch", "triton", "fla"] if measure.device() == "cuda" else ["torch"]
-    settings = Settings(mixers, lengths, backends=backends, dtype=measure.dtype_of(options), **given)
+    settings = Settings(
+        mixers, lengths, backends=backends, dtype=measure.dtype_of(options), **given
+    )
     for mixer in mixers:
         try:
             settings.width.design(mixer)
@@ -99,10 +103,20 @@ def _rows(settings: Settings, length: int) -> Iterator[Row]:
     yield dense
     for mixer in settings.mixers:
         for backend in settings.backends:
-            yield Row(mixer if len(settings.backends) == 1 else f"{mixer} ({backend})", mixer, backend, length)
+            yield Row(
+                mixer if len(settings.backends) == 1 else f"{mixer} ({backend})",
+                mixer,
+                backend,
+                length,
+            )
 
 
-def _measure(settings: Settings, rows: list[Row], checked: dict[tuple, str | None], advance: Callable[[int], None]) -> None:
+def _measure(
+    settings: Settings,
+    rows: list[Row],
+    checked: dict[tuple, str | None],
+    advance: Callable[[int], None],
+) -> None:
     """Fill in the rows of one length. ``checked`` keeps what was found of a candidate at the same number of tokens."""
 
     def fault(row: Row) -> str | None:
@@ -113,14 +127,20 @@ def _measure(settings: Settings, rows: list[Row], checked: dict[tuple, str | Non
             checked[key] = linear_candidates.linear_fault(settings.width, *key)
         return checked[key]
 
-    make = partial(_work, settings)  # anew at every turn: all candidates' tensors of a great length would be too much
+    make = partial(
+        _work, settings
+    )  # anew at every turn: all candidates' tensors of a great length would be too much
     measure.in_turns(
         rows,
         settings.repeats,
         make=make,
         fault=fault,
-        peak=lambda row: measure.cuda_peak(make(row)) if measure.device() == "cuda" else cpu_peak(settings, row),
-        tensor_bytes=lambda row: linear_candidates.tensor_bytes(settings.width, row.mixer, row.length),
+        peak=lambda row: (
+            measure.cuda_peak(make(row)) if measure.device() == "cuda" else cpu_peak(settings, row)
+        ),
+        tensor_bytes=lambda row: linear_candidates.tensor_bytes(
+            settings.width, row.mixer, row.length
+        ),
         advance=advance,
     )
 
@@ -169,7 +189,9 @@ def _table(rows: list[Row], settings: Settings, machine: dict) -> str:
         f"{'constancy':>9}  {'peak MiB':>8}  {'x':>5}",
     ]
     for row in rows:
-        lines.append(f"{row.length:>9,}  {row.candidate:<{width}}  {_numbers(row) if row.seconds else row.status}")
+        lines.append(
+            f"{row.length:>9,}  {row.candidate:<{width}}  {_numbers(row) if row.seconds else row.status}"
+        )
     return "\n".join(lines)
 
 
@@ -201,7 +223,9 @@ def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
         if row.peak_bytes:
             peaks[row.candidate][row.length] = row.peak_bytes / 2**20
     title = f"{STEP} on {measure.machine()['device']}"
-    measure.plot_against_length(left, rates, settings.lengths, ylabel="thousand tokens/s", title=title)
+    measure.plot_against_length(
+        left, rates, settings.lengths, ylabel="thousand tokens/s", title=title
+    )
     title = "growth beside the inputs and the upstream gradient"
     measure.plot_against_length(right, peaks, settings.lengths, ylabel="peak MiB", title=title)
     if rates:

@@ -22,8 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...trainer.errors import (UserError)
-from ...trainer.versions import (version_of)
+from ...trainer.errors import UserError
+from ...trainer.versions import version_of
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 """Relative error that is allowed; on CUDA products of fp32 may be those of TF32."""
@@ -58,7 +58,9 @@ class Measured:
 
     @property
     def median(self) -> dict[str, float] | None:
-        return self.seconds and {step: statistics.median(times) for step, times in self.seconds.items()}
+        return self.seconds and {
+            step: statistics.median(times) for step, times in self.seconds.items()
+        }
 
     def record(self) -> dict:
         """As JSON has it: first what it is, then what was found."""
@@ -144,7 +146,10 @@ def wrong(results: Iterable[tuple[str, Tensor, Tensor]], dtype: str) -> str | No
 def _relative_error(result: Tensor, want: Tensor) -> float:
     """The worst of any head in any sixteenth of the time: gradients of late keys are small beside those of the first."""
     parts = zip(result.double().chunk(16, 1), want.double().chunk(16, 1), strict=True)
-    errors = [(got - right).norm(dim=(1, 3)) / right.norm(dim=(1, 3)).clamp_min(1e-6) for got, right in parts]
+    errors = [
+        (got - right).norm(dim=(1, 3)) / right.norm(dim=(1, 3)).clamp_min(1e-6)
+        for got, right in parts
+    ]
     return torch.stack(errors).max().item()
 
 
@@ -214,7 +219,9 @@ def print_growth(module: str, argument: str, first: str) -> None:
 
 def _peak_resident() -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
+    return 1024 * int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    )
 
 
 def device() -> str:
@@ -229,14 +236,22 @@ def machine() -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"device": names[0] if names else platform.processor(), "threads": torch.get_num_threads()}
+    return {
+        "device": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def write_report(path: Path, settings, rows: Sequence[Measured], packages: Sequence[str]) -> None:
     """``settings``, a dataclass, and ``rows`` as JSON, beside the machine and the versions of Python and ``packages``."""
     versions = {name: version_of(name) for name in ("python", *packages)}
     records = [row.record() for row in rows]
-    report = {"machine": machine(), "versions": versions, "settings": asdict(settings), "rows": records}
+    report = {
+        "machine": machine(),
+        "versions": versions,
+        "settings": asdict(settings),
+        "rows": records,
+    }
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -262,7 +277,9 @@ def out_folder(options: Namespace) -> Path:
     return out
 
 
-def plot_against_length(axes, lines: dict[str, dict[int, float]], lengths: list[int], **labels: str) -> None:
+def plot_against_length(
+    axes, lines: dict[str, dict[int, float]], lengths: list[int], **labels: str
+) -> None:
     """On matplotlib's ``axes``, both logarithmic: of each name its values at some of the lengths.
 
     Args:

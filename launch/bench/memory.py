@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from ...trainer.errors import (UserError)
-from ...trainer.progress import (track)
-from . import (measure)
-from .measure import (Work)
-from ..options import (counts)
-from .plain_model import (PlainLlama, Size, random_batches, size_of, transformers_llama)
-from ..process import (process_group, quiet_libraries)
-from ..table import (table)
+from ...trainer.errors import UserError
+from ...trainer.progress import track
+from ..options import counts
+from ..process import process_group, quiet_libraries
+from ..table import table
+from . import measure
+from .measure import Work
+from .plain_model import PlainLlama, Size, random_batches, size_of, transformers_llama
 
 OURS = {
     "longspan": {"loss_tile": 1024},
@@ -28,7 +28,10 @@ OURS = {
     "longspan, selective recompute": {"recompute": "selective"},
     "longspan, full recompute": {"recompute": "full"},
     "longspan, full recompute, mlp_tile": {"recompute": "full", "mlp_tile": 1024},
-    "longspan, full recompute, offload_inputs": {"recompute": "full", "offload_inputs": True},  # on CUDA
+    "longspan, full recompute, offload_inputs": {
+        "recompute": "full",
+        "offload_inputs": True,
+    },  # on CUDA
 }
 THEIRS = ("PyTorch", "transformers", "transformers, gradient checkpointing")
 SHORTEST = 1024
@@ -49,14 +52,24 @@ def bench_memory(options: Namespace) -> None:
     """Print a table, and write ``memory.json`` and ``memory.png`` to the folder ``options.out``."""
     size, budget = size_of(options), counts(options, "budget_mib")["budget_mib"] * 2**20
     out = measure.out_folder(options)
-    ours = [name for name, memory in OURS.items() if measure.device() == "cuda" or "offload_inputs" not in memory]
+    ours = [
+        name
+        for name, memory in OURS.items()
+        if measure.device() == "cuda" or "offload_inputs" not in memory
+    ]
     rows = [Row(name) for name in (*ours, *THEIRS)]
     with track("lengths", 6 * len(rows), of_bytes=False) as advance:
         for row in rows:
             _search(row, size, budget, advance)
     loss = _loss_times(size)
     print(_table(rows, size, budget, loss))
-    record = {"machine": measure.machine(), "size": asdict(size), "budget": budget, "loss": loss, "rows": [*map(asdict, rows)]}
+    record = {
+        "machine": measure.machine(),
+        "size": asdict(size),
+        "budget": budget,
+        "loss": loss,
+        "rows": [*map(asdict, rows)],
+    }
     (out / "memory.json").write_text(json.dumps(record, indent=1) + "\n")
     _draw(rows, out / "memory.png")
 
@@ -73,7 +86,9 @@ def _search(row: Row, size: Size, budget: int, advance: Callable[[int], None]) -
 
 
 def _fits(row: Row, size: Size, length: int, budget: int, advance: Callable[[int], None]) -> bool:
-    peak = measure.fresh_peak(__name__, {"candidate": row.candidate, "size": asdict(size), "length": length}, first=256)
+    peak = measure.fresh_peak(
+        __name__, {"candidate": row.candidate, "size": asdict(size), "length": length}, first=256
+    )
     if peak is None:
         raise UserError(f"{row.candidate}: a step of {length:,} tokens could not be measured")
     row.peaks[length] = peak
@@ -83,7 +98,9 @@ def _fits(row: Row, size: Size, length: int, budget: int, advance: Callable[[int
     return peak <= budget
 
 
-_models: dict[str, Callable[[int], Work]] = {}  # of the process: a model is made once, for the first work
+_models: dict[
+    str, Callable[[int], Work]
+] = {}  # of the process: a model is made once, for the first work
 
 
 def work_of(given: dict, most: int | None = None) -> Work:
@@ -96,13 +113,15 @@ def work_of(given: dict, most: int | None = None) -> Work:
 
 
 def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
-    from ...parallel import (Sequence)
-    from ...trainer.data.batches import (Microbatch)
-    from ...trainer.run.loop import (build_engine)
-    from ...trainer.recipe.check import (check_recipe)
+    from ...parallel import Sequence
+    from ...trainer.data.batches import Microbatch
+    from ...trainer.engines.build import build_engine
+    from ...trainer.recipe.check import check_recipe
 
     quiet_libraries()
-    recipe = check_recipe(size.recipe(length, 1, {"mixer": "full"}, memory=OURS[candidate]), candidate)
+    recipe = check_recipe(
+        size.recipe(length, 1, {"mixer": "full"}, memory=OURS[candidate]), candidate
+    )
     process = ExitStack()
     process.enter_context(process_group(torch.get_num_threads()))
     engine = build_engine(recipe)
@@ -111,9 +130,16 @@ def _ours(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
         tokens = next(random_batches(size, length)).to(engine.device)
         weights = torch.ones(1, length, device=engine.device)
         batch = Microbatch(
-            tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weights, Sequence.single(1, length, engine.device), 0
+            tokens[:, :-1].contiguous(),
+            tokens[:, 1:].contiguous(),
+            weights,
+            Sequence.single(1, length, engine.device),
+            0,
         )
-        return lambda between=None: (process, engine.step([batch], 1e-4))  # the group lasts as long as the work
+        return lambda between=None: (
+            process,
+            engine.step([batch], 1e-4),
+        )  # the group lasts as long as the work
 
     return of
 
@@ -127,7 +153,9 @@ def _theirs(candidate: str, size: Size, length: int) -> Callable[[int], Work]:
         if "checkpointing" in candidate:
             model.gradient_checkpointing_enable()
         model.train()
-        call = lambda tokens, labels: model(input_ids=tokens, labels=labels, shift_labels=labels).loss  # noqa: E731
+        call = lambda tokens, labels: (
+            model(input_ids=tokens, labels=labels, shift_labels=labels).loss
+        )
     device = measure.device()
     model.to(device, getattr(torch, measure.default_dtype()))  # as ours
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -150,7 +178,7 @@ def _loss_times(size: Size, tokens: int = 4096, repeats: int = 7) -> dict[str, f
     """Seconds of forward and backward of the loss alone, tiled and plain, in turns: medians."""
     import torch.nn.functional as F
 
-    from ...trainer.model.loss import (cross_entropy_sum)
+    from ...trainer.model.loss import cross_entropy_sum
 
     generator, device = torch.Generator().manual_seed(0), measure.device()
     hidden = torch.randn(tokens, size.hidden, generator=generator).to(device)
@@ -158,8 +186,12 @@ def _loss_times(size: Size, tokens: int = 4096, repeats: int = 7) -> dict[str, f
     labels = torch.randint(size.vocabulary, (tokens,), generator=generator).to(device)
     ones, one = torch.ones(tokens, device=device), torch.ones((), device=device)
     works = {
-        "tiled": measure.step_of(lambda x, w: cross_entropy_sum(x, w, labels, ones), [hidden, weight], one),
-        "plain": measure.step_of(lambda x, w: F.cross_entropy(x @ w.T, labels, reduction="sum"), [hidden, weight], one),
+        "tiled": measure.step_of(
+            lambda x, w: cross_entropy_sum(x, w, labels, ones), [hidden, weight], one
+        ),
+        "plain": measure.step_of(
+            lambda x, w: F.cross_entropy(x @ w.T, labels, reduction="sum"), [hidden, weight], one
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats + 1):
@@ -170,7 +202,9 @@ def _loss_times(size: Size, tokens: int = 4096, repeats: int = 7) -> dict[str, f
 
 def _table(rows: list[Row], size: Size, budget: int, loss: dict[str, float]) -> str:
     common = max(set.intersection(*(set(row.peaks) for row in rows)))
-    lines = [("candidate", f"MiB at {common:,}", "KiB a token", "and layer", "longest", "x PyTorch")]
+    lines = [
+        ("candidate", f"MiB at {common:,}", "KiB a token", "and layer", "longest", "x PyTorch")
+    ]
     plain = next(row for row in rows if row.candidate == "PyTorch")
     for row in rows:
         (low, least), (high, most) = sorted(row.peaks.items())[0], sorted(row.peaks.items())[-1]
@@ -178,7 +212,14 @@ def _table(rows: list[Row], size: Size, budget: int, loss: dict[str, float]) -> 
         longest = f"{row.longest:,}" if row.longest else f"< {SHORTEST:,}"
         times = f"{row.longest / plain.longest:.1f}" if plain.longest else "-"
         lines.append(
-            (row.candidate, f"{row.peaks[common] / 2**20:,.0f}", f"{slope:,.1f}", f"{slope / size.layers:,.1f}", longest, times)
+            (
+                row.candidate,
+                f"{row.peaks[common] / 2**20:,.0f}",
+                f"{slope:,.1f}",
+                f"{slope / size.layers:,.1f}",
+                longest,
+                times,
+            )
         )
     shape = f"{size.layers} layers of {size.hidden}, MLPs of {size.intermediate}, vocabulary {size.vocabulary:,}"
     ratio, dtype = loss["tiled"] / loss["plain"], "bf16" if measure.device() == "cuda" else "fp32"
@@ -201,9 +242,16 @@ def _draw(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
-    lines = {row.candidate: {length: peak / 2**20 for length, peak in sorted(row.peaks.items())} for row in rows}
-    lengths = sorted({SHORTEST * 2**n for row in rows for n in range(12) if SHORTEST * 2**n in row.peaks})
-    measure.plot_against_length(axes, lines, lengths, ylabel="MiB beside the model", title="a training step of one sequence")
+    lines = {
+        row.candidate: {length: peak / 2**20 for length, peak in sorted(row.peaks.items())}
+        for row in rows
+    }
+    lengths = sorted(
+        {SHORTEST * 2**n for row in rows for n in range(12) if SHORTEST * 2**n in row.peaks}
+    )
+    measure.plot_against_length(
+        axes, lines, lengths, ylabel="MiB beside the model", title="a training step of one sequence"
+    )
     figure.legend(loc="outside right center")
     figure.savefig(path, dpi=130)
     plt.close(figure)

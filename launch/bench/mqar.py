@@ -18,15 +18,15 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
-from ...trainer.errors import (STOPPED, NonFiniteError, UserError)
-from ...trainer.evaluation.mqar_settings import (default_settings, trained_settings)
-from ...trainer.progress import (track)
-from ...trainer.recipe.schema import (Recipe)
-from ...trainer.recipe.file import (SHIPPED, find_recipe, load_recipe, shipped_recipes)
-from ...trainer.checkpoint.run_folder import (RunFolder)
-from ...trainer.run.stop import (PARENT_PIPE)
-from .mqar_report import (MQARReport)
-from ..options import (numbers)
+from ...trainer.checkpoint.run_folder import RunFolder
+from ...trainer.errors import STOPPED, NonFiniteError, UserError
+from ...trainer.evaluation.mqar_settings import default_settings, trained_settings
+from ...trainer.progress import track
+from ...trainer.recipe.file import SHIPPED, find_recipe, load_recipe, shipped_recipes
+from ...trainer.recipe.schema import Recipe
+from ...trainer.run.stop import PARENT_PIPE
+from ..options import numbers
+from .mqar_report import MQARReport
 
 _FOLDER_FREE_SECONDS = 60.0  # runs of a command that was killed save and end within that
 
@@ -66,7 +66,10 @@ def bench_mqar(options: Namespace) -> int:
     runs = _plan(options)
     report = MQARReport(Path(options.out))
     left = [run for run in runs if _result(run, options.examples) is None]
-    print(f"{len(runs)} runs in {options.work}/, of which {len(runs) - len(left)} are done", flush=True)
+    print(
+        f"{len(runs)} runs in {options.work}/, of which {len(runs) - len(left)} are done",
+        flush=True,
+    )
     try:
         _run_all(left, options.jobs, options.examples)
     except _StoppedError:
@@ -80,20 +83,33 @@ def bench_mqar(options: Namespace) -> int:
 def _plan(options: Namespace) -> list[Run]:
     """All the runs; every problem of every recipe is told before the first begins."""
     lrs, seeds = numbers("--lrs", options.lrs, float, 0), numbers("--seeds", options.seeds, int, 0)
-    shipped = [path for path in shipped_recipes() if path.parent == SHIPPED / "mqar" and path.stem != "base"]
+    shipped = [
+        path
+        for path in shipped_recipes()
+        if path.parent == SHIPPED / "mqar" and path.stem != "base"
+    ]
     paths = list(dict.fromkeys(find_recipe(name) for name in options.recipes)) or shipped
     names = [path.stem for path in paths]
     for path in paths:
         if names.count(path.stem) > 1:
-            raise UserError(f"RECIPE: two are called {path.stem}; a row of the table needs a name of its own")
+            raise UserError(
+                f"RECIPE: two are called {path.stem}; a row of the table needs a name of its own"
+            )
         if load_recipe(str(path)).data.mqar is None:
             raise UserError(f"{path}: is no recipe of the recall task; it has no data.mqar")
     runs = []
     for path, lr, seed in product(paths, lrs, seeds):
-        overrides = ["launch.processes=1", "launch.threads=1", f"optimizer.lr={lr!r}", f"training.seed={seed}"]
+        overrides = [
+            "launch.processes=1",
+            "launch.threads=1",
+            f"optimizer.lr={lr!r}",
+            f"training.seed={seed}",
+        ]
         overrides += [] if options.steps is None else [f"training.steps={options.steps}"]
         recipe = load_recipe(str(path), overrides)
-        folder = Path(options.work) / path.stem / f"lr-{lr:g}-seed-{seed}-steps-{recipe.training.steps}"
+        folder = (
+            Path(options.work) / path.stem / f"lr-{lr:g}-seed-{seed}-steps-{recipe.training.steps}"
+        )
         overrides.append(f"run_dir={json.dumps(str(folder))}")
         run = Run(path, lr, seed, tuple(overrides), load_recipe(str(path), overrides))
         _wait_until_free(run.folder)
@@ -110,7 +126,9 @@ def _wait_until_free(folder: RunFolder) -> None:
 
 def _run_all(runs: list[Run], jobs: int, examples: int) -> None:
     """So many ``jobs`` at a time; where one fails, or this is interrupted, the others save and stop."""
-    lifeline, held = os.pipe()  # see stop.LIFELINE: this process holds the writing end, however it ends
+    lifeline, held = (
+        os.pipe()
+    )  # see stop.LIFELINE: this process holds the writing end, however it ends
     with ThreadPoolExecutor(jobs) as pool, track("training", len(runs), of_bytes=False) as advance:
         try:
             for work in as_completed([pool.submit(_run, run, examples, lifeline) for run in runs]):
@@ -133,11 +151,21 @@ def _run(run: Run, examples: int, lifeline: int) -> str:
         _write_diverged(run, examples)
     else:
         _require_success(run, status)
-        _require_success(run, _longspan(run, lifeline, "eval", "mqar", run.folder.path, "--examples", examples))
+        _require_success(
+            run, _longspan(run, lifeline, "eval", "mqar", run.folder.path, "--examples", examples)
+        )
     result = _result(run, examples)
     hardest = trained_settings(run.recipe)[-1]
-    rows = [row for row in result["settings"] if (row["length"], row["pairs"]) == (hardest.length, hardest.pairs)]
-    reached = "diverged" if result["diverged"] else f"{rows[0]['accuracy']:.3f} at {hardest.length}/{hardest.pairs}"
+    rows = [
+        row
+        for row in result["settings"]
+        if (row["length"], row["pairs"]) == (hardest.length, hardest.pairs)
+    ]
+    reached = (
+        "diverged"
+        if result["diverged"]
+        else f"{rows[0]['accuracy']:.3f} at {hardest.length}/{hardest.pairs}"
+    )
     return f"{run}: {reached}, after {time.monotonic() - started:.0f} s"
 
 
@@ -170,7 +198,12 @@ def _require_success(run: Run, status: int) -> None:
 def _write_diverged(run: Run, examples: int) -> None:
     """A run whose loss became infinite or NaN has learned nothing: it counts as 0."""
     rows = [{**asdict(setting), "accuracy": 0.0} for setting in default_settings(run.recipe)]
-    report = {"step": run.recipe.training.steps, "examples": examples, "diverged": True, "settings": rows}
+    report = {
+        "step": run.recipe.training.steps,
+        "examples": examples,
+        "diverged": True,
+        "settings": rows,
+    }
     run.folder.write_evaluation("mqar", report)
 
 
@@ -182,14 +215,24 @@ def _result(run: Run, examples: int) -> dict | None:
     found = json.loads(folder.evaluation("mqar").read_text())
     asked = [(row["length"], row["pairs"]) for row in found["settings"]]
     wanted = [(setting.length, setting.pairs) for setting in default_settings(run.recipe)]
-    if found["step"] != run.recipe.training.steps or asked != wanted or found.get("seed", 0):  # or somebody's own questions
+    if (
+        found["step"] != run.recipe.training.steps or asked != wanted or found.get("seed", 0)
+    ):  # or somebody's own questions
         return None
     if found["examples"] != examples:
-        raise UserError(f"--examples: {examples}, but {folder.path} was asked {found['examples']}; use that or another --work")
+        raise UserError(
+            f"--examples: {examples}, but {folder.path} was asked {found['examples']}; use that or another --work"
+        )
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     folder.weights.unlink(missing_ok=True)
-    seconds = [record["perf/step_time_s"] for record in folder.read_metrics() if "perf/step_time_s" in record]
-    versions = [line.split(" ", 1) for line in folder.path.joinpath("versions.txt").read_text().splitlines()]
+    seconds = [
+        record["perf/step_time_s"]
+        for record in folder.read_metrics()
+        if "perf/step_time_s" in record
+    ]
+    versions = [
+        line.split(" ", 1) for line in folder.path.joinpath("versions.txt").read_text().splitlines()
+    ]
     return {
         "recipe": run.name,
         "lr": run.lr,

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...trainer.errors import (UserError)
-from ...trainer.evaluation.mqar_settings import (Setting, trained_settings)
-from ...trainer.recipe.schema import (Recipe)
-from ...trainer.checkpoint.run_folder import (replace_file)
+from ...trainer.checkpoint.run_folder import replace_file
+from ...trainer.errors import UserError
+from ...trainer.evaluation.mqar_settings import Setting, trained_settings
+from ...trainer.recipe.schema import Recipe
 
 BEGIN, END = "<!-- longspan bench mqar: begin -->", "<!-- longspan bench mqar: end -->"
 """The table stands between these two lines of the page; the text around them is left as it is."""
@@ -44,7 +44,9 @@ class MQARReport:
     """
 
     def __init__(self, out: Path):
-        self._json, self._page, self._picture = (Path(f"{out}.{suffix}") for suffix in ("json", "md", "png"))
+        self._json, self._page, self._picture = (
+            Path(f"{out}.{suffix}") for suffix in ("json", "md", "png")
+        )
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -56,7 +58,10 @@ class MQARReport:
 
     def write(self, recipes: dict[str, Recipe], results: list[dict]) -> str:
         """Write all three from the ``results`` of all runs of ``recipes``; the table."""
-        rows = [_row(name, recipe, [r for r in results if r["recipe"] == name]) for name, recipe in recipes.items()]
+        rows = [
+            _row(name, recipe, [r for r in results if r["recipe"] == name])
+            for name, recipe in recipes.items()
+        ]
         rows.sort(key=lambda row: -row.hardest_trained["mean"])
         report = {
             "date": datetime.date.today().isoformat(),
@@ -78,17 +83,27 @@ class MQARReport:
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not (begin and end):
-            raise UserError(f"{self._page}: has no place for the table; put these two lines there: {BEGIN} and {END}")
+            raise UserError(
+                f"{self._page}: has no place for the table; put these two lines there: {BEGIN} and {END}"
+            )
         return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
 def _row(name: str, recipe: Recipe, results: list[dict]) -> Row:
     """The best learning rate is that with the best mean over the seeds in the hardest setting that was trained."""
-    from ...trainer.predict.flops import (state_bytes)
+    from ...trainer.predict.flops import state_bytes
 
     trained = trained_settings(recipe)
-    cells = {lr: list(_cells([r for r in results if r["lr"] == lr], trained)) for lr in sorted({r["lr"] for r in results})}
-    best = max(cells, key=lambda lr: next(c["mean"] for c in cells[lr] if Setting(c["length"], c["pairs"]) == trained[-1]))
+    cells = {
+        lr: list(_cells([r for r in results if r["lr"] == lr], trained))
+        for lr in sorted({r["lr"] for r in results})
+    }
+    best = max(
+        cells,
+        key=lambda lr: next(
+            c["mean"] for c in cells[lr] if Setting(c["length"], c["pairs"]) == trained[-1]
+        ),
+    )
     size = state_bytes(recipe.model, recipe.training.seq_length)
     return Row(name, best, size, cells[best], sum(r["diverged"] for r in results))
 
@@ -106,14 +121,33 @@ def _cells(results: list[dict], trained: list[Setting]) -> Iterator[dict]:
 
 def _table(rows: list[Row], recipes: dict[str, Recipe], results: list[dict]) -> str:
     settings = {(c["length"], c["pairs"]): c["trained"] for row in rows for c in row.accuracy}
-    columns = [f"{length}/{pairs}{'' if trained else '*'}" for (length, pairs), trained in settings.items()]
-    lines = [_line(["recipe", "lr", *columns, "state bytes"]), _line(["---", *["---:"] * (len(columns) + 2)])]
+    columns = [
+        f"{length}/{pairs}{'' if trained else '*'}" for (length, pairs), trained in settings.items()
+    ]
+    lines = [
+        _line(["recipe", "lr", *columns, "state bytes"]),
+        _line(["---", *["---:"] * (len(columns) + 2)]),
+    ]
     for row in rows:
-        cells = {(c["length"], c["pairs"]): f"{c['mean']:.3f} ({c['min']:.3f}-{c['max']:.3f})" for c in row.accuracy}
+        cells = {
+            (c["length"], c["pairs"]): f"{c['mean']:.3f} ({c['min']:.3f}-{c['max']:.3f})"
+            for c in row.accuracy
+        }
         name = f"{row.recipe} ({row.diverged} runs diverged)" if row.diverged else row.recipe
-        lines.append(_line([name, f"{row.lr:g}", *(cells.get(key, "-") for key in settings), f"{row.state_bytes:,}"]))
+        lines.append(
+            _line(
+                [
+                    name,
+                    f"{row.lr:g}",
+                    *(cells.get(key, "-") for key in settings),
+                    f"{row.state_bytes:,}",
+                ]
+            )
+        )
     lrs, seeds, steps, asked = (_all(results, key) for key in ("lr", "seed", "steps", "examples"))
-    chance = ", ".join(dict.fromkeys(f"{1 / recipe.data.mqar.values:.4f}" for recipe in recipes.values()))
+    chance = ", ".join(
+        dict.fromkeys(f"{1 / recipe.data.mqar.values:.4f}" for recipe in recipes.values())
+    )
     torch = ", ".join(dict.fromkeys(result["versions"]["torch"] for result in results))
     note = (
         f"Columns are length/pairs, * not trained. Mean accuracy (smallest - largest) over seeds {seeds} at the best of the "
@@ -141,17 +175,34 @@ def _draw(rows: list[Row], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=True)
     colours = plt.get_cmap("tab20").colors
     for i, row in enumerate(rows):
-        style = {"marker": "os^v"[i % 4], "color": colours[i % len(colours)], "capsize": 3, "elinewidth": 0.8}
+        style = {
+            "marker": "os^v"[i % 4],
+            "color": colours[i % len(colours)],
+            "capsize": 3,
+            "elinewidth": 0.8,
+        }
         hardest = row.hardest_trained
         left.errorbar(row.state_bytes, hardest["mean"], _spread([hardest]), **style)
-        by_length = {cell["length"]: cell for cell in sorted(row.accuracy, key=lambda cell: cell["pairs"])}
+        by_length = {
+            cell["length"]: cell for cell in sorted(row.accuracy, key=lambda cell: cell["pairs"])
+        }
         cells = [by_length[length] for length in sorted(by_length)]
         at = [f"{cell['length']}/{cell['pairs']}" for cell in cells]
-        right.errorbar(at, [cell["mean"] for cell in cells], _spread(cells), label=row.recipe, **style)
-    title = ", ".join(dict.fromkeys(f"{row.hardest_trained['length']}/{row.hardest_trained['pairs']}" for row in rows))
+        right.errorbar(
+            at, [cell["mean"] for cell in cells], _spread(cells), label=row.recipe, **style
+        )
+    title = ", ".join(
+        dict.fromkeys(
+            f"{row.hardest_trained['length']}/{row.hardest_trained['pairs']}" for row in rows
+        )
+    )
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:,.0f}")
-    left.set(xlabel="state bytes of one sequence", ylabel="accuracy", title=f"length/pairs {title}, trained")
+    left.set(
+        xlabel="state bytes of one sequence",
+        ylabel="accuracy",
+        title=f"length/pairs {title}, trained",
+    )
     right.set(xlabel="length/pairs", title="at trained and longer lengths")
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.05)
@@ -163,4 +214,7 @@ def _draw(rows: list[Row], path: Path) -> None:
 
 def _spread(cells: list[dict]) -> list[list[float]]:
     """Error bars of matplotlib: how far down and up."""
-    return [[cell["mean"] - cell["min"] for cell in cells], [cell["max"] - cell["mean"] for cell in cells]]
+    return [
+        [cell["mean"] - cell["min"] for cell in cells],
+        [cell["max"] - cell["mean"] for cell in cells],
+    ]

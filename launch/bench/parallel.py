@@ -14,12 +14,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ...trainer.errors import (UserError)
-from ...trainer.progress import (track)
-from ..options import (counts)
-from ..process import (process_group, under_torchrun)
-from ..ranks import (run_ranks)
-from ..table import (table)
+from ...trainer.errors import UserError
+from ...trainer.progress import track
+from ..options import counts
+from ..process import process_group, under_torchrun
+from ..ranks import run_ranks
+from ..table import table
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Row:
 
 def bench_parallel(options: Namespace) -> int:
     """Print a table, and write ``parallel.json`` and ``parallel.png`` to the folder ``options.out``."""
-    from . import (measure)
+    from . import measure
 
     settings = Settings(**counts(options, *(field.name for field in fields(Settings))))
     if settings.heads % settings.kv_heads:
@@ -65,13 +65,25 @@ def bench_parallel(options: Namespace) -> int:
     if settings.ranks < 2:
         raise UserError(f"--ranks: must be at least 2, got {settings.ranks}")
     if settings.length % (128 * settings.ranks):
-        raise UserError(f"--length: {settings.length} is not a multiple of 128 x {settings.ranks} ranks, whole blocks for each")
+        raise UserError(
+            f"--length: {settings.length} is not a multiple of 128 x {settings.ranks} ranks, whole blocks for each"
+        )
     if under_torchrun():
         _rank(settings, Path(options.out))
         return 0
     measure.out_folder(options)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(settings).items()]
-    command = [sys.executable, "-u", "-m", "longspan", "bench", "parallel", *given, "--out", options.out]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "longspan",
+        "bench",
+        "parallel",
+        *given,
+        "--out",
+        options.out,
+    ]
     return run_ranks(command, settings.ranks, 1)
 
 
@@ -83,7 +95,11 @@ def _rank(settings: Settings, out: Path) -> None:
         import torch.distributed as dist
 
         cases, rows = list(_cases(settings)), []
-        with track("operations", len(cases), of_bytes=False) if dist.get_rank() == 0 else nullcontext() as advance:
+        with (
+            track("operations", len(cases), of_bytes=False)
+            if dist.get_rank() == 0
+            else nullcontext() as advance
+        ):
             for case in cases:
                 rows.append(_measured(settings, *case))
                 if advance:
@@ -97,9 +113,9 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
     import torch
     import torch.distributed as dist
 
-    from ... import (attention, parallel)
-    from ...attention import (S2, Causal, Window)
-    from ...parallel.schedules.names import (named, unsupported_reason)
+    from ... import attention, parallel
+    from ...attention import S2, Causal, Window
+    from ...parallel.schedules.names import named, unsupported_reason
 
     group, length, dim = dist.group.WORLD, settings.length, settings.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -107,8 +123,16 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
     def draw(*shape: int):
         return torch.randn(1, length, *shape, generator=generator)
 
-    softmax = [draw(settings.heads, dim), draw(settings.kv_heads, dim), draw(settings.kv_heads, dim)]
-    patterns = {"full": Causal(), "S2(64, 16, 16)": S2(64, 16, 16).spread(settings.kv_heads), "Window(1024)": Window(1024)}
+    softmax = [
+        draw(settings.heads, dim),
+        draw(settings.kv_heads, dim),
+        draw(settings.kv_heads, dim),
+    ]
+    patterns = {
+        "full": Causal(),
+        "S2(64, 16, 16)": S2(64, 16, 16).spread(settings.kv_heads),
+        "Window(1024)": Window(1024),
+    }
     for name, pattern in patterns.items():
         for schedule in ("ring", "gather", "stripes", "heads"):
             (one,) = named(schedule, settings.ranks)
@@ -128,14 +152,19 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
         return parallel.attend(*inputs, Causal(), layout, group, schedule="heads")
 
     # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured itself against.
-    if not unsupported_reason(named("heads", settings.ranks)[0], settings.ranks, None, settings.heads, settings.kv_heads):
+    if not unsupported_reason(
+        named("heads", settings.ranks)[0], settings.ranks, None, settings.heads, settings.kv_heads
+    ):
         # The weights alone take 4 bytes x length^2 a head.
         half = [x[:, : length // 2].clone() for x in softmax]
         yield f"full ({length // 2:,} tokens) / unfused", "heads", distributed, half
     q, k, v = (draw(settings.heads, dim) for _ in "qkv")
     k = torch.nn.functional.normalize(k, dim=-1)
     decay, beta = -0.1 * draw(settings.heads).sigmoid(), draw(settings.heads).sigmoid()
-    linear = {"lightning": ([q, k, v, decay], ("decay",)), "gated_deltanet": ([q, k, v, decay, beta], ("decay", "beta"))}
+    linear = {
+        "lightning": ([q, k, v, decay], ("decay",)),
+        "gated_deltanet": ([q, k, v, decay, beta], ("decay", "beta")),
+    }
     for name, (inputs, options) in linear.items():
         for schedule in ("gather", "scan"):
 
@@ -143,7 +172,9 @@ def _cases(settings: Settings) -> Iterator[tuple[str, str, Callable, list]]:
                 more = dict(zip(options, inputs[3:], strict=True))
                 if layout is None:
                     return attention.linear_attention(*inputs[:3], **more)
-                return parallel.linear_attention(*inputs[:3], layout, group, schedule=schedule, **more)
+                return parallel.linear_attention(
+                    *inputs[:3], layout, group, schedule=schedule, **more
+                )
 
             yield name, schedule, attend, inputs
 
@@ -165,7 +196,7 @@ def _measured(settings: Settings, operation: str, schedule: str, run: Callable, 
     import torch
     import torch.distributed as dist
 
-    from ...parallel import (Layout)
+    from ...parallel import Layout
 
     rank, layout = dist.get_rank(), Layout.zigzag(whole[0].shape[1], settings.ranks, 64)
     own = [layout.shard(x, rank).requires_grad_() for x in whole]
@@ -184,7 +215,11 @@ def _measured(settings: Settings, operation: str, schedule: str, run: Callable, 
     found = step(own, layout)[1]
     # On one rank alone: unfused attention takes gigabytes.
     shapes = [(1, layout.length, *x.shape[2:]) for x in found]
-    expected = [x.contiguous() for x in step(whole, None)[1]] if rank == 0 else [torch.empty(shape) for shape in shapes]
+    expected = (
+        [x.contiguous() for x in step(whole, None)[1]]
+        if rank == 0
+        else [torch.empty(shape) for shape in shapes]
+    )
     for x in expected:
         dist.broadcast(x, 0)
     expected = [layout.shard(x, rank) for x in expected]
@@ -247,23 +282,49 @@ class _Waited:
 def _report(settings: Settings, rows: list[Row], cores: int, out: Path) -> None:
     import json
 
-    from . import (measure)
+    from . import measure
 
     machine = {**measure.machine(), "cores": cores}
-    lines = [("operation", "schedule", "1 rank ms", f"{settings.ranks} ranks ms", "efficiency", "in messages", "error")]
+    lines = [
+        (
+            "operation",
+            "schedule",
+            "1 rank ms",
+            f"{settings.ranks} ranks ms",
+            "efficiency",
+            "in messages",
+            "error",
+        )
+    ]
     for row in rows:
-        alone, together, messages = (1e3 * statistics.median(x) for x in (row.alone, row.together, row.messages))
+        alone, together, messages = (
+            1e3 * statistics.median(x) for x in (row.alone, row.together, row.messages)
+        )
         share = messages / together
         ideal = f"{row.speedup / settings.ranks:.0%}"
         lines.append(
-            (row.operation, row.schedule, f"{alone:,.1f}", f"{together:,.1f}", ideal, f"{share:.0%}", f"{row.error:.0e}")
+            (
+                row.operation,
+                row.schedule,
+                f"{alone:,.1f}",
+                f"{together:,.1f}",
+                ideal,
+                f"{share:.0%}",
+                f"{row.error:.0e}",
+            )
         )
     heads = f"{settings.heads} query and {settings.kv_heads} KV heads of {settings.head_dim}"
     print(f"{machine['device']}, {cores} cores; {settings.length:,} tokens (zigzag), {heads}, fp32")
-    print(f"{settings.ranks} gloo processes of one thread; forward and backward, medians of {settings.repeats}")
+    print(
+        f"{settings.ranks} gloo processes of one thread; forward and backward, medians of {settings.repeats}"
+    )
     print("in messages: of the slowest rank's time, with its waiting for the others")
     print(table(lines))
-    record = {"machine": machine, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
+    record = {
+        "machine": machine,
+        "settings": asdict(settings),
+        "rows": [asdict(row) for row in rows],
+    }
     (out / "parallel.json").write_text(json.dumps(record, indent=1) + "\n")
     _draw(settings, rows, out / "parallel.png")
 

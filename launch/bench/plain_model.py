@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...attention import (apply_rotary)
-from ...attention.rotary import (rotary_tables)
-from ...trainer.errors import (UserError)
-from ..options import (counts)
+from ...attention import apply_rotary
+from ...attention.rotary import rotary_tables
+from ...trainer.errors import UserError
+from ..options import counts
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Size:
                 "layers": {"blocks": {"all": block}, "pattern": ["all"]},
             },
             "data": {"sources": {"python-stdlib": 1.0}},
-            "training": {"steps": 1000, "seq_length": length, "global_batch_size": batch, "micro_batch_size": batch},
+            "training": {
+                "steps": 1000,
+                "seq_length": length,
+                "global_batch_size": batch,
+                "micro_batch_size": batch,
+            },
             "optimizer": {"lr": 1e-3},
             **others,
         }
@@ -58,7 +63,9 @@ def size_of(options: Namespace) -> Size:
     """
     size = Size(**counts(options, *(field.name for field in fields(Size))))
     if size.hidden % size.heads or size.heads % size.kv_heads:
-        raise UserError(f"--heads: {size.heads} must divide --hidden {size.hidden}, and --kv-heads {size.kv_heads} it")
+        raise UserError(
+            f"--heads: {size.heads} must divide --hidden {size.hidden}, and --kv-heads {size.kv_heads} it"
+        )
     return size
 
 
@@ -84,7 +91,9 @@ class PlainLlama(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         x = self.embedding(tokens)
-        tables = rotary_tables(torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, 10000.0)
+        tables = rotary_tables(
+            torch.arange(tokens.shape[1], device=tokens.device)[None], self.head_dim, 10000.0
+        )
         for layer in self.layers:
             x = layer(x, tables)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
@@ -105,7 +114,9 @@ class _Layer(nn.Module):
         size = self.size
         rows = self.qkv(self.norms[0](x)).unflatten(-1, (-1, size.head_dim))
         q, k, v = rows.split([size.heads, size.kv_heads, size.kv_heads], -2)
-        x = x + self.out(self.attention(apply_rotary(q, *tables), apply_rotary(k, *tables), v).flatten(2))
+        x = x + self.out(
+            self.attention(apply_rotary(q, *tables), apply_rotary(k, *tables), v).flatten(2)
+        )
         gate, up = self.up(self.norms[1](x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ...trainer.progress import (track)
-from . import (measure)
-from ..options import (counts)
-from .plain_model import (Size, size_of)
-from ..table import (table)
+from ...trainer.progress import track
+from ..options import counts
+from ..table import table
+from . import measure
+from .plain_model import Size, size_of
 
 FULL, S2 = {"mixer": "full"}, {"mixer": "s2", "block": 64, "local_blocks": 4, "stride": 8}
 CANDIDATES = {
@@ -48,7 +48,10 @@ class Row:
 
 def bench_train(options: Namespace) -> None:
     """Print a table, and write ``train.json`` to the folder ``options.out``."""
-    settings = {**asdict(size_of(options)), **counts(options, "length", "batch", "steps", "repeats")}
+    settings = {
+        **asdict(size_of(options)),
+        **counts(options, "length", "batch", "steps", "repeats"),
+    }
     out = measure.out_folder(options)
     rows = [Row(name) for name in CANDIDATES]
     with track("turns", settings["repeats"] * len(rows), of_bytes=False) as advance:
@@ -57,7 +60,11 @@ def bench_train(options: Namespace) -> None:
                 _turn(row, settings)
                 advance(1)
     print(_table(rows, settings))
-    record = {"machine": measure.machine(), "settings": settings, "rows": [asdict(row) for row in rows]}
+    record = {
+        "machine": measure.machine(),
+        "settings": settings,
+        "rows": [asdict(row) for row in rows],
+    }
     (out / "train.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -67,7 +74,16 @@ def _turn(row: Row, settings: dict[str, int]) -> None:
     code = "import sys; from longspan.launch.bench.train import write_seconds; write_seconds(*sys.argv[1:])"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.NamedTemporaryFile() as file:  # libraries print
-        command = [sys.executable, "-W", "ignore", "-c", code, row.candidate, json.dumps(settings), file.name]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            code,
+            row.candidate,
+            json.dumps(settings),
+            file.name,
+        ]
         done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "Error" in line]
@@ -92,9 +108,9 @@ def write_seconds(candidate: str, settings: str, file: str) -> None:
 def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
     import yaml
 
-    from ...trainer.data.build import (build_corpus)
-    from ...trainer.data.tokenizer import (ByteTokenizer)
-    from ..commands.train import (train)
+    from ...trainer.data.build import build_corpus
+    from ...trainer.data.tokenizer import ByteTokenizer
+    from ..commands.train import train
 
     with tempfile.TemporaryDirectory() as folder:
         metrics = {"log_interval": 1}
@@ -102,15 +118,24 @@ def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
         recipe["run_dir"] = f"{folder}/run"
         # One document, as the others have it: several in a sequence are less work, and other work.
         text = Path(folder, "text")
-        text.write_text("".join(random.Random(0).choices(string.ascii_letters, k=length * batch * (steps + 1))))
+        text.write_text(
+            "".join(random.Random(0).choices(string.ascii_letters, k=length * batch * (steps + 1)))
+        )
         build_corpus([text], ByteTokenizer(), f"{folder}/corpus")
         recipe["data"] = {"sources": {f"{folder}/corpus": 1.0}}
         recipe["training"]["steps"] = steps
         file = Path(folder, "recipe.yaml")
         file.write_text(yaml.safe_dump(recipe))
         assert train(str(file), [], dry_run=False) == 0
-        records = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    records = [record for record in records if record.get("step", 0) > WARMUP and "perf/step_time_s" in record]
+        records = [
+            json.loads(line)
+            for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        ]
+    records = [
+        record
+        for record in records
+        if record.get("step", 0) > WARMUP and "perf/step_time_s" in record
+    ]
     seconds = [record["perf/step_time_s"] for record in records]
     waited = [record["perf/data_time_s"] for record in records]
     return {"seconds": seconds, "data_share": sum(waited) / sum(seconds)}
@@ -119,15 +144,19 @@ def _longspan(size, block: dict, length: int, batch: int, steps: int) -> dict:
 def _plain(size, block: dict | None, length: int, batch: int, steps: int) -> dict:
     import torch
 
-    from ...attention import (attend)
-    from ...trainer.recipe.schema import (LayersConfig)
-    from .plain_model import (PlainLlama, dense, random_batches)
-    from ..process import (keep_freed_memory)
+    from ...attention import attend
+    from ...trainer.recipe.schema import LayersConfig
+    from ..process import keep_freed_memory
+    from .plain_model import PlainLlama, dense, random_batches
 
     keep_freed_memory()  # as longspan train does
     attention: Callable = dense
     if block is not None:
-        pattern = LayersConfig(blocks={"all": block}, pattern=["all"]).blocks["all"].attention_pattern(size.kv_heads)
+        pattern = (
+            LayersConfig(blocks={"all": block}, pattern=["all"])
+            .blocks["all"]
+            .attention_pattern(size.kv_heads)
+        )
         attention = lambda q, k, v: attend(q, k, v, pattern)  # noqa: E731
     model = PlainLlama(size, attention)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -149,8 +178,8 @@ def _transformers(size, block: None, length: int, batch: int, steps: int) -> dic
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from .plain_model import (random_batches, transformers_llama)
-    from ..process import (keep_freed_memory)
+    from ..process import keep_freed_memory
+    from .plain_model import random_batches, transformers_llama
 
     keep_freed_memory()
     samples = next(random_batches(size, length, batch * steps))
@@ -174,8 +203,14 @@ def _transformers(size, block: None, length: int, batch: int, steps: int) -> dic
             use_cpu=True,
         )
         torch.manual_seed(0)
-        Trainer(transformers_llama(size, length), arguments, train_dataset=data, callbacks=[Clock()]).train()
-    return {"seconds": [after - before for before, after in zip(ends[WARMUP - 1 :], ends[WARMUP:], strict=False)]}
+        Trainer(
+            transformers_llama(size, length), arguments, train_dataset=data, callbacks=[Clock()]
+        ).train()
+    return {
+        "seconds": [
+            after - before for before, after in zip(ends[WARMUP - 1 :], ends[WARMUP:], strict=False)
+        ]
+    }
 
 
 def _table(rows: list[Row], settings: dict[str, int]) -> str:

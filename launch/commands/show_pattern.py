@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ...attention.patterns import Pattern
 from ...attention.patterns.expression import parse_pattern
-from ...attention.patterns.patterns import Pattern
 from ...attention.patterns.rules import Rule
 from ...trainer.errors import UserError
 from ...trainer.recipe.file import load_recipe

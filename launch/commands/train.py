@@ -79,12 +79,12 @@ def _work(recipe: Recipe) -> int:
         from ...trainer.ranks import RankGroup
         from ...trainer.run.loop import train as train_loop
 
-        first, control, folder = dist.get_rank() == 0, RankGroup(), RunFolder(recipe.run_dir)
-        with control.raise_on_all():
+        first, ranks, folder = dist.get_rank() == 0, RankGroup(), RunFolder(recipe.run_dir)
+        with ranks.raise_on_all():
             data = _prepare(recipe, folder) if first else prepare_data(recipe)
             if first:
                 stack.enter_context(folder.lock())
-        finished = train_loop(recipe, data, control)
+        finished = train_loop(recipe, data, ranks)
     if (
         not finished
     ):  # torchrun takes any status but 0 for a failure, and would start the ranks again

@@ -7,7 +7,7 @@ from ..checkpoint.run_folder import RunFolder
 from ..data.tokenizer import recipe_tokenizer
 from ..errors import UserError
 from ..recipe.schema import LaunchConfig, MegatronConfig, MemoryConfig, ParallelConfig, Recipe
-from ..run.loop import build_engine
+from .build import build_engine
 from .engine import Engine
 
 

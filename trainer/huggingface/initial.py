@@ -44,7 +44,7 @@ def require_initial(recipe: Recipe) -> None:
             raise UserError("\n".join(problems))
 
 
-def load_initial(engine: "Engine", recipe: Recipe, control: "RankGroup") -> list[str]:
+def load_initial(engine: "Engine", recipe: Recipe, ranks: "RankGroup") -> list[str]:
     """Take the weights of ``recipe.initial``, which the first rank reads and hands on layer by layer; every rank calls it.
 
     Returns:
@@ -60,7 +60,7 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "RankGroup") -> list
     native, _ = _native(recipe)
     theirs: dict[str, Tensor] = {}
     told: list[str] = []
-    with control.raise_on_all():
+    with ranks.raise_on_all():
         if dist.get_rank() == 0:
             loaded = _load(recipe)
             _require_same_decays(loaded.model, native, recipe.initial.path)
@@ -71,13 +71,13 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "RankGroup") -> list
                 f"begins with the weights of {recipe.initial.path}",
                 *_differences(native, loaded.model.config),
             ]
-    parts = control.gather(
+    parts = ranks.gather(
         {name: shards.shape for name, shards in engine.state().items() if name.startswith("model.")}
     )
     shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
     for layer in by_layer(native.rows()):
         whole: dict[str, Tensor] = {}
-        with control.raise_on_all():
+        with ranks.raise_on_all():
             if dist.get_rank() == 0:
                 try:
                     whole = {
@@ -87,7 +87,7 @@ def load_initial(engine: "Engine", recipe: Recipe, control: "RankGroup") -> list
                     raise UserError(f"initial: {recipe.initial.path}: {error}") from None
         engine.load_weights(
             {
-                rows.ours: control.broadcast_tensor(whole.get(rows.ours), shapes[rows.ours])
+                rows.ours: ranks.broadcast_tensor(whole.get(rows.ours), shapes[rows.ours])
                 for rows in layer
             }
         )

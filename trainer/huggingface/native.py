@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
-from ...attention.patterns.patterns import Causal, Window
+from ...attention.patterns import Causal, Window
 from ..layers.base import Block
 from ..layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
 from ..layers.softmax import SoftmaxBlock

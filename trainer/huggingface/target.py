@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
-from ...attention.patterns.patterns import ClosedFormPattern
+from ...attention.patterns import ClosedFormPattern
 from ..errors import UserError
 from ..layers.base import Block
 from ..layers.convolution import ConvolutionBlock

@@ -9,8 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...attention.errors import InvalidField
-from ...attention.patterns.patterns import Pattern
-from ...attention.patterns.selection import Selector
+from ...attention.patterns import Pattern, Selector
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]

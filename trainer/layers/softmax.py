@@ -9,18 +9,19 @@ import numpy as np
 from pydantic import Field
 
 from ...attention.errors import InvalidField
-from ...attention.patterns.expression import parse_pattern
-from ...attention.patterns.patterns import (
+from ...attention.patterns import (
     S2,
     Causal,
     ClosedFormPattern,
+    MoBA,
     Pattern,
     PerHead,
+    Selector,
     Streaming,
     Union,
     Window,
 )
-from ...attention.patterns.selection import MoBA, Selector
+from ...attention.patterns.expression import parse_pattern
 from .base import (
     Block,
     ContextSplit,
@@ -93,7 +94,7 @@ class SoftmaxBlock(Block):
         """Count the pairs of a query and a key that all KV heads see."""
         pattern = self.attention_pattern(model.kv_heads)
         assert isinstance(pattern, ClosedFormPattern)
-        return sum(pattern.seen(length, head) for head in range(model.kv_heads))
+        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
 
     def state_numbers(self, model: ModelSizes, length: int, layer: int) -> int:
         return self._kept_keys(model, length) * 2 * model.kv_channels

@@ -26,7 +26,6 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.shards import LoadPlanner, SavePlanner, Shards
 from ..engines.engine import Engine
-from ..errors import UserError
 from ..ranks import RankGroup
 
 
@@ -48,8 +47,8 @@ class Checkpointer:
         keep: how many to keep, the newest; 0 for all.
     """
 
-    def __init__(self, folder: Path, keep: int, control: RankGroup):
-        self.folder, self._keep, self._control = folder, keep, control
+    def __init__(self, folder: Path, keep: int, ranks: RankGroup):
+        self.folder, self._keep, self._ranks = folder, keep, ranks
         self._first = dist.get_rank() == 0
         self._group = dist.new_group(backend="gloo")  # of the background thread alone
         self._thread: threading.Thread | None = None
@@ -76,7 +75,7 @@ class Checkpointer:
         if self._first:
             clean_up(self.folder)
         damaged: list[tuple[Checkpoint, str]] = []
-        for checkpoint in self._control.broadcast(checkpoints(self.folder)):
+        for checkpoint in self._ranks.broadcast(checkpoints(self.folder)):
             manifest, damage = self._check(checkpoint)
             if damage:
                 damaged.append((checkpoint, damage))
@@ -94,7 +93,7 @@ class Checkpointer:
             lines.append(
                 f"{self.folder}: holds no whole checkpoint; remove the folder to train from step 0"
             )
-            raise UserError("\n".join(lines) if self._first else "")
+            raise self._ranks.failure("\n".join(lines))
         return None
 
     def save(self, engine: Engine, step: int, tokens: int) -> Saved | None:
@@ -112,7 +111,7 @@ class Checkpointer:
 
     def poll(self, wait: bool = False) -> Saved | None:
         """What became of the last save, once: when it has ended on every rank, for which ``wait`` waits."""
-        if not self._thread or (not wait and self._control.any(self._thread.is_alive())):
+        if not self._thread or (not wait and self._ranks.any(self._thread.is_alive())):
             return None
         self._thread.join()
         self._thread = None
@@ -126,15 +125,15 @@ class Checkpointer:
     def _check(self, checkpoint: Checkpoint) -> tuple[Manifest | None, str | None]:
         """The manifest, and what is wrong with the checkpoint: each rank reads its share of the files."""
         manifest = damage = None
-        with self._control.raise_on_all():
+        with self._ranks.raise_on_all():
             if self._first:
                 try:
                     manifest = checkpoint.manifest()
                 except DamagedError as error:
                     damage = str(error)
-        manifest, damage = self._control.broadcast((manifest, damage))
+        manifest, damage = self._ranks.broadcast((manifest, damage))
         if damage is None:
-            shares = self._control.gather(
+            shares = self._ranks.gather(
                 checkpoint.damage(manifest, dist.get_rank(), dist.get_world_size())
             )
             damage = next(filter(None, shares), None)
@@ -148,10 +147,8 @@ class Checkpointer:
         try:
             dcp.load(state, storage_reader=reader, planner=LoadPlanner(), process_group=self._group)
         except CheckpointException as failed:
-            raise UserError(
+            raise self._ranks.failure(
                 f"{checkpoint.path}: cannot be loaded: {_first_failure(failed)}"
-                if self._first
-                else ""
             ) from None
         engine.restored(state)
 

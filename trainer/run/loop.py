@@ -13,6 +13,7 @@ from ..checkpoint.run_folder import RunFolder
 from ..data.batches import Batches, Microbatch
 from ..data.prepare import PreparedData
 from ..data.tokenizer import recipe_vocab_size
+from ..engines.build import build_engine
 from ..engines.engine import Engine
 from ..errors import NonFiniteError, UserError
 from ..huggingface.initial import load_initial
@@ -30,16 +31,7 @@ from .stop import StopRequest
 from .watchdog import Watchdog
 
 
-def build_engine(recipe: Recipe) -> Engine:
-    """The recipe's model on its engine, ready to train; needs the default process group."""
-    if recipe.engine.name == "deepspeed":
-        from ..engines.deepspeed import DeepSpeedEngine as Chosen
-    else:
-        from ..engines.megatron import MegatronEngine as Chosen
-    return Chosen(recipe, recipe_vocab_size(recipe))
-
-
-def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
+def train(recipe: Recipe, data: PreparedData, ranks: RankGroup) -> bool:
     """Train from the newest checkpoint, or from step 0, to the last step; every rank calls it.
 
     Returns:
@@ -56,11 +48,11 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
         engine = build_engine(recipe)
         stack.callback(engine.close)
         checkpointer = stack.enter_context(
-            Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, control)
+            Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, ranks)
         )
         restored = checkpointer.restore(engine, print)
         done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
-        begun = load_initial(engine, recipe, control) if recipe.initial and not restored else []
+        begun = load_initial(engine, recipe, ranks) if recipe.initial and not restored else []
         policy = NonFinitePolicy(recipe.training, folder.nonfinite)
         display = log = None
         if rank == 0:
@@ -103,10 +95,8 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
             report(step, checkpointer.save(engine, step, tokens))
             saved = checkpointer.poll(wait=True)
             if saved and saved.error:
-                raise UserError(
+                raise ranks.failure(
                     f"{folder.checkpoints}: step {step} is not saved: {saved.error}"
-                    if rank == 0
-                    else ""
                 )
             report(step, saved)
 
@@ -135,18 +125,17 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
                 pace = _Pace(step - 1)  # packing takes its time
             watchdog.phase(f"the data of step {step}")
             began = time.monotonic()
-            taken = list(_agreed(control, batches.step(step - 1)))
+            taken = list(_agreed(ranks, batches.step(step - 1)))
             pace.waited += time.monotonic() - began
             watchdog.phase(f"step {step}")
             result = engine.step(taken, lr)
-            try:
-                updated = policy.check(step, result, taken, rank)
-            except NonFiniteError as error:
+            if policy.must_stop(result):
+                message = policy.write_batches(step, result, taken, rank)
                 try:
                     save_and_wait(step - 1)
                 except UserError as unsaved:
-                    raise NonFiniteError(f"{error}\n{unsaved}".strip()) from None
-                raise
+                    message += f"\n{unsaved}"
+                raise ranks.failure(message, NonFiniteError)
             tokens += result.tokens
             last = step == steps
             pace.flops += now.tokens_per_step * sum(flops(length=batches.length(step - 1)).values())
@@ -159,11 +148,11 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
                     _bits_per_byte(result.loss, batches.training.bytes_per_token),
                     speed,
                 )
-                if not updated:
+                if not result.updated:
                     what = f"loss {result.loss}, gradient norm {result.grad_norm}"
                     display.say(f"step {step}: {what}: skipped, without an update")
                     log.log(step, {"train/skipped": 1})
-            if updated and (step % recipe.metrics.log_interval == 0 or step == 1 or last):
+            if result.updated and (step % recipe.metrics.log_interval == 0 or step == 1 or last):
                 if log:
                     log.log(
                         step,
@@ -192,7 +181,7 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
                 last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)
             ):
                 sequences = None if last else recipe.evaluation.sequences
-                held_out = _agreed(control, batches.evaluation(sequences))
+                held_out = _agreed(ranks, batches.evaluation(sequences))
                 watchdog.phase(f"the evaluation after step {step}")
                 evaluated = evaluate(engine, held_out, batches.held_out.bytes_per_token)
                 if log:
@@ -202,7 +191,7 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
                 pace = _Pace(step)
             watchdog.phase(f"the end of step {step}")
             report(step, checkpointer.poll())
-            if control.any(stop.asked()) and not last:
+            if ranks.any(stop.asked()) and not last:
                 save_and_wait(step)
                 if display:
                     by = f" by {folder.stop_file}, now removed" if folder.stop_file.exists() else ""
@@ -218,9 +207,9 @@ def train(recipe: Recipe, data: PreparedData, control: RankGroup) -> bool:
         save_and_wait(steps)
         if display:
             folder.stop_file.unlink(missing_ok=True)  # nothing is left to stop
-        if control.any(rank == 0 and folder.weights_step() != steps):
+        if ranks.any(rank == 0 and folder.weights_step() != steps):
             weights = engine.weights()
-            with control.raise_on_all():
+            with ranks.raise_on_all():
                 if rank == 0:
                     folder.write_weights(weights, steps)
                     plot_loss(folder)
@@ -255,10 +244,10 @@ def evaluate(
     return {"eval/loss": loss} | ({} if bits is None else {"eval/bits_per_byte": bits})
 
 
-def _agreed(control: RankGroup, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
+def _agreed(ranks: RankGroup, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
     """The batches, of which every rank has equally many; bad data on one rank stops all at the same batch."""
     while True:
-        with control.raise_on_all():
+        with ranks.raise_on_all():
             batch = next(batches, None)
         if batch is None:
             return

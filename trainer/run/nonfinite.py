@@ -4,55 +4,69 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..data.batches import Microbatch
 from ..engines.engine import StepResult
-from ..errors import NonFiniteError
 from ..recipe.schema import TrainingConfig
 
 
 class NonFinitePolicy:
-    """Counts the steps without an update; the same on every rank, as their results are."""
+    """Counts the steps in a row that made no update, and says when the run must stop.
+
+    The same on every rank, because their :class:`StepResult` is.
+    """
 
     def __init__(self, training: TrainingConfig, folder: Path):
-        self._training, self._folder, self._in_a_row = training, folder, 0
+        """``folder`` is where :meth:`write_batches` puts the batches of a step that stops the run."""
+        self._training = training
+        self._folder = folder
+        self._skipped_in_a_row = 0
 
-    def check(self, step: int, result: StepResult, batches: list[Microbatch], rank: int) -> bool:
-        """Whether the update was made. Where it was not and the recipe says stop, this rank's batches are written.
-
-        Raises:
-            NonFiniteError: where the run must stop.
-        """
+    def must_stop(self, result: StepResult) -> bool:
+        """Count the step, and return whether the run must stop because of it."""
         if result.updated:
-            self._in_a_row = 0
-            return True
-        self._in_a_row += 1
-        skipping = self._training.on_nonfinite == "skip"
-        if skipping and self._in_a_row <= self._training.max_skipped_steps:
+            self._skipped_in_a_row = 0
             return False
+        self._skipped_in_a_row += 1
+        return not self._skips or self._skipped_in_a_row > self._training.max_skipped_steps
+
+    def write_batches(
+        self, step: int, result: StepResult, batches: list[Microbatch], rank: int
+    ) -> str:
+        """Write this rank's batches of the step that stops the run; return the line that says why it stops."""
         file = self._folder / f"step-{step:08}" / f"rank-{rank}.safetensors"
-        what = f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; no update was made"
-        where = f"the batch is in {file.parent}/"
         try:
             _write(file, batches)
+            where = f"the batch is in {file.parent}/"
         except (OSError, SafetensorError) as error:
             where = f"the batch could not be written: {error}"
-        if skipping:
-            hint = f"{self._in_a_row} steps in a row, training.max_skipped_steps is {self._training.max_skipped_steps}"
-        else:
-            hint = "training.on_nonfinite=skip goes past it"
-        raise NonFiniteError(f"{what}; {where}; {hint}" if rank == 0 else "")
+
+        what = f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; no update was made"
+        return f"{what}; {where}; {self._hint()}"
+
+    @property
+    def _skips(self) -> bool:
+        return self._training.on_nonfinite == "skip"
+
+    def _hint(self) -> str:
+        if not self._skips:
+            return "training.on_nonfinite=skip goes past it"
+        limit = self._training.max_skipped_steps
+        return f"{self._skipped_in_a_row} steps in a row, training.max_skipped_steps is {limit}"
 
 
 def _write(file: Path, batches: list[Microbatch]) -> None:
+    """Write what the model was given, as tensors named ``microbatch.tokens`` and so on."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for i, batch in enumerate(batches):
-        parts = {
+    tensors: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        fields = {
             "tokens": batch.tokens,
             "labels": batch.labels,
             "weights": batch.weights,
             "documents": batch.sequence.documents,
         }
-        tensors |= {f"{i}.{name}": tensor.cpu().contiguous() for name, tensor in parts.items()}
+        for name, tensor in fields.items():
+            tensors[f"{number}.{name}"] = tensor.cpu().contiguous()
     save_file(tensors, file)

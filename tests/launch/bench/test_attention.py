@@ -2,11 +2,23 @@ import json
 
 import pytest
 import torch
-from longspan.attention.patterns.expression import (parse_pattern)
-from longspan.launch.bench import (attention as bench, measure)
-from longspan.launch.cli import (main)
+from longspan.attention.patterns.expression import parse_pattern
+from longspan.launch.bench import attention as bench
+from longspan.launch.bench import measure
+from longspan.launch.cli import main
 
-SMALL = ("--lengths", "256", "--heads", "2", "--kv-heads", "2", "--head-dim", "16", "--repeats", "1")
+SMALL = (
+    "--lengths",
+    "256",
+    "--heads",
+    "2",
+    "--kv-heads",
+    "2",
+    "--head-dim",
+    "16",
+    "--repeats",
+    "1",
+)
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -45,7 +57,11 @@ def test_report(capsys, tmp_path, monkeypatch, on_cpu):
         "repeats": 1,
     }
     dense, ours = report["rows"]
-    assert (dense["candidate"], dense["density"], ours["candidate"]) == ("dense (sdpa)", 1.0, "S2(8, 2, 4)")
+    assert (dense["candidate"], dense["density"], ours["candidate"]) == (
+        "dense (sdpa)",
+        1.0,
+        "S2(8, 2, 4)",
+    )
     density = parse_pattern("S2(8, 2, 4)").spread(2).density(256, 2)
     assert (ours["density"], ours["ideal"]) == (density, 1 / density)
     for row in (dense, ours):
@@ -73,7 +89,17 @@ def test_picture(capsys, tmp_path, on_cpu, no_memory):
     from matplotlib.pyplot import imread
 
     lengths = ("--lengths", "64,256")
-    status, _, _ = run(capsys, "--pattern", "S2(8, 2, 4)", "--pattern", "Window(32)", *SMALL, *lengths, "--out", tmp_path)
+    status, _, _ = run(
+        capsys,
+        "--pattern",
+        "S2(8, 2, 4)",
+        "--pattern",
+        "Window(32)",
+        *SMALL,
+        *lengths,
+        "--out",
+        tmp_path,
+    )
     assert status == 0
     assert len(json.loads((tmp_path / "attention.json").read_text())["rows"]) == 2 * 3
     picture = imread(tmp_path / "attention.png")[..., :3]
@@ -103,7 +129,10 @@ def _wrong_gradient(settings, pattern, length):
 
 def _wrong_output(settings, pattern, length):
     right = bench.KINDS["right"].make(settings, pattern, length)
-    return lambda q, k, v: right(q, k, v) * torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
+    return lambda q, k, v: (
+        right(q, k, v)
+        * torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
+    )
 
 
 def _too_large(settings, pattern, length):
@@ -123,10 +152,14 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
     capsys, tmp_path, monkeypatch, on_cpu, no_memory, make, status, kind
 ):
     monkeypatch.setitem(bench.KINDS, "right", bench.KINDS["ours"])
-    monkeypatch.setitem(bench.KINDS, kind, bench.Kind(make, bench.KINDS[kind].dense, heads_first=False))
+    monkeypatch.setitem(
+        bench.KINDS, kind, bench.Kind(make, bench.KINDS[kind].dense, heads_first=False)
+    )
     exit_status, out, _ = run(capsys, "--pattern", "Window(64)", *SMALL, "--out", tmp_path)
     assert exit_status == 0
-    rows = {row["kind"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
+    rows = {
+        row["kind"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]
+    }
     bad, good = rows.pop(kind), *rows.values()
     assert bad["status"].startswith(status)
     assert "\n" not in bad["status"]
@@ -146,14 +179,23 @@ def test_grouped_heads(on_cpu, kind, kv_heads):
 
 
 @pytest.mark.parametrize(
-    "text", ["S2(8, 2, 4)", "Window(9)", "S2(8, 2, 4) | Sinks(3) | Dilated(4, 2, 9)", "PerHead([Causal(), Window(9)])"]
+    "text",
+    [
+        "S2(8, 2, 4)",
+        "Window(9)",
+        "S2(8, 2, 4) | Sinks(3) | Dilated(4, 2, 9)",
+        "PerHead([Causal(), Window(9)])",
+    ],
 )
 def test_flex_attention_gets_the_pattern(text):
     pattern, at = parse_pattern(text).spread(2), torch.arange(64)
     mask = bench.flex_mask(pattern, 4, 2, "cpu")
     over_keys = torch.vmap(mask, (None, None, None, 0))
     over_all = torch.vmap(torch.vmap(over_keys, (None, None, 0, None)), (None, 0, None, None))
-    assert torch.equal(over_all(torch.tensor(0), torch.arange(4), at, at), pattern.mask(at, at, 2).repeat_interleave(2, 0))
+    assert torch.equal(
+        over_all(torch.tensor(0), torch.arange(4), at, at),
+        pattern.mask(at, at, 2).repeat_interleave(2, 0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +213,9 @@ def test_flex_attention_gets_the_pattern(text):
 )
 def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    status, _, err = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    status, _, err = run(
+        capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)
+    )
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1

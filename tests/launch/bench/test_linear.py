@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from longspan.launch.bench import (linear as bench_linear, linear_candidates, measure)
-from longspan.launch.cli import (main)
-from longspan.launch.bench.linear_candidates import (BLOCKS, Width)
+from longspan.launch.bench import linear as bench_linear
+from longspan.launch.bench import linear_candidates, measure
+from longspan.launch.bench.linear_candidates import BLOCKS, Width
+from longspan.launch.cli import main
 
 SMALL = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
 DENSE = "dense (sdpa)"
@@ -43,7 +44,11 @@ def rows_of(folder) -> dict[tuple[str, int], dict]:
 
 
 def line_of(out: str, row: dict) -> str:
-    return next(line for line in out.splitlines() if line.startswith(f"{row['length']:>9,}  {row['candidate']} "))
+    return next(
+        line
+        for line in out.splitlines()
+        if line.startswith(f"{row['length']:>9,}  {row['candidate']} ")
+    )
 
 
 def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_cpu, peak):
@@ -52,7 +57,10 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
     monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
     status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
     assert status == 0
-    report, rows = json.loads((tmp_path / "deep" / "linear.json").read_text()), rows_of(tmp_path / "deep")
+    report, rows = (
+        json.loads((tmp_path / "deep" / "linear.json").read_text()),
+        rows_of(tmp_path / "deep"),
+    )
     assert set(report) == {"machine", "versions", "settings", "rows"}
     assert set(report["versions"]) == {"python", "torch", "triton", "flash-linear-attention"}
     assert report["settings"] == {
@@ -69,7 +77,10 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
     skipped, dense = rows.pop((DENSE, 130)), rows[DENSE, 70]
     assert skipped["status"] == "skipped: longer than --dense-up-to 70"
     assert line_of(out, skipped).endswith(skipped["status"])
-    assert not any(skipped[key] for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy"))
+    assert not any(
+        skipped[key]
+        for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy")
+    )
     step = "forward+backward"
     for (name, length), row in rows.items():
         assert row["status"] == "measured"
@@ -84,8 +95,12 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
             assert f" {row['ratio'][step]:.2f}x " in line_of(out, row)
         else:
             assert row["ratio"] is None, "dense attention was not measured"
-    units = 2 * 70 * 2 * 4 * 4 * 8  # their tensors and gradients: 70 tokens of two heads, q, k, v and o of 8 dims, in fp32
-    assert rows["linear", 70]["peak_multiple"] == rows[DENSE, 70]["peak_multiple"] == (3 << 20) / units
+    units = (
+        2 * 70 * 2 * 4 * 4 * 8
+    )  # their tensors and gradients: 70 tokens of two heads, q, k, v and o of 8 dims, in fp32
+    assert (
+        rows["linear", 70]["peak_multiple"] == rows[DENSE, 70]["peak_multiple"] == (3 << 20) / units
+    )
 
     picture = imread(tmp_path / "deep" / "linear.png")[..., :3]
     half = picture.shape[1] // 2
@@ -141,7 +156,9 @@ def _wrong_gradient(out, q):
 
 
 def _wrong_output(out, q):
-    return out * torch.ones(out.shape[1], 1, 1).index_fill(0, torch.tensor([out.shape[1] - 1]), float("nan"))
+    return out * torch.ones(out.shape[1], 1, 1).index_fill(
+        0, torch.tensor([out.shape[1] - 1]), float("nan")
+    )
 
 
 def _too_large(out, q):
@@ -156,7 +173,9 @@ def _too_large(out, q):
         (_too_large, "cannot run: OutOfMemoryError: tried to allocate more than there is"),
     ],
 )
-def test_what_is_wrong_or_fails_is_listed_and_never_timed(capsys, tmp_path, monkeypatch, on_cpu, peak, change, status):
+def test_what_is_wrong_or_fails_is_listed_and_never_timed(
+    capsys, tmp_path, monkeypatch, on_cpu, peak, change, status
+):
     right = linear_candidates.linear_attention
 
     def attend(q, k, v, *, backend, **options):
@@ -164,19 +183,41 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(capsys, tmp_path, monk
         return change(out, q) if "beta" in options and backend != "reference" else out
 
     monkeypatch.setattr(linear_candidates, "linear_attention", attend)
-    exit_status, out, _ = run(capsys, "--mixer", "deltanet", "--mixer", "gla", *SMALL, "--lengths", "70", "--out", tmp_path)
+    exit_status, out, _ = run(
+        capsys,
+        "--mixer",
+        "deltanet",
+        "--mixer",
+        "gla",
+        *SMALL,
+        "--lengths",
+        "70",
+        "--out",
+        tmp_path,
+    )
     assert exit_status == 0
     rows = rows_of(tmp_path)
     bad, good = rows["deltanet", 70], rows["gla", 70]
     assert bad["status"].startswith(status)
     assert line_of(out, bad).endswith(bad["status"])
-    assert not any(bad[key] for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy"))
+    assert not any(
+        bad[key]
+        for key in ("seconds", "median", "peak_bytes", "ratio", "tokens_per_second", "constancy")
+    )
     assert good["status"] == "measured"
 
 
 def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
     monkeypatch.setattr(measure, "device", lambda: "cuda")
-    options = {"lengths": "70", "dense_up_to": 70, "heads": 2, "head_dim": 8, "repeats": 1, "backend": "auto", "dtype": "auto"}
+    options = {
+        "lengths": "70",
+        "dense_up_to": 70,
+        "heads": 2,
+        "head_dim": 8,
+        "repeats": 1,
+        "backend": "auto",
+        "dtype": "auto",
+    }
     settings = bench_linear._settings(SimpleNamespace(mixer=["kda"], **options))
     rows = list(bench_linear._rows(settings, 70))
     assert [row.candidate for row in rows] == [DENSE, "kda (torch)", "kda (triton)", "kda (fla)"]
@@ -193,19 +234,27 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mixer", "full"], "--mixer: there is no linear 'full', only linear, lightning, retention, "),
+        (
+            ["--mixer", "full"],
+            "--mixer: there is no linear 'full', only linear, lightning, retention, ",
+        ),
         (["--lengths", "8k"], "--lengths: must be whole numbers, as 4096,65536, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
-        (["--mixer", "gla", "--head-dim", "5"], "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part"),
+        (
+            ["--mixer", "gla", "--head-dim", "5"],
+            "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part",
+        ),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    status, _, err = run(capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    status, _, err = run(
+        capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)
+    )
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1

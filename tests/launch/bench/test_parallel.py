@@ -6,7 +6,18 @@ import pytest
 
 
 def test_every_operation_is_checked_and_measured(longspan, tmp_path):
-    done = longspan("bench", "parallel", "--length", "512", "--head-dim", "8", "--repeats", "2", "--out", tmp_path)
+    done = longspan(
+        "bench",
+        "parallel",
+        "--length",
+        "512",
+        "--head-dim",
+        "8",
+        "--repeats",
+        "2",
+        "--out",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "parallel.json").read_text())
     rows = {(row["operation"], row["schedule"]): row for row in report["rows"]}
@@ -18,10 +29,17 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
         "lightning",
         "gated_deltanet",
     }
-    assert {schedule for name, schedule in rows if name == "full"} == {"ring", "gather", "stripes", "heads"}
+    assert {schedule for name, schedule in rows if name == "full"} == {
+        "ring",
+        "gather",
+        "stripes",
+        "heads",
+    }
     for row in rows.values():
         assert len(row["alone"]) == len(row["together"]) == 2
-        assert all(0 < spent < total for spent, total in zip(row["messages"], row["together"], strict=True))
+        assert all(
+            0 < spent < total for spent, total in zip(row["messages"], row["together"], strict=True)
+        )
         assert row["error"] < 1e-4
     assert (tmp_path / "parallel.png").read_bytes().startswith(b"\x89PNG")
     assert len(done.stdout.splitlines()) == 4 + len(rows)
@@ -32,7 +50,10 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
     [
         (["--ranks", "1"], "--ranks: must be at least 2, got 1"),
         (["--heads", "3"], "--kv-heads: 2 does not divide --heads 3"),
-        (["--length", "1000"], "--length: 1000 is not a multiple of 128 x 2 ranks, whole blocks for each"),
+        (
+            ["--length", "1000"],
+            "--length: 1000 is not a multiple of 128 x 2 ranks, whole blocks for each",
+        ),
     ],
 )
 def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):

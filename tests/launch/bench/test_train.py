@@ -11,7 +11,9 @@ SMALL = ["--hidden", "32", "--layers", "1", "--intermediate", "64", "--vocabular
 def test_memory_is_searched_for_every_candidate(longspan, tmp_path):
     done = longspan("bench", "memory", *SMALL, "--budget-mib", "8", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {row["candidate"]: row for row in json.loads((tmp_path / "memory.json").read_text())["rows"]}
+    rows = {
+        row["candidate"]: row for row in json.loads((tmp_path / "memory.json").read_text())["rows"]
+    }
     assert {"longspan", "longspan, full recompute", "PyTorch", "transformers"} <= rows.keys()
     for row in rows.values():
         fitting = [int(length) for length, peak in row["peaks"].items() if peak <= 8 << 20]
@@ -25,7 +27,9 @@ def test_every_trainer_takes_its_turns(longspan, tmp_path):
     turns = ["--length", "256", "--batch", "1", "--steps", "2", "--repeats", "1"]
     done = longspan("bench", "train", *SMALL, *turns, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {row["candidate"]: row for row in json.loads((tmp_path / "train.json").read_text())["rows"]}
+    rows = {
+        row["candidate"]: row for row in json.loads((tmp_path / "train.json").read_text())["rows"]
+    }
     for name, row in rows.items():
         assert len(row["seconds"]) == 1, (name, row)
     assert 0 < rows["longspan, full"]["data_share"] < 1

@@ -25,7 +25,7 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
         from longspan.trainer.data.batches import Batches
         from longspan.trainer.data.prepare import prepare_data
         from longspan.trainer.data.tokenizer import recipe_vocab_size
-        from longspan.trainer.run.loop import build_engine
+        from longspan.trainer.engines.build import build_engine
 
         engine = build_engine(recipe)
         batches = Batches(

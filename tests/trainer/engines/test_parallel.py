@@ -218,7 +218,7 @@ def test_what_one_rank_raises_ends_all_of_them(ranks, tmp_path):
         "            raise ValueError('met here')\n"
     )
     (_, first), (_, second) = ranks(2, script, status=1)
-    assert first.splitlines()[-1] == "longspan.trainer.errors.UserError"
+    assert first.splitlines()[-1] == "longspan.trainer.errors.SilentRankError"
     assert second.splitlines()[-1] == "ValueError: met here"
 
 

@@ -244,8 +244,8 @@ def run(tmp_path_factory, corpus):
     """The folder of a run that has not learned anything."""
     from longspan.launch.process import process_group
     from longspan.trainer.checkpoint.run_folder import RunFolder
+    from longspan.trainer.engines.build import build_engine
     from longspan.trainer.recipe.file import load_recipe
-    from longspan.trainer.run.loop import build_engine
 
     folder = tmp_path_factory.mktemp("runs")
     overrides = [

@@ -112,9 +112,9 @@ MORE_CUSTOM = {
 def save_run(recipe_file: Path, *overrides: str) -> Path:
     """The folder of a run with a checkpoint, whose every weight is noise, norms as well."""
     from longspan.trainer.checkpoint.run_folder import RunFolder
+    from longspan.trainer.engines.build import build_engine
     from longspan.trainer.ranks import RankGroup
     from longspan.trainer.run.checkpointer import Checkpointer
-    from longspan.trainer.run.loop import build_engine
 
     recipe = load_recipe(str(recipe_file), ["training.seq_length=192", *overrides])
     folder = RunFolder(recipe.run_dir)

@@ -36,9 +36,9 @@ def model_folder(tiny_recipe, tmp_path):
 @contextlib.contextmanager
 def begun(recipe_file, *overrides):
     """An engine with the weights that its recipe begins with; ``told`` has what is told of them."""
+    from longspan.trainer.engines.build import build_engine
     from longspan.trainer.huggingface.initial import load_initial, require_initial
     from longspan.trainer.ranks import RankGroup
-    from longspan.trainer.run.loop import build_engine
 
     recipe = load_recipe(str(recipe_file), ["training.seq_length=192", *overrides])
     require_initial(recipe)

@@ -30,7 +30,7 @@ def batches_on(recipe_file, *overrides):
     from longspan.trainer.data.batches import Batches
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.data.tokenizer import recipe_vocab_size
-    from longspan.trainer.run.loop import build_engine
+    from longspan.trainer.engines.build import build_engine
 
     recipe = load_recipe(str(recipe_file), ["training.micro_batch_size=2", *overrides])
     with process_group(2):

@@ -19,7 +19,7 @@ def engine(tiny_recipe):
     with contextlib.ExitStack() as stack:
 
         def build(*overrides):
-            from longspan.trainer.run.loop import build_engine
+            from longspan.trainer.engines.build import build_engine
 
             stack.enter_context(process_group(2))
             made = build_engine(load_recipe(str(tiny_recipe), list(overrides)))

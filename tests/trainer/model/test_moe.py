@@ -16,7 +16,7 @@ from ..stacks import EXPERTS, SHARED_EXPERT
 
 @contextlib.contextmanager
 def engine_of(recipe_file, *overrides):
-    from longspan.trainer.run.loop import build_engine
+    from longspan.trainer.engines.build import build_engine
 
     with process_group(2):
         engine = build_engine(load_recipe(str(recipe_file), list(overrides)))

@@ -1,0 +1,1 @@
+"""What the benchmarks of ``longspan bench`` measure, and how."""
