@@ -7,7 +7,6 @@ import sys
 from ...trainer.checkpoint.files import checkpoints
 from ...trainer.checkpoint.run_folder import RunFolder
 from ...trainer.data.prepare import PreparedData, prepare_data
-from ...trainer.engines.deepspeed_config import offloads
 from ...trainer.errors import STOPPED, UserError
 from ...trainer.huggingface.initial import require_initial
 from ...trainer.recipe.file import load_recipe, to_yaml
@@ -39,7 +38,9 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
 
 def _require_host_memory(recipe: Recipe) -> None:
     """Of this machine, for what its ranks move there."""
-    if not (offloads(recipe) or offloads(recipe, "offload_param") or recipe.memory.offload_inputs):
+    engine = recipe.engine
+    engine_offloads = engine.offloads_optimizer or engine.offloads_weights
+    if not engine_offloads and not recipe.memory.offload_inputs:
         return
     from ...trainer.data.tokenizer import recipe_vocab_size
     from ...trainer.predict.estimate import host_bytes
@@ -47,13 +48,8 @@ def _require_host_memory(recipe: Recipe) -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", recipe.launch.processes))
     needed, there = ranks * host_bytes(recipe, recipe_vocab_size(recipe)), host_memory()
     if needed > there:
-        keys = (
-            "engine.config.zero_optimization"
-            if recipe.engine.name == "deepspeed"
-            else "memory.offload_inputs"
-        )
         raise UserError(
-            f"{keys}: what the {ranks} processes here offload takes {needed / 2**30:,.1f} GiB, but this machine has "
+            f"{engine.offload_key}: what the {ranks} processes here offload takes {needed / 2**30:,.1f} GiB, but this machine has "
             f"{there / 2**30:,.1f} GiB; use more machines, or offload less"
         )
 

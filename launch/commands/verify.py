@@ -39,7 +39,7 @@ def verify(options: argparse.Namespace) -> int:
 
 def _check(recipe: Recipe, options: argparse.Namespace, cp: int) -> None:
     """Refuse schedules that cannot do it before any process starts."""
-    from ...trainer.predict.communication import schedule_problems
+    from ...trainer.recipe.kv_schedules import schedule_problems
 
     parallel = recipe.parallel.model_copy(update={"cp": cp, "tp": 1})
     if problems := [

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...parallel import Sequence
-from ..data.batches import Microbatch, recipe_layout
+from ..data.batches import Microbatch
 from ..engines.megatron import MegatronEngine
+from ..errors import UserError
+from ..predict.communication import recipe_layout
+from ..recipe.check import check_recipe
 from ..recipe.schema import Recipe
 
 VOCABULARY = 256
@@ -49,12 +52,13 @@ def shrink(recipe: Recipe, cp: int) -> Recipe:
     for hidden in sizes:
         for dim in dims:
             try:
-                return Recipe.model_validate(
-                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}}
+                return check_recipe(
+                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}},
+                    "verify",
                 )
-            except ValueError:  # the last sizes are the recipe's own
+            except UserError:  # the last sizes are the recipe's own
                 continue
-    return Recipe.model_validate(content)
+    return check_recipe(content, "verify")
 
 
 def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:

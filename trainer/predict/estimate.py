@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...parallel.linear import scan_steps
-from ..data.batches import recipe_layout
-from ..engines.deepspeed_config import offloads
 from ..layers.base import ContextSplit
 from ..recipe.schema import Recipe
-from .communication import Choice, choices
+from .communication import Choice, choices, recipe_layout
 from .flops import (
     flops_per_token,
     mixer_parameters,
@@ -119,7 +117,7 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     memory = MemoryEstimate(
         weights=_held(recipe, total, 2, 3),
         gradients=_held(recipe, total, 4, 2),
-        optimizer=0.0 if offloads(recipe) else _held(recipe, total, 12, 1),
+        optimizer=0.0 if recipe.engine.offloads_optimizer else _held(recipe, total, 12, 1),
         activations=2 * tokens * (saved * in_flight + max(again, default=0)),
         loss=loss,
         key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
@@ -151,9 +149,9 @@ def host_bytes(recipe: Recipe, vocab_size: int) -> float:
     """That one rank keeps in the host's memory where the recipe moves something there."""
     model, training = recipe.model, recipe.training
     total, needed = parameter_count(model, vocab_size), 0.0
-    if offloads(recipe):  # weights, both moments and gradients in fp32
+    if recipe.engine.offloads_optimizer:  # weights, both moments and gradients in fp32
         needed += _held(recipe, total, 16, 1)
-    if offloads(recipe, "offload_param"):
+    if recipe.engine.offloads_weights:
         needed += _held(recipe, total, 2, 3)
     if recipe.memory.offload_inputs:
         tokens = training.micro_batch_size * training.seq_length / recipe.parallel.cp
@@ -212,7 +210,7 @@ def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
     distributed optimizer is the first).
     """
     model, parallel = recipe.model, recipe.parallel
-    shared = (recipe.engine.zero_stage if recipe.engine.name == "deepspeed" else 1) >= stage
+    shared = recipe.engine.sharding_stage >= stage
     replicas = recipe.data_parallel * parallel.cp
     experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
     of_dense = (total - experts) / parallel.tp / (replicas if shared else 1)

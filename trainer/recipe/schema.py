@@ -2,12 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from ..layers.base import Block, Fraction, Momentum, Positive, Section
+from ..layers.base import Block, Momentum, Positive, Section
 from ..layers.registry import AnyBlock
-from .checks import impossible
-from .learning_rate import learning_rate
+from .engine_config import AnyEngine, MegatronConfig
+from .learning_rate import LRSchedulerConfig, learning_rate
 
 
 class LayersConfig(Section):
@@ -188,17 +188,6 @@ class OptimizerConfig(Section):
     """Of matrices; vectors (norms) are not decayed."""
 
 
-class LRSchedulerConfig(Section):
-    name: Literal["cosine", "wsd"] = "cosine"
-    """wsd: warmup, stable, then linear decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises to its peak."""
-    decay_ratio: Fraction = 0.2
-    """wsd: share of all steps in the final decay."""
-    min_lr_factor: Fraction = 0.1
-    """Share of the learning rate that is left at the end."""
-
-
 class ParallelConfig(Section):
     tp: Positive = 1
     """Tensor parallel: heads and MLP columns."""
@@ -249,27 +238,6 @@ class MemoryConfig(Section):
     def recompute_of(self, block: str) -> str:
         """That of the block of that name."""
         return self.recompute_blocks.get(block, self.recompute)
-
-
-class MegatronConfig(Section):
-    """Megatron-core's DDP and distributed optimizer."""
-
-    name: Literal["megatron"] = "megatron"
-    """All degrees of parallel."""
-
-
-class DeepSpeedConfig(Section):
-    """DeepSpeed's ZeRO; context and tensor parallel, no pipeline."""
-
-    name: Literal["deepspeed"]
-    """tp, cp and data parallel."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
-
-
-AnyEngine = Annotated[MegatronConfig | DeepSpeedConfig, Field(discriminator="name")]
 
 
 class InitialConfig(Section):
@@ -360,6 +328,11 @@ class StageConfig(Section):
         return bool(self.data or self.training.seq_length or self.training.global_batch_size)
 
 
+def _changed(section: Section, change: Section) -> Section:
+    """Return the section with the keys that ``change`` sets."""
+    return section.model_copy(update=change.model_dump(exclude_none=True))
+
+
 def _path_alone(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -392,52 +365,43 @@ class Recipe(Section):
         return [0, *(stage.from_step for stage in self.stages)]
 
     def at(self, step: int) -> "Recipe":
-        """The recipe of the stage that step ``step`` (from 0) is in."""
-        now = self
+        """Return the recipe of the stage that step ``step`` (from 0) is in."""
+        recipe = self
         for number, stage in enumerate(self.stages, 1):
             if stage.from_step <= step:
-                changed = {
-                    name: getattr(now, name).model_copy(
-                        update=getattr(stage, name).model_dump(exclude_none=True)
-                    )
-                    for name in ("training", "model", "optimizer")
-                }
-                if stage.changes_data:  # its data begin anew, and must not be those of step 0
-                    changed["training"] = changed["training"].model_copy(
-                        update={"seed": self.training.seed + number}
-                    )
-                whole = {
-                    name: value
-                    for name in ("data", "lr_scheduler")
-                    if (value := getattr(stage, name))
-                }
-                now = now.model_copy(update=changed | whole)
-        return now
+                recipe = recipe._with_stage(stage, number, self.training.seed)
+        return recipe
+
+    def _with_stage(self, stage: StageConfig, number: int, first_seed: int) -> "Recipe":
+        """Return this recipe with the keys that a stage changes."""
+        sections: dict[str, Section] = {
+            "training": _changed(self.training, stage.training),
+            "model": _changed(self.model, stage.model),
+            "optimizer": _changed(self.optimizer, stage.optimizer),
+        }
+        if stage.changes_data:  # its data begin anew, and must not be those of step 0
+            seed = {"seed": first_seed + number}
+            sections["training"] = sections["training"].model_copy(update=seed)
+        if stage.data:
+            sections["data"] = stage.data
+        if stage.lr_scheduler:
+            sections["lr_scheduler"] = stage.lr_scheduler
+        return self.model_copy(update=sections)
 
     def data_start(self, step: int) -> int:
-        """The step (from 0) at which the data of step ``step`` begin: where a stage last changed them."""
-        return max(
-            [
-                0,
-                *(
-                    stage.from_step
-                    for stage in self.stages
-                    if stage.from_step <= step and stage.changes_data
-                ),
-            ]
-        )
+        """Return the step (from 0) at which the data of step ``step`` begin: where a stage last
+        changed them.
+        """
+        starts = [stage.from_step for stage in self.stages if stage.changes_data]
+        return max((start for start in starts if start <= step), default=0)
 
     def learning_rate(self, step: int) -> float:
-        """Of step ``step`` (from 0)."""
-        now, starts = (
-            self.at(step),
-            [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)],
-        )
-        first, last = (
-            max(s for s in starts if s <= step),
-            min((s for s in starts if s > step), default=self.training.steps),
-        )
-        return learning_rate(step - first, last - first, now.optimizer.lr, now.lr_scheduler)
+        """Return the learning rate of step ``step`` (from 0)."""
+        recipe = self.at(step)
+        starts = [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)]
+        start = max(start for start in starts if start <= step)
+        stop = min((start for start in starts if start > step), default=self.training.steps)
+        return learning_rate(step - start, stop - start, recipe.optimizer.lr, recipe.lr_scheduler)
 
     @property
     def data_parallel(self) -> int:
@@ -447,18 +411,3 @@ class Recipe(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.training.seq_length
-
-    @model_validator(mode="after")
-    def _combinations(self) -> "Recipe":
-        problems = list(impossible(self))
-        if problems:
-            raise CombinationError(problems)
-        return self
-
-
-class CombinationError(ValueError):
-    """Keys that are each legal and together impossible: ``(key, reason and fix)`` pairs."""
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        super().__init__(problems)
-        self.problems = problems
