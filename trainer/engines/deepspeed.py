@@ -25,7 +25,8 @@ from torch.nn import Parameter
 from ..data.batches import Microbatch
 from ..errors import UserError
 from ..model import weights
-from ..recipe.schema import DeepSpeedConfig, Recipe
+from ..recipe.engine_config import DeepSpeedConfig
+from ..recipe.schema import Recipe
 from .base import EngineBase, forward
 from .deepspeed_config import deepspeed_config
 from .deepspeed_state import DeepSpeedState

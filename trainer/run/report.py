@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from ..checkpoint.run_folder import RunFolder
 from ..engines.engine import Engine, StepResult
 from ..predict.communication import choices
-from ..recipe.layers.softmax import SoftmaxBlock
 from ..recipe.schema import Recipe
 from ..recipe.stages import Stage
 from .checkpointer import SaveOutcome
@@ -158,7 +157,7 @@ def recipe_warnings(recipe: Recipe) -> Iterator[str]:
     """Yield what is allowed in a recipe and yet looks like a mistake, with key and fix."""
     model = recipe.model
     for name, block in model.layers.blocks.items():
-        if isinstance(block, SoftmaxBlock) and block.leaves_gaps(model.kv_heads):
+        if block.leaves_gaps(model.kv_heads):
             yield (
                 f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps "
                 f"that only nearby queries see. Use a stride of at most {model.kv_heads}, "

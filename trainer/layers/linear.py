@@ -1,13 +1,14 @@
-"""The kinds of layer with linear attention or a short convolution: published mixers as presets of one design. Without torch."""
+"""Layers with linear attention: published mixers as presets of one design. Without torch."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
 
-from .softmax import Block, Natural, Positive
+import numpy as np
 
-if TYPE_CHECKING:
-    from ..schema import ModelConfig
+from ...attention.errors import InvalidField
+from .base import Block, ContextSplit, ModelSizes, Natural, Positive, Shapes, Visibility
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,42 @@ class LinearDesign:
         """Queries, keys and values of all heads."""
         return self.key_heads * 2 * self.key_dim + self.width
 
+    @property
+    def state_numbers(self) -> int:
+        """Numbers of all heads' states."""
+        return self.heads * self.feature_dim * (self.value_dim + self.normalised)
+
+    def parameter_shapes(self, hidden_size: int) -> Shapes:
+        """Return the shape of every parameter of the mixer, by its name there."""
+        keys = self.heads * self.key_dim
+        shapes: Shapes = {
+            "linear_in.weight": (self.key_heads * sum(self.parts), hidden_size),
+            "linear_proj.weight": (hidden_size, self.width),
+        }
+        if self.conv_kernel:
+            shapes["conv_weight"] = (self.conv_channels, self.conv_kernel)
+            if self.conv_bias:
+                shapes["conv_bias"] = (self.conv_channels,)
+        if self.feature_map == "hedgehog":
+            shapes |= {"map_q": (keys, self.key_dim), "map_k": (keys, self.key_dim)}
+        if self.feature_map == "lrpe":
+            shapes["angles"] = (self.heads, self.key_dim)
+        if self.decay_rank:
+            shapes["decay_in.down.weight"] = (self.decay_rank, hidden_size)
+            shapes["decay_in.up.weight"] = (keys, self.decay_rank)
+        if self.decay in ("sigmoid", "softplus"):
+            shapes["decay.bias"] = (keys if self.decay_rank else self.heads,)
+        if self.decay == "softplus":
+            shapes["decay.rate_log"] = (self.heads,)
+        if self.skip:
+            shapes["skip"] = (self.heads,)
+        if self.norm != "none" and self.norm_weight:
+            shapes["norm.weight"] = (self.value_dim if self.norm == "head" else self.width,)
+        if self.gate_rank:
+            shapes["gate_in.down.weight"] = (self.gate_rank, hidden_size)
+            shapes["gate_in.up.weight"] = (self.width, self.gate_rank)
+        return shapes
+
 
 class LinearAttentionBlock(Block):
     """Sizes that all kinds of linear attention share."""
@@ -94,40 +131,35 @@ class LinearAttentionBlock(Block):
     value_head_dim: Positive | None = None
     """Dims of a value; the mixer's output has num_heads times as many."""
 
-    def design(self, model: "ModelConfig", layer: int = 0) -> LinearDesign:
-        """Of the mixer of layer ``layer`` (from 0); ValueError naming a key where the sizes do not fit."""
+    decay_rank_key: ClassVar[str] = "value_head_dim"
+    """Which key the rank of the decays comes from, if they have one."""
+
+    def design(self, model: ModelSizes, layer: int = 0) -> LinearDesign:
+        """Return what the mixer of layer ``layer`` (from 0) does.
+
+        Raises:
+            InvalidField: the sizes do not fit.
+        """
         heads = self.num_heads or model.num_attention_heads
-        design = self._preset(
-            LinearDesign(
-                heads, heads, *self._dims(model.num_attention_heads * model.kv_channels, heads)
-            )
-        )
-        for key, count in {
-            "num_key_heads": design.key_heads,
-            "key_head_dim": design.key_dim,
-        }.items():
-            if key == "num_key_heads" and heads % count:
-                raise ValueError(f"{key} {count} does not divide the {heads} heads")
-            if key == "key_head_dim" and design.rotary and count % 2:
-                raise ValueError(f"{key} {count} is odd, but is rotated in pairs; use {count + 1}")
+        width = model.num_attention_heads * model.kv_channels
+        design = self._preset(LinearDesign(heads, heads, *self._head_dims(width, heads)))
+        if heads % design.key_heads:
+            reason = f"{design.key_heads} does not divide the {heads} heads"
+            raise InvalidField("num_key_heads", reason)
+        if design.rotary and design.key_dim % 2:
+            dims = design.key_dim
+            reason = f"{dims} is odd, but is rotated in pairs; use {dims + 1}"
+            raise InvalidField("key_head_dim", reason)
         return design
 
-    def _dims(self, width: int, heads: int) -> tuple[int, int]:
-        """Key and value dims, where the preset's shares of the head's width are not overridden."""
-        found = []
-        for name, share in zip(("key_head_dim", "value_head_dim"), self._shares, strict=True):
-            given, exact = getattr(self, name), width * share[0] / (heads * share[1])
-            if given is None and (exact < 1 or exact != int(exact)):
-                if share == (1, 1):
-                    raise ValueError(
-                        f"num_heads {heads} does not divide the width, {width}; set {name}"
-                    )
-                part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
-                raise ValueError(
-                    f"{name} is by default {part}, {exact:g} with {heads} heads; set it"
-                )
-            found.append(given or int(exact))
-        return found[0], found[1]
+    def _head_dims(self, width: int, heads: int) -> tuple[int, int]:
+        """Return the dims of a key and of a value: those given, else the preset's shares of a
+        head's part of the width.
+        """
+        key_share, value_share = self._shares
+        key_dim = self.key_head_dim or _default_dim("key_head_dim", key_share, width, heads)
+        value_dim = self.value_head_dim or _default_dim("value_head_dim", value_share, width, heads)
+        return key_dim, value_dim
 
     @property
     def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -137,6 +169,78 @@ class LinearAttentionBlock(Block):
     @abstractmethod
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         """``plain`` as the paper has it."""
+
+    def mixer_class(self) -> type:
+        from .linear_mixer import LinearAttention
+
+        return LinearAttention
+
+    def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
+        return self.design(model, layer).parameter_shapes(model.hidden_size)
+
+    def mixing_flops(self, model: ModelSizes, length: int, layer: int) -> float:
+        design = self.design(model, layer)
+        # The state is written and read; with the delta rule first recalled. Decays multiply it.
+        passes = 3 if design.beta else 2
+        return design.state_numbers * (2 * passes + (design.decay != "none"))
+
+    def state_numbers(self, model: ModelSizes, length: int, layer: int) -> int:
+        design = self.design(model, layer)
+        return design.state_numbers + max(0, design.conv_kernel - 1) * design.conv_channels
+
+    def exchanged_bytes(self, model: ModelSizes, layer: int, split: ContextSplit) -> float:
+        design = self.design(model, layer)
+        # A segment maps a state to the next one: a matrix with the delta rule, else a factor.
+        kept = design.feature_dim if design.beta else 1
+        columns = design.value_dim + design.normalised + kept
+        map_numbers = design.heads * design.feature_dim * columns / split.tensor_ranks
+        halo = max(0, design.conv_kernel - 1) * design.conv_channels / split.tensor_ranks
+        map_bytes = 4 * split.state_steps * map_numbers
+        return 2 * split.segments * (map_bytes + 2 * (split.ranks - 1) * halo)
+
+    def problems(self, model: ModelSizes) -> Iterator[InvalidField]:
+        if not model.kv_channels:  # a head without dims is a problem of the model
+            return
+        try:
+            self.design(model)
+        except InvalidField as error:
+            yield error
+
+    def tensor_parallel_splits(self, model: ModelSizes) -> dict[str, int]:
+        try:
+            design = self.design(model)
+        except InvalidField:  # which `problems` reports
+            return {}
+        heads_key = "num_key_heads" if design.key_heads != design.heads else "num_heads"
+        splits = {heads_key: design.key_heads}
+        if design.decay_rank:
+            splits[self.decay_rank_key] = design.decay_rank
+        return splits
+
+    def visibility(self, model: ModelSizes, positions: np.ndarray, source: int) -> Visibility:
+        may = positions >= source
+        return Visibility(may, may & (positions <= source + 1))  # what a state holds fades
+
+    def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
+        from .decay import FIXED
+
+        design, log_decay = self.design(model, layer), None
+        if design.decay in FIXED:
+            log = FIXED[design.decay](design.heads, layer, model.num_hidden_layers)
+            log_decay = log.tolist()
+        return {"kind": "linear", **asdict(design), "log_decay": log_decay}
+
+
+def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> int:
+    """Return ``share`` of a head's part of the width, which must be a whole number."""
+    dim = width * share[0] / (heads * share[1])
+    if dim >= 1 and dim == int(dim):
+        return int(dim)
+    if share == (1, 1):
+        reason = f"{heads} does not divide the width, {width}; set {key}"
+        raise InvalidField("num_heads", reason)
+    part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
+    raise InvalidField(key, f"is by default {part}, {dim:g} with {heads} heads; set it")
 
 
 class LinearBlock(LinearAttentionBlock):
@@ -166,7 +270,7 @@ class LightningBlock(LinearAttentionBlock):
     output_gate: bool = True
     """Multiply the normalised output by a gate, a projection of the layer's input."""
 
-    def design(self, model: "ModelConfig", layer: int = 0) -> LinearDesign:
+    def design(self, model: ModelSizes, layer: int = 0) -> LinearDesign:
         design = super().design(model, layer)
         return (
             replace(design, feature_map="lrpe")
@@ -234,6 +338,7 @@ class GLABlock(LinearAttentionBlock):
     mixer: Literal["gla"]
     decay_rank: Positive = 16
     """Of the projection that the decays come from."""
+    decay_rank_key: ClassVar[str] = "decay_rank"
 
     @property
     def _shares(self):
@@ -351,11 +456,3 @@ class KDABlock(DeltaNetBlock):
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         plain, rank = super()._preset(plain), plain.value_dim
         return replace(plain, decay="softplus", decay_rank=rank, gate="sigmoid", gate_rank=rank)
-
-
-class ConvolutionBlock(Block):
-    """A gated short convolution, ``c * conv(b * x)`` of three projections (LFM2; Based's arXiv 2402.18668 has one gate)."""
-
-    mixer: Literal["conv"]
-    conv_kernel: Positive = 3
-    """Tokens that it sees, the token itself among them."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from ....attention.linear import decays
-from ...recipe.layers.linear import LinearDesign
+from ...attention.linear import decays
+from .linear import LinearDesign
 from .mixer import Initial, Mixer, uniform, zeros
 
 FIXED = {"minimax": decays.minimax, "paper": decays.lightning_paper, "retention": decays.retention}
@@ -20,10 +20,11 @@ FIXED = {"minimax": decays.minimax, "paper": decays.lightning_paper, "retention"
 class FixedDecay(nn.Module):
     """One per head, not trained."""
 
-    def __init__(self, mixer: Mixer, design: LinearDesign, layer: int, layers: int):
+    def __init__(self, mixer: Mixer, design: LinearDesign):
         super().__init__()
         first, count = mixer.first_head * design.group, mixer.local_heads * design.group
-        log = FIXED[design.decay](design.heads, layer, layers)[first : first + count]
+        of_all_heads = FIXED[design.decay](design.heads, mixer.layer, mixer.config.num_layers)
+        log = of_all_heads[first : first + count]
         self.register_buffer("log", log.to(mixer.linear_in.weight.device), persistent=False)
 
     def _apply(self, fn, recurse=True):
@@ -37,9 +38,9 @@ class FixedDecay(nn.Module):
 class SigmoidDecay(nn.Module):
     """``logsigmoid(x + b) / 16`` (GLA, arXiv 2312.06635 sec. 4.4)."""
 
-    def __init__(self, mixer: Mixer, channels: int):
+    def __init__(self, mixer: Mixer):
         super().__init__()
-        self.bias = mixer.per_head(zeros, channels)
+        self.bias = mixer.split_parameter("decay.bias", zeros)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., channels]`` in and out."""
@@ -53,10 +54,10 @@ class SoftplusDecay(nn.Module):
     log-uniform from 0.001 to 0.1.
     """
 
-    def __init__(self, mixer: Mixer, heads: int, channels: int, least_rate: float):
+    def __init__(self, mixer: Mixer, least_rate: float):
         super().__init__()
-        self.rate_log = mixer.per_head(_log_uniform_rate(least_rate), heads)
-        self.bias = mixer.per_head(_inverse_softplus_of_steps, channels)
+        self.rate_log = mixer.split_parameter("decay.rate_log", _log_uniform_rate(least_rate))
+        self.bias = mixer.split_parameter("decay.bias", _inverse_softplus_of_steps)
 
     def step(self, x: Tensor) -> Tensor:
         """``[..., channels]`` in and out."""

@@ -1,8 +1,7 @@
-"""Linear attention of every kind, as a mixer: a :class:`~longspan.trainer.recipe.layers.linear.LinearDesign` says which of its steps a
-published model has.
-"""
+"""Linear attention of every kind, as a mixer: a :class:`.linear.LinearDesign` says which of its steps a published model has."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +10,15 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
 
-from ....attention import apply_rotary
-from ....attention.linear.attention import normalised
-from ....attention.linear.feature_maps import MAPS, hedgehog
-from ....parallel import Sequence, linear_attention, short_convolution
-from ...recipe.layers.linear import LinearAttentionBlock
-from ..norm import HeadsRMSNorm
+from ...attention import apply_rotary
+from ...attention.linear.attention import normalised
+from ...attention.linear.feature_maps import MAPS, hedgehog
+from ...parallel import Sequence, linear_attention, short_convolution
+from .base import Shapes
 from .decay import FixedDecay, SigmoidDecay, SoftplusDecay
-from .mixer import Mixer, uniform
+from .linear import LinearAttentionBlock
+from .mixer import MegatronSizes, Mixer, MixerOptions, conv1d_uniform
+from .norm import HeadsRMSNorm
 
 _GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda x: x}
 
@@ -30,63 +30,56 @@ class LinearAttention(Mixer):
         self,
         config: TransformerConfig,
         block: LinearAttentionBlock,
-        rope_theta: float,
+        options: MixerOptions,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
     ):
-        design = block.design(config, layer_number - 1)
-        super().__init__(config, pg_collection, design.key_heads, sum(design.parts), design.width)
-        self.design, self.rope_theta = design, rope_theta
-        heads = self.local_heads * design.group
+        design = block.design(MegatronSizes.of(config), layer_number - 1)
+        super().__init__(config, block, options, layer_number, pg_collection, design.key_heads)
+        self.design = design
         if design.conv_kernel:
-            bound, channels = design.conv_kernel**-0.5, design.conv_channels // self.tp_group.size()
-            self.conv_weight = self.per_head(uniform(-bound, bound), channels, design.conv_kernel)
+            initial = conv1d_uniform(design.conv_kernel)
+            self.conv_weight = self.split_parameter("conv_weight", initial)
             self.conv_bias = (
-                self.per_head(uniform(-bound, bound), channels) if design.conv_bias else None
+                self.split_parameter("conv_bias", initial) if design.conv_bias else None
             )
         if design.feature_map == "hedgehog":
-            self.map_q, self.map_k = (
-                self.per_head(_identities, heads * design.key_dim, design.key_dim) for _ in "qk"
-            )
+            self.map_q = self.split_parameter("map_q", _identities)
+            self.map_k = self.split_parameter("map_k", _identities)
         if design.feature_map == "lrpe":
-            self.angles = self.per_head(_angles, self.local_heads, design.key_dim)
-        decays = heads * (design.key_dim if design.decay_rank else 1)
-        if design.decay_rank:
-            self.decay_in = LowRank(
-                config, design.decay_rank, design.heads * design.key_dim, pg_collection
-            )
-        if design.decay == "sigmoid":
-            self.decay = SigmoidDecay(self, decays)
-        elif design.decay == "softplus":
-            # Gated DeltaNet alone lets rates begin near 0.
-            self.decay = SoftplusDecay(
-                self, heads, decays, 0.0 if design.beta and not design.decay_rank else 1.0
-            )
-        elif design.decay != "none":
-            self.decay = FixedDecay(self, design, layer_number - 1, config.num_layers)
+            self.angles = self.split_parameter("angles", _angles)
+        self._add_decay(config)
         if design.skip:
-            self.skip = self.per_head(lambda shape, generator: torch.ones(shape), heads)
+            self.skip = self.split_parameter("skip", _ones)
         if design.norm != "none":
-            sizes = design.heads, design.value_dim, design.group
             self.norm = HeadsRMSNorm(
                 config,
                 design.norm,
-                *sizes,
+                design.heads,
+                design.value_dim,
+                design.group,
                 config.layernorm_epsilon,
                 self.tp_group,
                 design.norm_weight,
             )
         if design.gate_rank:
-            self.gate_in = LowRank(config, design.gate_rank, design.width, pg_collection)
+            self.gate_in = LowRank(config, self.shapes, "gate_in", self.tp_group)
+
+    def _add_decay(self, config: TransformerConfig) -> None:
+        design = self.design
+        if design.decay_rank:
+            self.decay_in = LowRank(config, self.shapes, "decay_in", self.tp_group)
+        if design.decay == "sigmoid":
+            self.decay = SigmoidDecay(self)
+        elif design.decay == "softplus":
+            gated_deltanet = design.beta and not design.decay_rank
+            self.decay = SoftplusDecay(self, least_rate=0.0 if gated_deltanet else 1.0)
+        elif design.decay != "none":
+            self.decay = FixedDecay(self, design)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         inputs, v, gate = self.around(self._inputs, hidden, sequence)
-        where = {
-            "layout": sequence.layout,
-            "group": self.cp_group,
-            "documents": sequence.all_documents,
-        }
-        out = linear_attention(**inputs, **where, scale=self.design.scale)
+        out = linear_attention(**inputs, **self.tokens_of(sequence), scale=self.design.scale)
         return self.around(self._result, out, v, gate, hidden)
 
     def _inputs(
@@ -94,16 +87,12 @@ class LinearAttention(Mixer):
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """What the operation takes, the values before their steps, and the gates."""
         design = self.design
-        where = {
-            "layout": sequence.layout,
-            "group": self.cp_group,
-            "documents": sequence.all_documents,
-        }
+        # [batch, time, local key heads, rows] each, then gates, betas and decays [batch, time, all their rows]
         mixed, gate, beta, decay = self.project(hidden).split(design.parts, dim=-1)
         gate, beta, decay = gate.flatten(2), beta.flatten(2), decay.flatten(2)
         if design.conv_kernel:
             convolved = short_convolution(
-                mixed.flatten(2), self.conv_weight, self.conv_bias, **where
+                mixed.flatten(2), self.conv_weight, self.conv_bias, **self.tokens_of(sequence)
             )
             mixed = F.silu(convolved).view_as(mixed)
         q, k, v = mixed.split(
@@ -114,17 +103,17 @@ class LinearAttention(Mixer):
                 F.silu(x) if name in design.silu else x
                 for name, x in zip("qkv", (q, k, v), strict=True)
             )
-        v = v.unflatten(-1, (design.group, -1)).flatten(2, 3)
+        v = v.unflatten(-1, (design.group, -1)).flatten(2, 3)  # [batch, time, local heads, dim]
         q, k = self._features(q, k, sequence)
 
         inputs = {"q": q, "k": k, "v": v}
         if design.decay != "none":
             inputs["decay"], step = self._decay(hidden, decay)
-            if design.steps:
+            if step is not None and design.steps:
                 inputs["v"] = v * step[..., None].to(v.dtype)
         if design.beta:
             inputs["beta"] = design.beta * torch.sigmoid(beta)
-        if design.normalised:
+        if design.normalised:  # a column of ones sums the weights
             inputs["v"] = F.pad(inputs["v"], (0, 1), value=1.0)
         return inputs, v, gate
 
@@ -176,34 +165,43 @@ class LinearAttention(Mixer):
 
 
 class LowRank(nn.Module):
-    """Two projections with few channels between them, which every tensor-parallel rank has whole."""
+    """Two projections with few channels between them, which every tensor-parallel rank has whole.
+
+    Args:
+        shapes: of the mixer's parameters, where those of this module begin with ``name``.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
-        rank: int,
-        width: int,
-        pg_collection: ProcessGroupCollection,
+        shapes: Shapes,
+        name: str,
+        tp_group: torch.distributed.ProcessGroup,
     ):
         super().__init__()
-        shared = {
+        rank, hidden_size = shapes[f"{name}.down.weight"]
+        width, _ = shapes[f"{name}.up.weight"]
+        shared: dict[str, Any] = {
             "bias": False,
             "skip_bias_add": True,
-            "tp_group": pg_collection.tp,
+            "tp_group": tp_group,
             "init_method": config.init_method,
         }
         self.down = ColumnParallelLinear(
-            config.hidden_size, rank, config=config, gather_output=True, **shared
+            hidden_size, rank, config=config, gather_output=True, **shared
         )
-        whole = copy.copy(
-            config
-        )  # what is between them is no longer spread over the ranks along time
+        # What is between them is no longer spread over the ranks along time.
+        whole = copy.copy(config)
         whole.sequence_parallel = False
         self.up = ColumnParallelLinear(rank, width, config=whole, gather_output=False, **shared)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From ``[time, batch, hidden]`` to ``[batch, time, local width]``."""
         return self.up(self.down(hidden)[0])[0].transpose(0, 1)
+
+
+def _ones(shape: list[int], generator: Generator) -> Tensor:
+    return torch.ones(shape)
 
 
 def _identities(shape: list[int], generator: Generator) -> Tensor:
