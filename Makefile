@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-gpu lint
+.PHONY: train test test-all test-gpu lint golden
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -15,6 +15,10 @@ test-all: test
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# Writes the golden files anew; read the diff before it is committed.
+golden: $(VENV)/installed
+	GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden -m ""
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
