@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.linear import decays
-from ...attention.linear.attention import linear_attention, normalised
+from ...attention.linear.attention import linear_attention, normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...trainer.layers.linear import LinearAttentionBlock, LinearDesign
 from ...trainer.layers.registry import KINDS
@@ -117,7 +117,7 @@ def _operation(design: LinearDesign, names: Iterable[str], backend: str) -> Call
             # A column of ones in v becomes the sum of the weights.
             arguments["v"] = F.pad(arguments["v"], (0, 1), value=1.0)
         out = linear_attention(**arguments, scale=design.scale, backend=backend)
-        return normalised(out) if design.normalised else out
+        return normalized(out) if design.normalised else out
 
     return operation
 

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
 
 from ...attention import apply_rotary
-from ...attention.linear.attention import normalised
+from ...attention.linear.attention import normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...parallel import Sequence, linear_attention, short_convolution
 from .base import Shapes
@@ -120,7 +120,7 @@ class LinearAttention(Mixer):
     def _result(self, out: Tensor, v: Tensor, gate: Tensor, hidden: Tensor) -> Tensor:
         design = self.design
         if design.normalised:
-            out = normalised(out)
+            out = normalized(out)
         if design.skip:
             out = out + v * self.skip[:, None].to(v.dtype)
         if design.gate_rank:
