@@ -5,7 +5,7 @@ from typing import NamedTuple
 from ...parallel import Layout
 from ...parallel.schedules.balance import balance
 from ...parallel.schedules.choose import choose_schedule, cost
-from ...parallel.schedules.names import Schedule, named, unsupported_reason
+from ...parallel.schedules.names import Schedule, schedules_named
 from ..recipe.schema import Recipe
 
 
@@ -59,8 +59,8 @@ def choices(recipe: Recipe, bytes_per_number: int) -> list[Choice]:
         chosen = choose_schedule(parallel.schedule_of(name), layout, pattern, heads, kv_heads, dims)
         able = [
             one
-            for one in named("auto", parallel.cp)
-            if not unsupported_reason(one, parallel.cp, pattern, heads, kv_heads)
+            for one in schedules_named("auto", parallel.cp)
+            if not one.unsupported_reason(parallel.cp, pattern, heads, kv_heads)
         ]
         bytes_of = bytes_per_number * recipe.training.micro_batch_size
         costs = {
