@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...attention.linear import decays
-from .linear import LinearDesign
+from .linear_design import LinearDesign
 from .mixer import Initial, Mixer, uniform, zeros
 
 FIXED = {"minimax": decays.minimax, "paper": decays.lightning_paper, "retention": decays.retention}
@@ -20,10 +20,10 @@ FIXED = {"minimax": decays.minimax, "paper": decays.lightning_paper, "retention"
 class FixedDecay(nn.Module):
     """One per head, not trained."""
 
-    def __init__(self, mixer: Mixer, design: LinearDesign):
+    def __init__(self, mixer: Mixer, design: LinearDesign, layer: int, num_layers: int):
         super().__init__()
         first, count = mixer.first_head * design.group, mixer.local_heads * design.group
-        of_all_heads = FIXED[design.decay](design.heads, mixer.layer, mixer.config.num_layers)
+        of_all_heads = FIXED[design.decay](design.heads, layer, num_layers)
         log = of_all_heads[first : first + count]
         self.register_buffer("log", log.to(mixer.linear_in.weight.device), persistent=False)
 

@@ -1,11 +1,10 @@
-"""Linear attention of every kind, as a mixer: a :class:`.linear.LinearDesign` says which of its steps a published model has."""
+"""Linear attention of every kind, as a mixer: a :class:`.linear_design.LinearDesign` says which of its steps a published model has."""
 
 import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
@@ -14,10 +13,10 @@ from ...attention import apply_rotary
 from ...attention.linear.attention import normalised
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...parallel import Sequence, linear_attention, short_convolution
-from .base import Shapes
+from .base import MixerContext, Shapes
 from .decay import FixedDecay, SigmoidDecay, SoftplusDecay
-from .linear import LinearAttentionBlock
-from .mixer import MegatronSizes, Mixer, MixerOptions, conv1d_uniform
+from .linear_design import LinearDesign
+from .mixer import Mixer, conv1d_uniform
 from .norm import HeadsRMSNorm
 
 _GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda x: x}
@@ -26,16 +25,10 @@ _GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda x: x}
 class LinearAttention(Mixer):
     """Per key head the rows are its query, key and values, and if there are any gates, betas and decays of its values."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        block: LinearAttentionBlock,
-        options: MixerOptions,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-    ):
-        design = block.design(MegatronSizes.of(config), layer_number - 1)
-        super().__init__(config, block, options, layer_number, pg_collection, design.key_heads)
+    def __init__(self, context: MixerContext, design: LinearDesign):
+        shapes = design.parameter_shapes(context.sizes.hidden_size)
+        super().__init__(context, shapes, design.key_heads)
+        config = context.config
         self.design = design
         if design.conv_kernel:
             initial = conv1d_uniform(design.conv_kernel)
@@ -48,7 +41,7 @@ class LinearAttention(Mixer):
             self.map_k = self.split_parameter("map_k", _identities)
         if design.feature_map == "lrpe":
             self.angles = self.split_parameter("angles", _angles)
-        self._add_decay(config)
+        self._add_decay(context)
         if design.skip:
             self.skip = self.split_parameter("skip", _ones)
         if design.norm != "none":
@@ -65,17 +58,17 @@ class LinearAttention(Mixer):
         if design.gate_rank:
             self.gate_in = LowRank(config, self.shapes, "gate_in", self.tp_group)
 
-    def _add_decay(self, config: TransformerConfig) -> None:
+    def _add_decay(self, context: MixerContext) -> None:
         design = self.design
         if design.decay_rank:
-            self.decay_in = LowRank(config, self.shapes, "decay_in", self.tp_group)
+            self.decay_in = LowRank(context.config, self.shapes, "decay_in", self.tp_group)
         if design.decay == "sigmoid":
             self.decay = SigmoidDecay(self)
         elif design.decay == "softplus":
             gated_deltanet = design.beta and not design.decay_rank
             self.decay = SoftplusDecay(self, least_rate=0.0 if gated_deltanet else 1.0)
         elif design.decay != "none":
-            self.decay = FixedDecay(self, design)
+            self.decay = FixedDecay(self, design, context.layer, context.sizes.num_hidden_layers)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         inputs, v, gate = self.around(self._inputs, hidden, sequence)

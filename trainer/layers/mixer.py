@@ -5,10 +5,9 @@ Fused projections are laid out head by head, so that a tensor-parallel rank's ro
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
@@ -16,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Generator, Tensor, nn
 
 from ...parallel import Sequence
-from .base import Block
+from .base import MixerContext, Shapes
 from .recompute import recomputed
 
 Initial = Callable[[list[int], Generator], Tensor]
@@ -44,40 +43,24 @@ class MegatronSizes:
         )
 
 
-class MixerOptions(NamedTuple):
-    """What a mixer must know that neither its block nor Megatron's config says."""
-
-    rope_theta: float = 10000.0
-    schedule: str = "auto"
-    """How context-parallel ranks share softmax attention, as :func:`longspan.parallel.attend` takes it."""
-    recomputes: bool = False
-    """Whether what lies before and after the operation is computed again in the backward pass."""
-
-
 class Mixer(MegatronModule):
-    """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``,
-    of the tokens that the sequence's layout gives this rank.
+    """Base of all mixers: the two projections, and which heads are this rank's.
+
+    Hidden states are Megatron's ``[time, batch, hidden]``, of the tokens that the sequence's layout gives this rank.
 
     Args:
+        shapes: of all parameters, as :meth:`.base.Block.parameter_shapes` gives them.
         num_heads: how many equal parts the rows of the input projection have, which tensor parallelism divides among
             ranks.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        block: Block,
-        options: MixerOptions,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        num_heads: int,
-    ):
+    def __init__(self, context: MixerContext, shapes: Shapes, num_heads: int):
+        config = context.config
         super().__init__(config)
-        self.layer = layer_number - 1  # Megatron counts from 1
-        self.shapes = block.parameter_shapes(MegatronSizes.of(config), self.layer)
-        self.rope_theta = options.rope_theta
-        self.recomputes = options.recomputes
-        self.cp_group, self.tp_group = pg_collection.cp, pg_collection.tp
+        self.shapes = shapes
+        self.rope_theta = context.rope_theta
+        self.recomputes = context.recomputes
+        self.cp_group, self.tp_group = context.process_groups.cp, context.process_groups.tp
         self.local_heads = num_heads // self.tp_group.size()
         self.first_head = self.tp_group.rank() * self.local_heads
 

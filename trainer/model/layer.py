@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from ...parallel import Sequence
-from ..layers.base import Block
-from ..layers.mixer import MixerOptions
+from ..layers.base import Block, MixerContext
+from ..layers.mixer import MegatronSizes
 from ..layers.norm import RMSNorm
 from ..layers.recompute import LayerMemory, OnHost, in_tiles, recomputed
 from .moe import moe_spec
@@ -63,8 +63,6 @@ def hybrid_stack_spec(
 def _layer_spec(
     config: TransformerConfig, block: Block, rope_theta: float, schedule: str, memory: LayerMemory
 ) -> ModuleSpec:
-    options = MixerOptions(rope_theta, schedule, recomputes=memory.recompute == "selective")
-    mixer = ModuleSpec(block.mixer_class(), params={"block": block, "options": options})
     if block.mlp == "moe":
         mlp = moe_spec(config.num_moe_experts)
     else:
@@ -74,16 +72,20 @@ def _layer_spec(
         )
     return ModuleSpec(
         HybridLayer,
-        params={"block": block, "memory": memory},
-        submodules=HybridLayerSubmodules(mixer, mlp),
+        params={
+            "block": block,
+            "rope_theta": rope_theta,
+            "kv_schedule": schedule,
+            "memory": memory,
+        },
+        submodules=HybridLayerSubmodules(mlp),
     )
 
 
 @dataclass
 class HybridLayerSubmodules:
-    """Specs of a layer's two halves."""
+    """Spec of the MLP; the mixer is what the block builds."""
 
-    mixer: ModuleSpec
     mlp: ModuleSpec
 
 
@@ -95,6 +97,8 @@ class HybridLayer(MegatronModule):
         config: TransformerConfig,
         submodules: HybridLayerSubmodules,
         block: Block,
+        rope_theta: float,
+        kv_schedule: str,
         memory: LayerMemory,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
@@ -106,8 +110,16 @@ class HybridLayer(MegatronModule):
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, pg_collection.pp.rank()
         )
-        self.mixer = submodules.mixer(
-            config=config, layer_number=self.layer_number, pg_collection=pg_collection
+        self.mixer = block.build_mixer(
+            MixerContext(
+                config=config,
+                process_groups=pg_collection,
+                sizes=MegatronSizes.of(config),
+                layer=self.layer_number - 1,  # Megatron counts from 1
+                rope_theta=rope_theta,
+                kv_schedule=kv_schedule,
+                recomputes=memory.recompute == "selective",
+            )
         )
         if block.mlp_activation == "identity":
             config = copy.copy(config)
