@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 from ..layers.base import Block, Momentum, Positive, Section
 from ..layers.registry import AnyBlock
 from .engine_config import AnyEngine, MegatronConfig
-from .learning_rate import LRSchedulerConfig, learning_rate
+from .learning_rate import LRSchedulerConfig
 
 
 class LayersConfig(Section):
@@ -387,21 +387,6 @@ class Recipe(Section):
         if stage.lr_scheduler:
             sections["lr_scheduler"] = stage.lr_scheduler
         return self.model_copy(update=sections)
-
-    def data_start(self, step: int) -> int:
-        """Return the step (from 0) at which the data of step ``step`` begin: where a stage last
-        changed them.
-        """
-        starts = [stage.from_step for stage in self.stages if stage.changes_data]
-        return max((start for start in starts if start <= step), default=0)
-
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of step ``step`` (from 0)."""
-        recipe = self.at(step)
-        starts = [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)]
-        start = max(start for start in starts if start <= step)
-        stop = min((start for start in starts if start > step), default=self.training.steps)
-        return learning_rate(step - start, stop - start, recipe.optimizer.lr, recipe.lr_scheduler)
 
     @property
     def data_parallel(self) -> int:

@@ -316,7 +316,7 @@ def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
         ("needle {run} --examples 0", "--examples: must be at least 1, got 0"),
         (
             "tasks {run} --tasks chain,ruler",
-            "--tasks: ruler is none; known: several, crowd, chain, frequent",
+            "--tasks: ruler is not a task; known: several, crowd, chain, frequent",
         ),
         ("tasks {run} --lengths 300", "tokens; use at least 64 more"),
         ("tasks {run} --seed -1", "--seed: must not be negative, got -1"),
