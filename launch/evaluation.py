@@ -105,7 +105,7 @@ def trained_length(folder: RunFolder) -> int:
     recipe = folder.recipe
     steps = folder.weights_step() or recipe.training.steps
     return max(
-        recipe.at(start).training.seq_length
+        recipe.at_step(start).training.seq_length
         for start in recipe.stage_starts
         if start < max(1, steps)
     )
