@@ -1,6 +1,8 @@
-"""What all mixers are: an input and an output projection around an operation of :mod:`longspan.parallel`, for Megatron-core.
+"""The base of all mixers: an input and an output projection around an operation of
+:mod:`longspan.parallel`, for Megatron-core.
 
-Fused projections are laid out head by head, so that a tensor-parallel rank's rows are one slice of the whole matrix.
+Fused projections are laid out head by head, so that a tensor-parallel rank's rows are one slice of
+the whole matrix.
 """
 
 from collections.abc import Callable
@@ -18,13 +20,13 @@ from ...parallel import Sequence
 from .base import MixerContext, Shapes
 from .recompute import recomputed
 
-Initial = Callable[[list[int], Generator], Tensor]
-"""First values of a parameter that are not those of every matrix or vector: of the whole one, by its shape."""
+InitialValues = Callable[[list[int], Generator], Tensor]
+"""A function that makes the whole parameter, before tensor parallelism splits it, from its shape."""
 
 
 @dataclass(frozen=True)
 class MegatronSizes:
-    """The sizes that a Megatron config names otherwise, as :class:`.base.ModelSizes`."""
+    """The sizes in a Megatron config, by the names of :class:`.base.ModelSizes`."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -46,12 +48,13 @@ class MegatronSizes:
 class Mixer(MegatronModule):
     """Base of all mixers: the two projections, and which heads are this rank's.
 
-    Hidden states are Megatron's ``[time, batch, hidden]``, of the tokens that the sequence's layout gives this rank.
+    Hidden states are Megatron's ``[time, batch, hidden]``: the tokens that the sequence's layout
+    gives this rank.
 
     Args:
-        shapes: of all parameters, as :meth:`.base.Block.parameter_shapes` gives them.
-        num_heads: how many equal parts the rows of the input projection have, which tensor parallelism divides among
-            ranks.
+        shapes: shapes of all parameters, as :meth:`.base.Block.parameter_shapes` returns them.
+        num_heads: number of heads whose rows the input projection has one after another, which
+            tensor parallelism divides among ranks.
     """
 
     def __init__(self, context: MixerContext, shapes: Shapes, num_heads: int):
@@ -64,8 +67,8 @@ class Mixer(MegatronModule):
         self.local_heads = num_heads // self.tp_group.size()
         self.first_head = self.tp_group.rank() * self.local_heads
 
-        projected, hidden_size = self.shapes["linear_in.weight"]
-        width = self.shapes["linear_proj.weight"][1]
+        input_rows, hidden_size = shapes["linear_in.weight"]
+        _, width = shapes["linear_proj.weight"]
         shared: dict[str, Any] = {
             "config": config,
             "bias": False,
@@ -74,7 +77,7 @@ class Mixer(MegatronModule):
         }
         self.linear_in = ColumnParallelLinear(
             hidden_size,
-            projected,
+            input_rows,
             init_method=config.init_method,
             gather_output=False,
             **shared,
@@ -88,19 +91,23 @@ class Mixer(MegatronModule):
         )
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
-        """Mix the tokens of ``[time, batch, hidden]``; the same shape."""
+        """Mix the tokens of ``hidden [time, batch, hidden]``; the output has the same shape."""
         raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
-        """``[batch, time, local heads, rows]``."""
-        return self.linear_in(hidden)[0].transpose(0, 1).unflatten(-1, (self.local_heads, -1))
+        """Return the input projection, head by head: ``[batch, time, local heads, rows]``."""
+        projected, _ = self.linear_in(hidden)  # [time, batch, local rows]
+        return projected.transpose(0, 1).unflatten(-1, (self.local_heads, -1))
 
     def output(self, mixed: Tensor) -> Tensor:
-        """From ``[batch, time, local width]`` to ``[time, batch, hidden]``."""
-        return self.linear_proj(mixed.transpose(0, 1).contiguous())[0]
+        """Project ``[batch, time, local width]`` to ``[time, batch, hidden]``."""
+        projected, _ = self.linear_proj(mixed.transpose(0, 1).contiguous())
+        return projected
 
     def tokens_of(self, sequence: Sequence) -> dict[str, Any]:
-        """The keyword arguments by which operations of :mod:`longspan.parallel` know whose tokens these are."""
+        """Return the keyword arguments of :mod:`longspan.parallel` that say which tokens this rank
+        has, and which documents they belong to.
+        """
         return {
             "layout": sequence.layout,
             "group": self.cp_group,
@@ -108,14 +115,16 @@ class Mixer(MegatronModule):
         }
 
     def around(self, function: Callable, *inputs):
-        """``function(*inputs)``, which comes before the operation or after it."""
+        """Return ``function(*inputs)``, which comes before the operation or after it, and compute it
+        again in the backward pass if this layer recomputes.
+        """
         return recomputed(function, *inputs) if self.recomputes else function(*inputs)
 
-    def split_parameter(self, name: str, initial: Initial) -> nn.Parameter:
-        """The parameter ``name`` of ``shapes``, whose first dim tensor-parallel ranks share. ``initial`` makes the whole one."""
+    def split_parameter(self, name: str, initial: InitialValues) -> nn.Parameter:
+        """Make the parameter ``name`` of ``shapes``; tensor-parallel ranks split its first dim."""
         rows, *others = self.shapes[name]
-        local = self.linear_in.weight.new_zeros(rows // self.tp_group.size(), *others)
-        parameter = nn.Parameter(local)
+        values = self.linear_in.weight.new_zeros(rows // self.tp_group.size(), *others)
+        parameter = nn.Parameter(values)
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         parameter.initial = initial
         return parameter
@@ -125,11 +134,15 @@ def zeros(shape: list[int], generator: Generator) -> Tensor:
     return torch.zeros(shape)
 
 
-def uniform(low: float, high: float) -> Initial:
+def ones(shape: list[int], generator: Generator) -> Tensor:
+    return torch.ones(shape)
+
+
+def uniform(low: float, high: float) -> InitialValues:
     return lambda shape, generator: torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def conv1d_uniform(kernel: int) -> Initial:
-    """As torch.nn.Conv1d begins with, for a convolution of each channel alone."""
+def conv1d_uniform(kernel: int) -> InitialValues:
+    """Return the initial values of ``torch.nn.Conv1d`` with one channel per group."""
     bound = kernel**-0.5
     return uniform(-bound, bound)

@@ -1,4 +1,4 @@
-"""Softmax attention under any pattern, as a mixer."""
+"""The module of softmax attention under any pattern."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -13,31 +13,36 @@ from .softmax_design import SoftmaxDesign
 
 
 class SoftmaxAttention(Mixer):
-    """Attention with grouped queries; per KV head the rows are its queries, their gates, its key and its value."""
+    """Attention with grouped queries.
+
+    The input projection has, for each KV head, the rows of its queries, of their gates if there are
+    any, of its key and of its value.
+    """
 
     def __init__(self, context: MixerContext, shapes: Shapes, design: SoftmaxDesign):
         super().__init__(context, shapes, design.num_kv_heads)
         self.design, self.kv_schedule = design, context.kv_schedule
         self.pattern = design.pattern.from_head(self.first_head)
-        gates = design.group if design.output_gate else 0
-        self.rows_per_kv_head = [design.group, gates, 1, 1]
+        num_gates = design.group if design.output_gate else 0
+        self.heads_per_kv_head = [design.group, num_gates, 1, 1]  # queries, gates, key, value
         self._add_qk_norms(context.config)
         self.sinks = self.split_parameter("sinks", zeros) if design.attention_sink else None
 
     def _add_qk_norms(self, config: TransformerConfig) -> None:
-        design, eps = self.design, config.layernorm_epsilon
+        design, tp_group = self.design, self.tp_group
         if design.qk_norm == "all":
-            sizes = design.head_dim, 1, eps, self.tp_group
-            self.q_norm = HeadsRMSNorm(config, "all", design.num_heads, *sizes)
-            self.k_norm = HeadsRMSNorm(config, "all", design.num_kv_heads, *sizes)
+            heads, kv_heads, dim = design.num_heads, design.num_kv_heads, design.head_dim
+            self.q_norm = HeadsRMSNorm(config, tp_group, "all", heads, dim)
+            self.k_norm = HeadsRMSNorm(config, tp_group, "all", kv_heads, dim)
         elif design.qk_norm:
-            if self.tp_group.size() > 1 and not config.qk_layernorm:
+            if tp_group.size() > 1 and not config.qk_layernorm:
                 raise ValueError(
-                    "a block has qk_norm: set qk_layernorm in the TransformerConfig, or its gradients are not summed"
+                    "a block has qk_norm: set qk_layernorm in the TransformerConfig, "
+                    "or its gradients are not summed"
                 )
-            # By these names Megatron knows to sum their gradients over the ranks' heads.
-            self.q_layernorm = RMSNorm(config, design.head_dim, eps)
-            self.k_layernorm = RMSNorm(config, design.head_dim, eps)
+            # Megatron sums the gradients of parameters with these names over tensor-parallel ranks.
+            self.q_layernorm = RMSNorm(config, design.head_dim, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, design.head_dim, config.layernorm_epsilon)
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         q, k, v, gate = self.around(self._inputs, hidden, sequence)
@@ -54,16 +59,20 @@ class SoftmaxAttention(Mixer):
         return self.around(self._result, out, gate)
 
     def _inputs(self, hidden: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values ``[batch, time, local heads, head_dim]``, and the gates of the queries."""
-        rows = self.project(hidden).unflatten(-1, (-1, self.design.head_dim))
-        q, gate, k, v = rows.split(self.rows_per_kv_head, dim=-2)
+        """Return queries, keys and values, each ``[batch, time, local heads, head_dim]``, and the
+        gates of the queries ``[batch, time, local KV heads, group or 0, head_dim]``.
+        """
+        design = self.design
+        # [batch, time, local KV heads, heads per KV head, head_dim]
+        projected = self.project(hidden).unflatten(-1, (-1, design.head_dim))
+        q, gate, k, v = projected.split(self.heads_per_kv_head, dim=-2)
         q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
-        if self.design.qk_norm == "all":
+        if design.qk_norm == "all":
             q, k = self.q_norm(q).view_as(q), self.k_norm(k).view_as(k)
-        elif self.design.qk_norm:
+        elif design.qk_norm:
             q, k = self.q_layernorm(q), self.k_layernorm(k)
-        if self.design.rotary_dim:
-            tables = sequence.rotary(self.design.rotary_dim, self.rope_theta)
+        if design.rotary_dim:
+            tables = sequence.rotary(design.rotary_dim, self.rope_theta)
             q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
         return q, k, v, gate
 
