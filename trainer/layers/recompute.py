@@ -97,7 +97,8 @@ class _HostTensor:
     def take(self) -> Tensor:
         """Return the tensor on the device, for the current stream, and fetch the one before it."""
         self.fetch()
-        assert self._on_device is not None and self._stream is not None
+        assert self._on_device is not None
+        assert self._stream is not None
         tensor, self._on_device = self._on_device, None
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
