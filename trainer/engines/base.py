@@ -65,7 +65,7 @@ class EngineBase(Engine):
         """The ranks with the same weights and other tokens, of other sequences or of the same."""
 
         self.model = build_model(recipe, vocab_size, self.dtype)
-        weights.initialise(
+        weights.initialize(
             self.model,
             recipe.training.seed,
             recipe.model.initializer_range,
