@@ -22,6 +22,9 @@ FIXED = {"minimax": decays.minimax, "paper": decays.lightning_paper, "retention"
 class FixedDecay(nn.Module):
     """One log-decay per head, which is not trained."""
 
+    log: Tensor
+    """fp32 ``[local heads]``."""
+
     def __init__(self, mixer: Mixer, design: LinearDesign, layer: int, num_layers: int):
         super().__init__()
         log_decay = FIXED[design.decay](design.heads, layer, num_layers)

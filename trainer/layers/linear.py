@@ -181,15 +181,14 @@ class LightningBlock(LinearAttentionBlock):
         )
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        whole = self.style == "minimax"
-        gate = "none" if not self.output_gate else "sigmoid" if whole else "identity"
+        plain = replace(plain, decay=self.decay, norm="all")
+        if self.style == "minimax":
+            return replace(plain, silu="qkv", gate="sigmoid" if self.output_gate else "none")
         return replace(
             plain,
-            silu="qkv" if whole else "qk",
-            decay=self.decay,
-            norm="all",
-            norm_weight=whole,
-            gate=gate,
+            silu="qk",
+            norm_weight=False,
+            gate="identity" if self.output_gate else "none",
         )
 
 
@@ -300,15 +299,12 @@ class Mamba2Block(_ConvolvedBlock):
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = replace(
+        return replace(
             plain,
             key_heads=self.num_key_heads,
             conv_kernel=self.conv_kernel,
             conv_bias=True,
             silu="qkv",
-        )
-        return replace(
-            plain,
             decay="softplus",
             steps=True,
             skip=True,
@@ -318,20 +314,30 @@ class Mamba2Block(_ConvolvedBlock):
         )
 
 
-class DeltaNetBlock(_ConvolvedBlock):
-    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
-
-    mixer: Literal["deltanet"]
+class _DeltaBlock(_ConvolvedBlock):
+    mixer: Literal["deltanet", "gated_deltanet", "kda"]
     allow_negative_eigenvalues: bool = False
     """Replace up to twice what was recalled (arXiv 2411.12537)."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        beta, scale = 2.0 if self.allow_negative_eigenvalues else 1.0, plain.key_dim**-0.5
-        conv = {"conv_kernel": self.conv_kernel, "silu": "qkv"}
-        return replace(plain, **conv, feature_map="l2", beta=beta, scale=scale, norm="head")
+        return replace(
+            plain,
+            conv_kernel=self.conv_kernel,
+            silu="qkv",
+            feature_map="l2",
+            beta=2.0 if self.allow_negative_eigenvalues else 1.0,
+            scale=plain.key_dim**-0.5,
+            norm="head",
+        )
 
 
-class GatedDeltaNetBlock(DeltaNetBlock):
+class DeltaNetBlock(_DeltaBlock):
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
+
+    mixer: Literal["deltanet"]
+
+
+class GatedDeltaNetBlock(_DeltaBlock):
     """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`, `olmo_hybrid`."""
 
     mixer: Literal["gated_deltanet"]
@@ -343,11 +349,11 @@ class GatedDeltaNetBlock(DeltaNetBlock):
         return (3, 4), (3, 2)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = super()._preset(replace(plain, key_heads=self.num_key_heads or plain.heads))
-        return replace(plain, decay="softplus", gate="silu")
+        plain = replace(plain, key_heads=self.num_key_heads or plain.heads)
+        return replace(super()._preset(plain), decay="softplus", gate="silu")
 
 
-class KDABlock(DeltaNetBlock):
+class KDABlock(_DeltaBlock):
     """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key; `kimi_linear`.
 
     Decays and the sigmoid gate come from projections of low rank, that of a head's dims; without a bias, which fla's gate has.
@@ -356,5 +362,11 @@ class KDABlock(DeltaNetBlock):
     mixer: Literal["kda"]
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain, rank = super()._preset(plain), plain.value_dim
-        return replace(plain, decay="softplus", decay_rank=rank, gate="sigmoid", gate_rank=rank)
+        rank = plain.value_dim
+        return replace(
+            super()._preset(plain),
+            decay="softplus",
+            decay_rank=rank,
+            gate="sigmoid",
+            gate_rank=rank,
+        )

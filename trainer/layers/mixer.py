@@ -124,7 +124,7 @@ class Mixer(MegatronModule):
         """Make the parameter ``name`` of ``shapes``; tensor-parallel ranks split its first dim."""
         rows, *others = self.shapes[name]
         values = self.linear_in.weight.new_zeros(rows // self.tp_group.size(), *others)
-        parameter = nn.Parameter(values)
+        parameter: Any = nn.Parameter(values)  # with marks for Megatron and for our initialization
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         parameter.initial = initial
         return parameter

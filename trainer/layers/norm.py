@@ -1,6 +1,6 @@
 """RMSNorm (arXiv 1910.07467) whose width or tokens may be spread over tensor-parallel ranks."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,9 @@ class RMSNorm(nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.weight = _ones(config, hidden_size)
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = _ones(config, hidden_size)
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

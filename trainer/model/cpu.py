@@ -6,6 +6,7 @@ only to what Megatron-core 0.16.1 uses.
 """
 
 import contextlib
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -53,18 +54,19 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda = cast(Any, torch.cuda)
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     for name in _TENSOR_TYPES:
-        setattr(torch.cuda, name, getattr(torch, name))
+        setattr(cuda, name, getattr(torch, name))
 
     # Experts are given streams and events to overlap; here everything happens in order.
-    torch.cuda.Stream = torch.cuda.Event = _NoStream
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.current_stream = lambda device=None: _NoStream()
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = lambda device=None: _NoStream()
 
     from megatron.core.tensor_parallel import random
 

@@ -173,18 +173,20 @@ class _CrossEntropySum(torch.autograd.Function):
         for tile in _tiles(hidden, real_weight, local_labels, group, dtype, tile_size):
             x, scale = hidden[tile.tokens], token_weights[tile.tokens].to(dtype)
             total += (scale * tile.losses).sum()
-            if not (want_hidden or want_weight):
+            if grad_hidden is None and grad_weight is None:
                 continue
             # scale * (softmax - one_hot(label)), in the memory of the exponentials
             grad_logits = tile.exponentials.mul_((scale / tile.sums)[:, None])
             if num_real:
                 grad_logits.scatter_add_(1, tile.label_rows, -(scale * tile.is_local)[:, None])
             grad_logits = grad_logits.to(hidden.dtype)
-            if want_hidden:
+            if grad_hidden is not None:
                 torch.mm(grad_logits, real_weight, out=grad_hidden[tile.tokens])
-            if want_weight and grad_weight.dtype == hidden.dtype:
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == hidden.dtype:
                 grad_weight[:num_real].addmm_(grad_logits.T, x)
-            elif want_weight:
+            else:
                 grad_weight[:num_real] += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

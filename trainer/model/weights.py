@@ -5,6 +5,7 @@ loading.
 import hashlib
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def _global_expert_name(name: str, layer: nn.Module) -> str:
+def _global_expert_name(name: str, layer: Any) -> str:
     """Return a parameter's name within a layer, with the global number of its expert, if any."""
     match = _EXPERT.match(name)
     if not match:
@@ -61,9 +62,8 @@ def initialize(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
     """
     for name, parameter in global_parameters(model):
         shape = list(parameter.shape)
-        if is_split(parameter):
-            _, num_parts = split_ranks(parameter)
-            shape[parameter.partition_dim] *= num_parts
+        if split := _split_of(parameter):
+            shape[split.dim] *= split.num_parts
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -94,10 +94,11 @@ def gather(
     tensors = {}
     for name, parameter in global_parameters(model):
         tensor = tensor_of(parameter).contiguous()
-        if is_split(parameter) and split_ranks(parameter)[1] > 1:
+        split = _split_of(parameter)
+        if split and split.num_parts > 1:
             parts = [torch.empty_like(tensor) for _ in range(tp_group.size())]
             dist.all_gather(parts, tensor, group=tp_group)
-            tensor = _joined(parts, parameter)
+            tensor = _joined(parts, split)
         tensors[name] = tensor.cpu().clone()
 
     experts = {name: tensor for name, tensor in tensors.items() if ".mlp.experts." in name}
@@ -118,21 +119,35 @@ def _from_all(tensors: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str,
 @torch.no_grad()
 def _load(parameter: nn.Parameter, whole: Tensor) -> None:
     """Set this rank's slice of a whole tensor."""
-    if is_split(parameter):
-        dim = parameter.partition_dim
-        rank, num_parts = split_ranks(parameter)
-        # A partition stride of 2 is [gate; up] in one matrix: a rank holds its part of each.
-        slabs = whole.chunk(parameter.partition_stride, dim)
-        whole = torch.cat([slab.chunk(num_parts, dim)[rank] for slab in slabs], dim)
+    if split := _split_of(parameter):
+        slabs = whole.chunk(split.num_slabs, split.dim)
+        parts = [slab.chunk(split.num_parts, split.dim)[split.part] for slab in slabs]
+        whole = torch.cat(parts, split.dim)
     parameter.copy_(whole)
 
 
-def _joined(parts: list[Tensor], parameter: nn.Parameter) -> Tensor:
+class _Split(NamedTuple):
+    """How tensor-parallel ranks share a parameter, from Megatron's marks on it."""
+
+    dim: int
+    num_slabs: int
+    """2 for [gate; up] in one matrix, where a rank holds its part of each; else 1."""
+    part: int
+    """Which part this rank holds."""
+    num_parts: int
+
+
+def _split_of(parameter: Any) -> _Split | None:
+    if not is_split(parameter):
+        return None
+    return _Split(parameter.partition_dim, parameter.partition_stride, *split_ranks(parameter))
+
+
+def _joined(parts: list[Tensor], split: _Split) -> Tensor:
     """Return the whole tensor of which every rank holds a part."""
-    dim = parameter.partition_dim
-    chunks_of_parts = [part.chunk(parameter.partition_stride, dim) for part in parts]
+    chunks_of_parts = [part.chunk(split.num_slabs, split.dim) for part in parts]
     slabs = zip(*chunks_of_parts, strict=True)
-    return torch.cat([chunk for slab in slabs for chunk in slab], dim)
+    return torch.cat([chunk for slab in slabs for chunk in slab], split.dim)
 
 
 def local_shape(parameter: nn.Parameter) -> torch.Size:
