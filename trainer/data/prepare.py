@@ -90,7 +90,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     """
     if any(stage.data for stage in recipe.stages):
         return StagedData(
-            [(now.data, _prepare(now)) for now in map(recipe.at, recipe.stage_starts)]
+            [(now.data, _prepare(now)) for now in map(recipe.at_step, recipe.stage_starts)]
         )
     return _prepare(recipe)
 

@@ -16,7 +16,7 @@ class Setting:
 
 def trained_settings(recipe: Recipe) -> list[Setting]:
     """Those that the model has seen, the hardest last."""
-    stages = [stage for stage in map(recipe.at, recipe.stage_starts) if stage.data.mqar]
+    stages = [stage for stage in map(recipe.at_step, recipe.stage_starts) if stage.data.mqar]
     seen = {
         Setting(stage.training.seq_length, pairs)
         for stage in stages
