@@ -47,7 +47,7 @@ def build_corpus(
     """
     for target in corpus_files(prefix):
         if target.exists():
-            raise UserError(f"{target}: exists already; remove it or choose another --out")
+            raise UserError(f"{target}: already exists; remove it or choose another --out")
     chunks = [chunk for source in sources for chunk in find_chunks(source, key)]
     if not chunks:
         raise UserError(f"no text found in {', '.join(map(str, sources))}")

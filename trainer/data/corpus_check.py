@@ -83,13 +83,11 @@ def _read_header(stream: BinaryIO, index: Path) -> _Header:
     header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(_MAGIC):
         raise UserError(
-            f"{index}: not an index of Megatron's format, or cut short ({index_bytes} bytes)"
+            f"{index}: not an index in Megatron's format, or cut short ({index_bytes} bytes)"
         )
     _, version, dtype_code, num_sequences, num_edges = _HEADER.unpack(header)
     if version != _VERSION or dtype_code not in _DTYPES:
-        raise UserError(
-            f"{index}: version {version} with dtype code {dtype_code} is not one that can be read"
-        )
+        raise UserError(f"{index}: version {version} with dtype code {dtype_code} cannot be read")
 
     # A length (int32) and an offset (int64) of each sequence, and the edges of documents (int64).
     # A multimodal corpus adds the mode of each sequence (int8).

@@ -99,11 +99,11 @@ def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
     """Return the tokenizer that ``data.tokenizer`` names.
 
     Raises:
-        UserError: if the recipe trains on a task, whose tokens are no text.
+        UserError: if the recipe trains on a task, whose tokens are not text.
     """
     if recipe.data.mqar:
         raise UserError(
-            "data.mqar: its tokens are no text; "
+            "data.mqar: its tokens are not text; "
             "use `longspan eval mqar RUN` to see what the model has learned"
         )
     return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")

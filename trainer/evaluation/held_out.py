@@ -68,7 +68,7 @@ class Haystack:
         """Yield the documents from the ``first`` on, over and over."""
         if not (self._corpus.lengths > 1).any():
             raise UserError(
-                f"{self._corpus.prefix}: has no document of more than one token to make a text of"
+                f"{self._corpus.prefix}: has no document of more than one token; use another corpus"
             )
         document = first
         while True:

@@ -76,13 +76,13 @@ def _require_use(
     for value in values or ():
         reasons = [problem for setting, problem in problems.items() if value_of(setting) == value]
         if None not in reasons:
-            raise UserError(f"{option}: {value} fits nothing: {reasons[0]}")
+            raise UserError(f"{option}: {value} is not possible: {reasons[0]}")
 
 
 def _problem(setting: RecallSetting, task: MQARConfig) -> str | None:
     """Return why there are no such examples, or None if there are."""
     if setting.length % 2:
-        return f"{setting.length} tokens are odd; use an even length"
+        return f"an example needs an even number of tokens, not {setting.length}"
     tokens_needed = 4 * setting.pairs
     if tokens_needed > setting.length:
         return (

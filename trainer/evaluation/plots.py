@@ -6,10 +6,10 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_RETRIEVAL_PANELS = {"exact": "exact", "preferred": "preferred to a wrong one (chance 0.5)"}
+_RETRIEVAL_PANELS = {"exact": "exact", "preferred": "preferred to a wrong answer (chance 0.5)"}
 _POSITION_LOSS_PANELS = {
     "loss": "held-out loss (nats per token)",
-    "gain": "gain by text far back (nats per token)",
+    "gain": "gain from text far back (nats per token)",
 }
 _DPI = 130
 
@@ -46,7 +46,7 @@ def plot_position_loss(ranges: list[dict], trained: int, path: Path, title: str)
         if trained < ranges[-1]["stop"]:
             axes.axvline(trained, color="grey", linestyle=":", label="trained up to here")
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="place in the context (tokens)", ylabel=label)
+        axes.set(xlabel="position in the context (tokens)", ylabel=label)
         axes.grid(alpha=0.3)
     _save(figure, path, title)
 

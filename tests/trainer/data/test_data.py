@@ -136,7 +136,7 @@ def test_a_file_named_itself_must_be_text(tmp_path):
 
 def test_an_existing_corpus_is_not_overwritten(corpus):
     before = Path(f"{corpus}.bin").read_bytes()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         build_corpus([Path(__file__)], ByteTokenizer(), corpus)
     assert Path(f"{corpus}.bin").read_bytes() == before
 
@@ -161,7 +161,7 @@ def damage(path, how):
         ("idx", None, "copy.idx: no such file"),
         ("bin", lambda b: b[:-2], r"copy.bin: is \d+ bytes long, but copy.idx describes \d+"),
         ("bin", lambda b: b + b"x", r"copy.bin: is \d+ bytes long"),
-        ("idx", lambda b: b[:20], "copy.idx: not an index of Megatron's format, or cut short"),
+        ("idx", lambda b: b[:20], "copy.idx: not an index in Megatron's format, or cut short"),
         ("idx", lambda b: b[:-8], r"copy.idx: is \d+ bytes long, but its header asks for \d+"),
         ("idx", lambda b: b"x" + b[1:], "copy.idx: not an index"),
         ("idx", lambda b: b[:9] + b"\2" + b[10:], "copy.idx: version 2"),

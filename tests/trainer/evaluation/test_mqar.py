@@ -285,10 +285,14 @@ def test_settings_that_are_asked_by_default_and_that_fit():
     ]
     assert choose_settings(recipe, None, [2]) == [RecallSetting(64, 2)]
     for lengths, pairs, message in (
-        ([63], None, "--lengths: 63 fits nothing: 63 tokens are odd"),
-        ([8], [4], "--lengths: 8 fits nothing: 4 pairs and their questions take 16 tokens"),
-        (None, [4, 17], "--pairs: 17 fits nothing: 17 pairs and their questions take 68 tokens"),
-        ([4096], [128], "--lengths: 4096 fits nothing: data.mqar.vocab_size 256 has 127 keys"),
+        (
+            [63],
+            None,
+            "--lengths: 63 is not possible: an example needs an even number of tokens, not 63",
+        ),
+        ([8], [4], "--lengths: 8 is not possible: 4 pairs and their questions take 16 tokens"),
+        (None, [4, 17], "--pairs: 17 is not possible: 17 pairs and their questions take 68 tokens"),
+        ([4096], [128], "--lengths: 4096 is not possible: data.mqar.vocab_size 256 has 127 keys"),
     ):
         with pytest.raises(UserError, match=message):
             choose_settings(recipe, lengths, pairs)
@@ -308,7 +312,7 @@ def untrained(tmp_path):
     [
         (
             ["generate", "{tmp}/mqar"],
-            "data.mqar: its tokens are no text; use `longspan eval mqar RUN`",
+            "data.mqar: its tokens are not text; use `longspan eval mqar RUN`",
         ),
         (
             ["eval", "mqar", "{tmp}/text"],
@@ -320,7 +324,10 @@ def untrained(tmp_path):
             "--lengths: must be whole numbers, as 64,128, got '64,x'",
         ),
         (["eval", "mqar", "{tmp}/mqar", "--pairs", "0"], "--pairs: must be at least 1, got 0"),
-        (["eval", "mqar", "{tmp}/mqar", "--lengths", "14"], "--lengths: 14 fits nothing: 4 pairs"),
+        (
+            ["eval", "mqar", "{tmp}/mqar", "--lengths", "14"],
+            "--lengths: 14 is not possible: 4 pairs",
+        ),
         (
             ["eval", "mqar", "{tmp}/mqar", "--examples", "0"],
             "--examples: must be at least 1, got 0",
