@@ -6,8 +6,10 @@ or None for 0. Its heavy imports are inside ``run``, so that ``--help`` answers 
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from .. import __version__
 from .process import exit_status, quiet_libraries
@@ -39,9 +41,7 @@ class Group:
 
 COMMANDS: dict[str, Command | Group] = {
     "train": Command("train a recipe", "commands.train"),
-    "recipes": Command(
-        "list the recipes that are shipped, or all keys of a recipe", "commands.recipes"
-    ),
+    "recipes": Command("list the shipped recipes, or all keys of a recipe", "commands.recipes"),
     "data": Group(
         "prepare data",
         {"build": Command("tokenize text to a .bin/.idx corpus", "commands.data_build")},
@@ -51,23 +51,23 @@ COMMANDS: dict[str, Command | Group] = {
     "check-export": Command(
         "compare an exported model's logits with its run's", "commands.check_export"
     ),
-    "verify": Command("check a recipe's layers over ranks against one rank", "commands.verify"),
+    "verify": Command("compare a recipe's layers over ranks with one rank", "commands.verify"),
     "plan": Command("predict memory, messages and time on GPUs", "commands.plan"),
     "slurm": Command("write, check and submit a batch script", "commands.slurm"),
     "eval": Group(
         "measure what a trained run can do",
         {
             "mqar": Command("recall (MQAR) at trained and longer lengths", "commands.eval_mqar"),
-            "loss": Command("held-out loss by the place in the context", "commands.eval_loss"),
-            "needle": Command("a number that is hidden in a text", "commands.eval_needle"),
-            "tasks": Command("tasks of RULER's kind", "commands.eval_tasks"),
+            "loss": Command("held-out loss by position in the context", "commands.eval_loss"),
+            "needle": Command("retrieval of a number hidden in a text", "commands.eval_needle"),
+            "tasks": Command("tasks in the style of RULER", "commands.eval_tasks"),
         },
     ),
     "doctor": Command(
         "show what this machine has for training, and what it lacks", "commands.doctor"
     ),
     "status": Command(
-        "show how far a run is, and which of its checkpoints are whole", "commands.status"
+        "show a run's progress, and which of its checkpoints are whole", "commands.status"
     ),
     "plot": Command("draw a run's loss curve", "commands.plot"),
     "show-pattern": Command("draw what each KV head sees", "commands.show_pattern"),
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     0 done, 2 bad input (one line per problem on stderr), 3 loss not finite, 75 stopped on request,
     1 anything else.
     """
-    parser = _LazyParser(
+    parser = argparse.ArgumentParser(
         prog="longspan", description="Pretrain language models on very long sequences."
     )
     parser.add_argument("--version", action="version", version=f"longspan {__version__}")
@@ -112,22 +112,29 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(exit_status(lambda: options.run(options)))
 
 
-class _LazyParser(argparse.ArgumentParser):
-    """A parser that gets its arguments when it first parses, so only if its command is given."""
+class _CommandParser(argparse.ArgumentParser):
+    """The parser of a command, which adds the command's arguments when it first parses.
 
-    command: Command | Group | None = None
+    So the module of a command is imported only if the command is given.
+    """
+
+    def __init__(self, *, command: Command | Group, **options: Any):
+        super().__init__(**options)
+        self._command: Command | Group | None = command
 
     def parse_known_args(self, args=None, namespace=None):
-        if self.command:
-            self.command.fill(self)
-            self.command = None
+        if self._command:
+            self._command.fill(self)
+            self._command = None
         return super().parse_known_args(args, namespace)
 
 
-def _add_commands(parser: argparse.ArgumentParser, commands: dict) -> None:
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+def _add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, Command | Group]) -> None:
+    subparsers = parser.add_subparsers(
+        required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
     for name, command in commands.items():
-        subparsers.add_parser(name, help=command.help).command = command
+        subparsers.add_parser(name, help=command.help, command=command)
 
 
 def _is_override(argument: str) -> bool:

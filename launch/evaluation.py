@@ -15,7 +15,6 @@ from ..trainer.checkpoint.run_folder import RunFolder
 from ..trainer.data.tokenizer import recipe_tokenizer
 from ..trainer.errors import UserError
 from ..trainer.progress import track
-from ..trainer.recipe.layers.softmax import MoBABlock
 from .options import counts, numbers
 from .process import process_group
 from .table import table
@@ -64,10 +63,10 @@ def open_run(options: Namespace, name: str) -> RunFolder:
 def _require_causal_choices(folder: RunFolder) -> None:
     """Refuse models whose answer would be seen before it is given."""
     for block in folder.recipe.model.stack:
-        if isinstance(block, MoBABlock):
+        if block.queries_choose_together:
             raise UserError(
-                f"{folder.path}: has moba layers, whose blocks of queries choose together: an "
-                "answer would be seen before it is given; only eval loss can be asked"
+                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an "
+                "answer would be seen before it is given; only eval loss can be measured"
             )
 
 
@@ -183,8 +182,8 @@ def _answers_table(answers: list[dict], setting_names: list[str], examples: int)
         lines.append((*cells, "" if answer["trained"] else "(longer than trained)"))
 
     legend = (
-        "exact: greedy decoding says it; preferred: to a wrong answer that is in the text too, "
-        f"by chance a half; {examples} examples of each"
+        "exact: greedy decoding gives the answer; preferred: to a wrong answer that is in the text "
+        f"too (chance: a half); {examples} examples of each"
     )
     return f"{table(lines)}\n{legend}"
 

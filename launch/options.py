@@ -15,14 +15,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     """Add the recipe, and ``overrides``, which may also stand after options (see ``cli.main``)."""
     parser.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help=f"as in {example}"
+        "overrides", nargs="*", metavar="section.key=value", help=f"such as {example}"
     )
 
 
 def add_out_folder(parser: argparse.ArgumentParser, files: str) -> None:
     """Add ``--out``, the folder of a benchmark's ``files``; see :func:`out_folder`."""
     parser.add_argument(
-        "--out", default="bench", metavar="FOLDER", help=f"gets {files} (default bench)"
+        "--out", default="bench", metavar="FOLDER", help=f"folder for {files} (default bench)"
     )
 
 
@@ -42,19 +42,22 @@ def add_evaluated_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="T,T",
-        help="tokens (default: as trained, twice and four times as many, where there is text)",
+        help="tokens (default: as trained, and twice and four times as many if the text allows)",
     )
     parser.add_argument(
-        "--data", metavar="PREFIX", help="of a corpus (default: the run's held-out text)"
+        "--data", metavar="PREFIX", help="corpus of the text (default: the run's held-out text)"
     )
 
 
 def add_examples(parser: argparse.ArgumentParser, default: int) -> None:
     """Add the number of examples of every setting of an ``eval`` command, and their seed."""
     parser.add_argument(
-        "--examples", type=int, default=default, help=f"of each (default {default})"
+        "--examples",
+        type=int,
+        default=default,
+        help=f"examples of each setting (default {default})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the examples (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the examples (default 0)")
 
 
 def add_model_size(parser: argparse.ArgumentParser, vocabulary: int) -> None:
@@ -64,7 +67,7 @@ def add_model_size(parser: argparse.ArgumentParser, vocabulary: int) -> None:
     parser.add_argument("--heads", type=int, default=4, help="(default 4)")
     parser.add_argument("--kv-heads", type=int, default=2, help="(default 2)")
     parser.add_argument(
-        "--intermediate", type=int, default=768, help="of the MLPs (default %(default)s)"
+        "--intermediate", type=int, default=768, help="width of the MLPs (default %(default)s)"
     )
     parser.add_argument("--vocabulary", type=int, default=vocabulary, help="(default %(default)s)")
 
@@ -93,7 +96,7 @@ def numbers(
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         example = example or ("64,128" if kind is int else "1e-2,3e-3")
-        raise UserError(f"{option}: must be {what}, as {example}, got {text!r}") from None
+        raise UserError(f"{option}: must be {what}, such as {example}, got {text!r}") from None
 
     for value in values:
         if not value >= least:  # true for NaN too

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..attention.patterns import Pattern
 from ..attention.patterns.expression import parse_pattern
-from ..attention.patterns.patterns import Pattern
 from ..attention.patterns.rules import Rule
 from ..trainer.errors import UserError
 from ..trainer.recipe.file import load_recipe
-from ..trainer.recipe.layers.softmax import SoftmaxBlock
 
 CELLS = 512
 """Cells along an axis of a picture at most: about as many as a panel has pixels."""
@@ -20,7 +19,9 @@ SAMPLES = 8
 """Positions that are looked at along an axis of a cell, at most."""
 SHOWN_HEADS = 8
 """KV heads with a panel, at most."""
-FUTURE, HIDDEN, VISIBLE = "#d9dde2", "white", "tab:blue"
+FUTURE = "#d9dde2"
+HIDDEN = "white"
+VISIBLE = "tab:blue"
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,12 @@ def _pictures_of_recipe(
 ) -> list[PatternPicture]:
     recipe = load_recipe(recipe_name)
     if num_kv_heads is not None:
-        raise UserError("--heads: goes with a pattern; a recipe says how many heads it has")
+        raise UserError("--heads: only for a pattern; a recipe has its own number of heads")
     num_kv_heads = recipe.model.kv_heads
     length = length or recipe.training.seq_length
 
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.layers.pattern}
-    patterns = {
-        name: block.attention_pattern(num_kv_heads)
-        for name, block in blocks.items()
-        if isinstance(block, SoftmaxBlock)
-    }
+    patterns = {name: block.attention_pattern(num_kv_heads) for name, block in blocks.items()}
     pictures = [
         PatternPicture(name, pattern, num_kv_heads, length)
         for name, pattern in patterns.items()
@@ -123,8 +120,8 @@ def _pictures_of_recipe(
     ]
     if not pictures:
         raise UserError(
-            f"{recipe_name}: has no block of softmax attention whose pattern is known before it "
-            "sees a text"
+            f"{recipe_name}: has no block of softmax attention whose pattern is known without the "
+            "text"
         )
     return pictures
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.arguments import check_backend
+from ...attention.patterns import ClosedFormPattern
 from ...attention.patterns.expression import parse_pattern
-from ...attention.patterns.patterns import Pattern
 from ...attention.patterns.rules import union_masks
 from ...attention.softmax.attend import attend
-from ...attention.softmax.pieces import groups
-from ...attention.softmax.tiles import BACKENDS
+from ...attention.softmax.backends import BACKENDS
+from ...attention.softmax.pieces import group_heads
 from ...trainer.errors import UserError
 from ...trainer.progress import track
 from ..options import counts, numbers, out_folder
@@ -52,7 +52,7 @@ class AttentionSettings:
     dtype: str
     repeats: int
 
-    def pattern(self, expression: str) -> Pattern:
+    def pattern(self, expression: str) -> ClosedFormPattern:
         """Return the pattern as a model with this many KV heads would have it."""
         return parse_pattern(expression).spread(self.kv_heads)
 
@@ -60,7 +60,7 @@ class AttentionSettings:
 class Implementation(NamedTuple):
     """An implementation of attention."""
 
-    make: Callable[[AttentionSettings, Pattern, int], Attention]
+    make: Callable[[AttentionSettings, ClosedFormPattern, int], Attention]
     """``make(settings, pattern, length)`` prepares the attention of a length, and returns it."""
     dense: bool
     """Whether it knows no pattern: every query sees all keys up to its own."""
@@ -68,28 +68,37 @@ class Implementation(NamedTuple):
     """Whether its tensors are ``[batch, heads, time, dim]``, not ``[batch, time, heads, dim]``."""
 
 
-def _ours(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
-    return partial(attend, pattern=pattern, backend=settings.backend)
+def _attend(pattern: ClosedFormPattern, backend: str) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, pattern, backend=backend)
+        assert isinstance(out, Tensor)  # a tuple only with return_lse
+        return out
+
+    return attention
 
 
-def _sdpa(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
+def _ours(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
+    return _attend(pattern, settings.backend)
+
+
+def _sdpa(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     grouped = settings.heads != settings.kv_heads
     return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
 
 
-def _cudnn(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
+def _cudnn(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(_sdpa(settings, pattern, length))
 
 
-def _flash(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
+def _flash(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from flash_attn import flash_attn_func
 
     return partial(flash_attn_func, causal=True)
 
 
-def _flex(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
+def _flex(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.config.recompile_limit = 1000  # compiled anew for every pattern and length
@@ -103,8 +112,8 @@ def _flex(settings: AttentionSettings, pattern: Pattern, length: int) -> Attenti
     return partial(compiled, block_mask=blocks, enable_gqa=grouped)
 
 
-def _reference(settings: AttentionSettings, pattern: Pattern, length: int) -> Attention:
-    return partial(attend, pattern=pattern, backend="reference")
+def _reference(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
+    return _attend(pattern, "reference")
 
 
 IMPLEMENTATIONS = {
@@ -119,7 +128,7 @@ REFERENCE = Implementation(_reference, dense=False, heads_first=False)
 
 
 def flex_mask(
-    pattern: Pattern, heads: int, kv_heads: int, device: str
+    pattern: ClosedFormPattern, heads: int, kv_heads: int, device: str
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the pattern as FlexAttention's ``mask_mod(batch, query_head, query, key)``.
 
@@ -129,7 +138,7 @@ def flex_mask(
     group_size = heads // kv_heads
     rules_of_head = [pattern.rules(head) for head in range(kv_heads)]
 
-    if len(groups(pattern, kv_heads)) == 1:
+    if len(group_heads(pattern, kv_heads)) == 1:
         residues = torch.tensor(
             [[rule.residue for rule in rules] for rules in rules_of_head], device=device
         )

@@ -90,7 +90,7 @@ def _settings(options: Namespace) -> LinearSettings:
     mixers = list(dict.fromkeys(options.mixer or BLOCKS))
     for mixer in mixers:
         if mixer not in BLOCKS:
-            raise UserError(f"--mixer: there is no linear {mixer!r}, only {', '.join(BLOCKS)}")
+            raise UserError(f"--mixer: {mixer!r} is not a linear mixer; known: {', '.join(BLOCKS)}")
 
     settings = LinearSettings(
         mixers=mixers,
@@ -103,7 +103,7 @@ def _settings(options: Namespace) -> LinearSettings:
         try:
             settings.width.design(mixer)
         except ValueError as error:
-            raise UserError(f"--heads, --head-dim: no {mixer}: {error}") from None
+            raise UserError(f"--heads, --head-dim: do not fit {mixer}: {error}") from None
     return settings
 
 

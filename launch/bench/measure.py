@@ -314,7 +314,7 @@ def plot_against_length(
     from matplotlib.ticker import LogFormatter
 
     for name, values in lines.items():
-        axes.plot(values.keys(), values.values(), marker="o", label=name)
+        axes.plot(list(values), list(values.values()), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel, title=title)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.minorticks_off()

@@ -245,7 +245,8 @@ def _table(
         )
     ]
     for result in results:
-        shortest, longest = min(result.peaks), max(result.peaks)
+        shortest = min(result.peaks)
+        longest = max(result.peaks)
         growth = result.peaks[longest] - result.peaks[shortest]
         kib_per_token = growth / (longest - shortest) / 2**10
         rows.append(

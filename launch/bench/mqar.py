@@ -83,7 +83,7 @@ def bench_mqar(options: Namespace) -> int:
     try:
         _run_all(left, options.jobs, options.examples)
     except _StoppedError:
-        print("stopped as asked; the same command goes on from there")
+        print("stopped as asked; the same command continues from there")
         return STOPPED
 
     results = [_finished_result(trial, options.examples) for trial in trials]
@@ -133,10 +133,10 @@ def _recipe_files(names: list[str]) -> list[Path]:
     for path in paths:
         if stems.count(path.stem) > 1:
             raise UserError(
-                f"RECIPE: two are called {path.stem}; a row of the table needs a name of its own"
+                f"RECIPE: two are called {path.stem}; each row of the table needs its own name"
             )
         if load_recipe(str(path)).data.mqar is None:
-            raise UserError(f"{path}: is no recipe of the recall task; it has no data.mqar")
+            raise UserError(f"{path}: is not a recipe of the recall task; it has no data.mqar")
     return paths
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...trainer.checkpoint.run_folder import replace_file
+from ...trainer.checkpoint.atomic import replace_file
 from ...trainer.errors import UserError
 from ...trainer.evaluation.mqar_settings import RecallSetting, trained_settings
 from ...trainer.recipe.schema import Recipe
@@ -92,7 +92,7 @@ class MQARReport:
         try:
             text = self._page.read_text() if self._page.exists() else f"{BEGIN}\n{END}\n"
         except UnicodeDecodeError:
-            raise UserError(f"{self._page}: is no UTF-8 text") from None
+            raise UserError(f"{self._page}: is not UTF-8 text") from None
         before, begin, rest = text.partition(BEGIN)
         _, end, after = rest.partition(END)
         if not (begin and end):

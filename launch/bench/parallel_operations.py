@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import attention, parallel
 from ...attention import S2, Causal, Pattern, Window
 from ...parallel import Layout
-from ...parallel.schedules.names import named, unsupported_reason
+from ...parallel.schedules.names import Schedule, named, unsupported_reason
 from .parallel import ParallelSettings, ParallelTiming
 
 BLOCK = 64
@@ -53,11 +53,10 @@ def operations(settings: ParallelSettings) -> Iterator[Operation]:
     decay = -0.1 * draw(settings.heads).sigmoid()
     beta = draw(settings.heads).sigmoid()
     for schedule in ("gather", "scan"):
-        inputs = {"q": q, "k": k, "v": v, "decay": decay}
-        yield _linear_operation("lightning", schedule, inputs)
+        yield Operation("lightning", schedule, _lightning(schedule), [q, k, v, decay])
     for schedule in ("gather", "scan"):
-        inputs = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
-        yield _linear_operation("gated_deltanet", schedule, inputs)
+        inputs = [q, k, v, decay, beta]
+        yield Operation("gated_deltanet", schedule, _gated_deltanet(schedule), inputs)
 
 
 def _softmax_operations(settings: ParallelSettings, qkv: list[Tensor]) -> Iterator[Operation]:
@@ -83,13 +82,14 @@ def _softmax_operations(settings: ParallelSettings, qkv: list[Tensor]) -> Iterat
         yield Operation(f"full ({length:,} tokens) / unfused", "heads", _against_unfused, half)
 
 
-def _attention(pattern: Pattern, kv_schedule: Any) -> Run:
+def _attention(pattern: Pattern, kv_schedule: Schedule) -> Run:
     def run(inputs: list[Tensor], layout: Layout | None) -> Tensor:
         q, k, v = inputs
         if layout is None:
-            return attention.attend(q, k, v, pattern)
-        group = dist.group.WORLD
-        return parallel.attend(q, k, v, pattern, layout, group, schedule=kv_schedule)
+            return _tensor(attention.attend(q, k, v, pattern))
+        return _tensor(
+            parallel.attend(q, k, v, pattern, layout, _all_ranks(), schedule=kv_schedule)
+        )
 
     return run
 
@@ -98,7 +98,7 @@ def _against_unfused(inputs: list[Tensor], layout: Layout | None) -> Tensor:
     q, k, v = inputs
     if layout is None:
         return _unfused_attention(q, k, v)
-    return parallel.attend(q, k, v, Causal(), layout, dist.group.WORLD, schedule="heads")
+    return _tensor(parallel.attend(q, k, v, Causal(), layout, _all_ranks(), schedule="heads"))
 
 
 def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -118,18 +118,45 @@ def _unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(outs, 2)
 
 
-def _linear_operation(name: str, schedule: str, inputs: dict[str, Tensor]) -> Operation:
-    def run(tensors: list[Tensor], layout: Layout | None) -> Tensor:
-        arguments = dict(zip(inputs, tensors, strict=True))
+def _lightning(schedule: str) -> Run:
+    def run(inputs: list[Tensor], layout: Layout | None) -> Tensor:
+        q, k, v, decay = inputs
         if layout is None:
-            return attention.linear_attention(**arguments)
-        group = dist.group.WORLD
-        return parallel.linear_attention(**arguments, layout=layout, group=group, schedule=schedule)
+            return _tensor(attention.linear_attention(q, k, v, decay=decay))
+        return _tensor(
+            parallel.linear_attention(q, k, v, layout, _all_ranks(), decay=decay, schedule=schedule)
+        )
 
-    return Operation(name, schedule, run, list(inputs.values()))
+    return run
 
 
-class Step(NamedTuple):
+def _gated_deltanet(schedule: str) -> Run:
+    def run(inputs: list[Tensor], layout: Layout | None) -> Tensor:
+        q, k, v, decay, beta = inputs
+        if layout is None:
+            return _tensor(attention.linear_attention(q, k, v, decay=decay, beta=beta))
+        return _tensor(
+            parallel.linear_attention(
+                q, k, v, layout, _all_ranks(), decay=decay, beta=beta, schedule=schedule
+            )
+        )
+
+    return run
+
+
+def _tensor(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Return the output of a call that was not asked for anything else."""
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+class TimedStep(NamedTuple):
     """A forward and backward pass."""
 
     seconds: float
@@ -150,10 +177,10 @@ def measure(settings: ParallelSettings, operation: Operation) -> ParallelTiming:
     local_grad_out = torch.randn(out_shape, generator=torch.Generator().manual_seed(rank))
     whole_grad_out = layout.unshard(_gather(local_grad_out))
 
-    def step_together() -> Step:
+    def step_together() -> TimedStep:
         return _step(operation.run, local_inputs, layout, local_grad_out)
 
-    def step_alone() -> Step:
+    def step_alone() -> TimedStep:
         return _step(operation.run, whole_inputs, None, whole_grad_out)
 
     results = step_together().results
@@ -178,11 +205,11 @@ def measure(settings: ParallelSettings, operation: Operation) -> ParallelTiming:
     return timing
 
 
-def _step(run: Run, inputs: list[Tensor], layout: Layout | None, grad_out: Tensor) -> Step:
+def _step(run: Run, inputs: list[Tensor], layout: Layout | None, grad_out: Tensor) -> TimedStep:
     start = time.perf_counter()
     out = run(inputs, layout)
     gradients = torch.autograd.grad(out, inputs, grad_out)
-    return Step(time.perf_counter() - start, [out.detach(), *gradients])
+    return TimedStep(time.perf_counter() - start, [out.detach(), *gradients])
 
 
 def _gather(value: Any) -> list[Any]:

@@ -7,13 +7,13 @@ from ..options import add_dtype, add_out_folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Check, then measure softmax attention under patterns against dense kernels, in turns."
+        "Check, then time softmax attention under patterns against dense kernels, in turns."
     )
     parser.add_argument(
         "--pattern",
         action="append",
         metavar="EXPR",
-        help="may be repeated (default 'S2(64, 16, 16)' and 'Window(1024)')",
+        help="repeatable (default 'S2(64, 16, 16)' and 'Window(1024)')",
     )
     parser.add_argument(
         "--lengths", default="8192,32768", metavar="T,T", help="tokens (default %(default)s)"
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         default="torch",
-        help="of ours: torch (default), triton, flash, reference or auto",
+        help="of longspan: torch (default), triton, flash, reference or auto",
     )
     parser.add_argument("--heads", type=int, default=4, help="(default 4)")
     parser.add_argument("--kv-heads", type=int, default=4, help="(default 4)")

@@ -7,14 +7,14 @@ from ..options import add_dtype, add_out_folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Check, then measure every linear mixer's operation against the length, and dense "
-        "attention, in turns."
+        "Check, then time every linear mixer's operation against the length, and dense attention, "
+        "in turns."
     )
     parser.add_argument(
         "--mixer",
         action="append",
         metavar="NAME",
-        help="may be repeated (default: all that are linear)",
+        help="repeatable (default: all linear mixers)",
     )
     parser.add_argument(
         "--lengths", default="4096,16384,65536", metavar="T,T", help="tokens (default %(default)s)"
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=32768,
         metavar="T",
-        help="skip dense attention of more tokens (default %(default)s)",
+        help="skip dense attention over more tokens (default %(default)s)",
     )
     parser.add_argument(
         "--backend",

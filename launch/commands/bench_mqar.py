@@ -6,7 +6,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train recipes of the recall task with several learning rates and seeds, and tabulate "
-        "what they reach. Killed at any time, the same command goes on."
+        "what they reach. If it is killed, the same command resumes."
     )
     parser.add_argument(
         "recipes",
@@ -19,14 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seeds", default="0,1,2", metavar="N,N", help="(default %(default)s)")
     parser.add_argument(
-        "--jobs", type=int, default=2, help="runs at a time, of one thread each (default 2)"
+        "--jobs", type=int, default=2, help="runs at a time, with one thread each (default 2)"
     )
-    parser.add_argument("--steps", type=int, help="instead of those of the recipes")
+    parser.add_argument("--steps", type=int, help="training steps (default: as in the recipes)")
     parser.add_argument(
-        "--examples", type=int, default=500, help="of each length and number of pairs (default 500)"
+        "--examples",
+        type=int,
+        default=500,
+        help="examples of each length and number of pairs (default 500)",
     )
     parser.add_argument(
-        "--work", default="runs/mqar", metavar="FOLDER", help="of the runs (default %(default)s)"
+        "--work",
+        default="runs/mqar",
+        metavar="FOLDER",
+        help="folder of the runs (default %(default)s)",
     )
     # The default is this repository's own page: outside of a clone, give --out.
     parser.add_argument(

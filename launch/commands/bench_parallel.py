@@ -7,8 +7,8 @@ from ..options import add_out_folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure the operations over context-parallel ranks, processes of one thread on this CPU, "
-        "against one of them, in turns."
+        "Time the operations over context-parallel ranks, processes of one thread on this CPU, "
+        "against one rank, in turns."
     )
     parser.add_argument("--ranks", type=int, default=2, help="(default 2)")
     parser.add_argument("--length", type=int, default=16384, help="tokens (default %(default)s)")

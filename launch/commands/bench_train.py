@@ -7,16 +7,16 @@ from ..options import add_model_size, add_out_folder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure the steps of a Llama's training by longspan, by a plain PyTorch loop and by "
-        "transformers' Trainer on this CPU, in turns."
+        "Time the steps of a Llama's training by longspan, by a plain PyTorch loop and by the "
+        "Trainer of transformers on this CPU, in turns."
     )
     add_model_size(parser, vocabulary=8192)
     add_out_folder(parser, files="train.json")
     parser.add_argument(
-        "--length", type=int, default=2048, help="tokens of a sequence (default 2048)"
+        "--length", type=int, default=2048, help="tokens per sequence (default 2048)"
     )
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a step (default 2)")
-    parser.add_argument("--steps", type=int, default=10, help="timed in a turn (default 10)")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step (default 2)")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per turn (default 10)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default 3)")
 
 

@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
     from ...trainer.huggingface.source import SavedRun
 
     folder = Path(options.folder)
-    if not Path(folder, "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"{options.folder}: has no config.json; name the folder that longspan export wrote"
         )

@@ -7,14 +7,14 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tokenize text files, .jsonl and .parquet files, and folders of them to Megatron's "
-        ".bin/.idx."
+        "Tokenize text files, .jsonl and .parquet files, and folders of them, to the .bin/.idx "
+        "format of Megatron."
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
     parser.add_argument(
         "--key",
         default="text",
-        help="of the text in a .jsonl line, or its .parquet column (default text)",
+        help="key of the text in a .jsonl line, or its .parquet column (default text)",
     )
     parser.add_argument(
         "--workers",

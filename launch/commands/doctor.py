@@ -18,11 +18,11 @@ REQUIRED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "nu
 OPTIONAL = {
     "flash-attn": "causal attention and windows run on longspan's Triton kernels instead",
     "flash-linear-attention": (
-        "the delta rule and decays of each key run in torch on GPUs, several times slower"
+        "the delta rule and per-key decays run in torch on GPUs, several times slower"
     ),
     "wandb": "metrics.wandb is refused",
     "tensorboard": "metrics.tensorboard is refused",
-    "pyarrow": "data build takes no .parquet",
+    "pyarrow": "data build cannot read .parquet",
 }
 """Packages, and what their absence costs."""
 
@@ -47,7 +47,9 @@ def doctor(folder: str) -> int:
     """
     missing = [name for name in REQUIRED if version_of(name) is None]
     print(_table([(name, version_of(name) or "MISSING") for name in ("python", *REQUIRED)]))
-    optional = [(name, version_of(name) or f"not there: {cost}") for name, cost in OPTIONAL.items()]
+    optional = [
+        (name, version_of(name) or f"not installed: {cost}") for name, cost in OPTIONAL.items()
+    ]
     print(f"\n{_table(optional)}\n")
     if missing:
         print(f"cannot train without {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -104,4 +106,4 @@ def _disk(folder: Path) -> str:
             speed = _DISK_BYTES / (time.perf_counter() - began) / 1e6
     except OSError as error:
         return f"{existing}: cannot be written: {error.strerror}"
-    return f"{existing}: {free / 2**30:,.1f} GiB free, {speed:,.0f} MB/s written through"
+    return f"{existing}: {free / 2**30:,.1f} GiB free, {speed:,.0f} MB/s written to the disk"

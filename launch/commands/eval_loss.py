@@ -8,12 +8,12 @@ from ..table import table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Held-out loss by the place in the context, over documents that are long enough for all "
-        "of it."
+        "Measure the held-out loss by position in the context, over documents that are long enough "
+        "for all of it."
     )
     add_evaluated_text(parser)
     parser.add_argument(
-        "--documents", type=int, default=64, help="of each length at most (default 64)"
+        "--documents", type=int, default=64, help="most documents of each length (default 64)"
     )
 
 
@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
 
     print(_table(ranges))
     print(
-        "gain: what the same tokens cost more where the text begins at half the first of these "
-        "places"
+        "gain: how much more the same tokens cost if the text begins at half the first of these "
+        "positions"
     )
     report = {"corpus": corpus.prefix, "trained_length": trained, "ranges": ranges}
     save_evaluation(
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(ranges: list[dict]) -> str:
-    lines = [("documents of", "places", "loss", "gain", "+-", "")]
+    lines = [("documents of", "positions", "loss", "gain", "+-", "")]
     for row in ranges:
         notes = []
         if row["start"] == 0:

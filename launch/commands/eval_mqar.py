@@ -8,7 +8,8 @@ from ..table import table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Accuracy of a run with data.mqar in the recall task, at trained and longer lengths."
+        "Measure the accuracy of a run with data.mqar in the recall task, at trained and longer "
+        "lengths."
     )
     parser.add_argument("run_dir", metavar="RUN")
     parser.add_argument(
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs",
         metavar="N,N",
-        help="with every length where they fit (default: as for --lengths)",
+        help="numbers of pairs, at every length that they fit (default: as for --lengths)",
     )
     add_examples(parser, default=500)
 

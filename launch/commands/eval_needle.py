@@ -8,13 +8,16 @@ from ..options import add_evaluated_text, add_examples
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Whether a run finds a number that is hidden in held-out text, by the text's length and "
-        "its depth there."
+        "Measure whether a run finds a number that is hidden in held-out text, by the length of "
+        "the text and the number's depth in it."
     )
     add_evaluated_text(parser)
     add_examples(parser, default=20)
     parser.add_argument(
-        "--depths", type=int, default=5, help="from the beginning to the end (default 5)"
+        "--depths",
+        type=int,
+        default=5,
+        help="number of depths, from the beginning to the end (default 5)",
     )
 
 

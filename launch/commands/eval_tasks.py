@@ -7,8 +7,8 @@ from ..options import add_evaluated_text, add_examples
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Tasks of RULER's kind: several numbers in held-out text, one among a crowd of them, one "
-        "that is passed on from name to name, the most frequent word."
+        "Measure a run on tasks in the style of RULER: find several numbers in held-out text, one "
+        "among many, one that is passed on from name to name; find the most frequent word."
     )
     add_evaluated_text(parser)
     add_examples(parser, default=50)

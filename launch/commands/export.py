@@ -9,9 +9,9 @@ from ..process import process_group
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write a run's model as a folder that transformers loads: as an architecture that it has "
-        "where the layers are exactly one, else with code that goes with it. Its logits are "
-        "compared with the run's first."
+        "Write a run's model as a folder that transformers loads: as one of its own architectures "
+        "if the layers match one exactly, else with the code of the model. The logits are compared "
+        "with the run's first."
     )
     parser.add_argument(
         "run_dir",
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of the weights (default: that of training)",
+        help="dtype of the weights (default: as trained)",
     )
 
 

@@ -10,10 +10,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN")
     parser.add_argument("--prompt", default="import ")
     parser.add_argument(
-        "--tokens", type=int, default=256, help="tokens to add at most (default 256)"
+        "--tokens", type=int, default=256, help="most tokens to generate (default 256)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 for the likeliest token (default 0.8)"
+        "--temperature", type=float, default=0.8, help="0 for the most likely token (default 0.8)"
     )
     parser.add_argument("--seed", type=int, default=0)
 

@@ -9,8 +9,8 @@ from ..options import add_recipe_arguments
 from ..table import table
 
 if TYPE_CHECKING:
+    from ...trainer.layers.base import Block
     from ...trainer.predict.estimate import Device, Estimate
-    from ...trainer.recipe.layers.softmax import SoftmaxBlock
     from ...trainer.recipe.schema import Recipe
 
 # Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
@@ -24,12 +24,15 @@ _MOST_STAGES = 512
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Predict what a recipe takes on a number of GPUs: memory, arithmetic, messages and time. "
-        "Needs no GPU."
+        "Predict what a recipe needs on a number of GPUs: memory, arithmetic, messages and time. "
+        "Needs no GPU itself."
     )
     add_recipe_arguments(parser, example="parallel.cp=8")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="(default: launch.processes of the recipe)"
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="number of GPUs (default: launch.processes of the recipe)",
     )
     parser.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
     parser.add_argument(
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         default="plan.png",
         metavar="PNG",
-        help="bytes against ranks (default %(default)s)",
+        help="plot of bytes received against ranks (default %(default)s)",
     )
 
 
@@ -45,7 +48,6 @@ def run(options: argparse.Namespace) -> None:
     """Print what is predicted, and draw what ranks receive against their number."""
     from ...trainer.data.tokenizer import recipe_vocab_size
     from ...trainer.predict.estimate import DEVICES, estimate
-    from ...trainer.recipe.layers.softmax import SoftmaxBlock
 
     if options.device not in DEVICES:
         raise UserError(
@@ -62,13 +64,13 @@ def run(options: argparse.Namespace) -> None:
     _print_speed(predicted, device)
 
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.stack_names}
-    softmax = {name: block for name, block in blocks.items() if isinstance(block, SoftmaxBlock)}
+    softmax = {name: block for name, block in blocks.items() if block.has_kv_schedule}
     if softmax:
         picture = Path(options.out)
         _draw(recipe, softmax, picture)
         print(f"\n{picture} shows what ranks receive against their number")
     else:
-        print("\nno layer has a schedule that could be drawn: only states move")
+        print("\nno layer has a schedule to draw: only states move")
 
 
 def _recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
@@ -148,9 +150,9 @@ def _print_layers(predicted: "Estimate") -> None:
     rows.append(("output", "", f"{predicted.head_flops / 1e6:,.2f}", "", "", "", ""))
     print(table(rows))
     print(
-        "of one layer: arithmetic forward; bytes a microbatch brings a rank from others of its "
-        "sequence, forward and\n"
-        "backward; pairs of query and key of the rank with most work, over the mean of all"
+        "for one layer: forward arithmetic; bytes that a rank receives from the others of its "
+        "sequence in a microbatch's\n"
+        "forward and backward; pairs of query and key on the rank with most, over the mean of all"
     )
     for kind in predicted.kinds:
         if kind.choice:
@@ -173,7 +175,7 @@ def _print_speed(predicted: "Estimate", device: "Device") -> None:
     )
 
 
-def _draw(recipe: "Recipe", blocks: dict[str, "SoftmaxBlock"], path: Path) -> None:
+def _draw(recipe: "Recipe", blocks: dict[str, "Block"], path: Path) -> None:
     """Draw a panel for each block of softmax attention, with a line for each KV schedule."""
     import matplotlib
 
@@ -202,7 +204,7 @@ def _draw(recipe: "Recipe", blocks: dict[str, "SoftmaxBlock"], path: Path) -> No
     plt.close(figure)
 
 
-def _received(recipe: "Recipe", block: "SoftmaxBlock") -> dict[str, dict[int, float]]:
+def _received(recipe: "Recipe", block: "Block") -> dict[str, dict[int, float]]:
     """Return the MiB that the rank with most receives, by KV schedule and number of ranks.
 
     A schedule that cannot compute the block over a number of ranks has no value there.

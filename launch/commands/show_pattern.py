@@ -8,7 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw an attention pattern, or those of a recipe, and print its density and ideal speed-up."
     )
     parser.add_argument(
-        "pattern", metavar="EXPR|RECIPE", help="as 'S2(64, 16, 16) | Sinks(4)', or a recipe"
+        "pattern", metavar="EXPR|RECIPE", help="such as 'S2(64, 16, 16) | Sinks(4)', or a recipe"
     )
     parser.add_argument("-o", "--out", required=True, metavar="PNG", help="file to draw to")
     parser.add_argument(

@@ -22,8 +22,8 @@ _LONGEST_NOTICE = 65535  # s, the largest time of #SBATCH --signal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a batch script for SLURM that trains a recipe on several nodes: it stops the run "
-        "before its time is up, saves, and puts itself back into the queue. Its degrees are "
-        "checked first."
+        "before its time is up, saves, and requeues itself. The degrees of parallelism are checked "
+        "first."
     )
     add_recipe_arguments(parser, example="parallel.cp=8")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes-per-node", type=int, metavar="N", help="(default: one for each GPU)"
     )
     parser.add_argument(
-        "--cpus-per-task", type=int, metavar="N", help="cores of a node that the job has"
+        "--cpus-per-task", type=int, metavar="N", help="CPU cores of the job on each node"
     )
     parser.add_argument(
         "--time", required=True, metavar="T", help="minutes, HH:MM:SS or D-HH:MM:SS"
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=300,
         metavar="S",
-        help="seconds before its end to save in (default 300)",
+        help="seconds that the job has to save before its end (default 300)",
     )
     for name in ("account", "partition", "qos", "job-name"):
         parser.add_argument(f"--{name}", metavar="NAME")
@@ -53,20 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LINE",
-        help="of shell, as 'source .venv/bin/activate'; repeatable",
+        help="shell command to run first, such as 'source .venv/bin/activate'; repeatable",
     )
     parser.add_argument(
         "--restarts",
         type=int,
         default=3,
         metavar="N",
-        help="within the job where a rank dies (default 3)",
+        help="most restarts within the job after a rank has died (default 3)",
     )
     parser.add_argument(
-        "--requeues", type=int, default=100, metavar="N", help="of the job at most (default 100)"
+        "--requeues",
+        type=int,
+        default=100,
+        metavar="N",
+        help="most times that the job is requeued (default 100)",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="(default: slurm/train.sbatch in the run's folder)"
+        "--out",
+        metavar="FILE",
+        help="script to write (default: slurm/train.sbatch in the run's folder)",
     )
     parser.add_argument("--submit", action="store_true")
 
@@ -141,12 +147,13 @@ def _time_problems(options: argparse.Namespace) -> list[str]:
     seconds = _seconds(options.time)
     if seconds is None:
         problems.append(
-            f"--time: {options.time} is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00"
+            f"--time: {options.time} is not a time for Slurm, "
+            "such as 90 (minutes), 12:00:00 or 2-00:00:00"
         )
     elif seconds <= options.notice:
         problems.append(
-            f"--time: {options.time} leaves nothing: a job is told {options.notice} s before its "
-            "end to save and stop"
+            f"--time: {options.time} leaves no time to train: the job is told to save and stop "
+            f"{options.notice} s before its end"
         )
     return problems
 
@@ -202,7 +209,7 @@ def render(options: argparse.Namespace, recipe: "Recipe") -> str:
         "nodes": options.nodes,
         "time": options.time,
         "notice": options.notice,
-        "options": "\n".join(directives) or "# no other options were asked for",
+        "options": "\n".join(directives) or "# no other options were given",
         "setup": "\n".join(options.setup) or ":  # given with --setup",
         "folder": shlex.quote(str(Path.cwd())),  # paths in the recipe are relative to it
         "run_dir": shlex.quote(str(Path(recipe.run_dir).absolute())),
@@ -216,7 +223,7 @@ def render(options: argparse.Namespace, recipe: "Recipe") -> str:
 
 def _write(options: argparse.Namespace, recipe: "Recipe", script: str) -> Path:
     """Write the script, and make the folder of the job's output; return the script's path."""
-    from ...trainer.checkpoint.run_folder import replace_file
+    from ...trainer.checkpoint.atomic import replace_file
 
     logs = Path(recipe.run_dir, "slurm")
     path = Path(options.out or logs / "train.sbatch")

@@ -170,7 +170,7 @@ def _train_transformers(turn: Turn) -> TrainedSteps:
     return TrainedSteps([end - begin for begin, end in pairwise(ends)])
 
 
-class Candidate(NamedTuple):
+class TrainingCandidate(NamedTuple):
     """A trainer, and the kind of its layers."""
 
     train: Callable[[Turn], TrainedSteps]
@@ -178,12 +178,12 @@ class Candidate(NamedTuple):
 
 
 CANDIDATES = {
-    "longspan, full": Candidate(_train_longspan, FULL),
-    "PyTorch, full (sdpa)": Candidate(_train_plain, None),
-    "PyTorch, full (ours)": Candidate(_train_plain, FULL),
-    "transformers, full (sdpa)": Candidate(_train_transformers, None),
-    "longspan, s2": Candidate(_train_longspan, S2),
-    "PyTorch, s2 (ours)": Candidate(_train_plain, S2),
+    "longspan, full": TrainingCandidate(_train_longspan, FULL),
+    "PyTorch, full (sdpa)": TrainingCandidate(_train_plain, None),
+    "PyTorch, full (ours)": TrainingCandidate(_train_plain, FULL),
+    "transformers, full (sdpa)": TrainingCandidate(_train_transformers, None),
+    "longspan, s2": TrainingCandidate(_train_longspan, S2),
+    "PyTorch, s2 (ours)": TrainingCandidate(_train_plain, S2),
 }
 
 

@@ -21,15 +21,8 @@ def start(tiny_recipe, tmp_path):
     processes = []
 
     def run(*overrides):
-        command = [
-            sys.executable,
-            "-m",
-            "longspan",
-            "train",
-            tiny_recipe,
-            "launch.processes=2",
-            "training.steps=100000",
-        ]
+        train = [sys.executable, "-m", "longspan", "train", tiny_recipe]
+        command = [*train, "launch.processes=2", "training.steps=100000"]
         log = (tmp_path / "log").open("w")
         processes.append(
             subprocess.Popen(
@@ -66,7 +59,7 @@ def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number)
 
 def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "STOP").touch()  # of before
+    (tmp_path / "run" / "STOP").touch()  # from an earlier run
     process = start()
     assert "running: process " in longspan("status", tmp_path / "run").stdout
     second = longspan("train", tiny_recipe, "training.steps=100000")
@@ -152,12 +145,10 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
 with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     os.kill(os.getpid(), signal.SIGINT)
     __import__("time").sleep(0.2)
-    sys.exit(stop.asked())
+    sys.exit(stop.is_requested())
 """
-    assert (
-        subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode
-        == 0
-    )
+    done = subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False)
+    assert done.returncode == 0
 
 
 def test_the_first_rank_does_not_outlive_another_that_failed(monkeypatch, capfd):

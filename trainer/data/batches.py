@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...parallel import Layout, Sequence
+from ...parallel import Sequence
+from ..predict.communication import recipe_layout
 from ..recipe.schema import Recipe
 from .prepare import PreparedData
 from .samples import Sample
@@ -41,12 +42,6 @@ class Microbatch:
     """Tokens of the whole sequences that are only padding. It is 0 on all but the first
     context-parallel rank, so that the sum over ranks is right.
     """
-
-
-def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
-    """Of a sequence over the context-parallel ranks, of ``length`` tokens or as many as the recipe says."""
-    make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
-    return make(length or recipe.training.seq_length, recipe.parallel.cp)
 
 
 class Batches:

@@ -194,7 +194,7 @@ def choose_tasks(names: list[str] | None) -> list[str]:
     tasks = [EARLIER_NAMES.get(name, name) for name in names]
     for task in tasks:
         if task not in TASKS:
-            raise UserError(f"--tasks: there is no task {task}; known: {', '.join(TASKS)}")
+            raise UserError(f"--tasks: {task} is not a task; known: {', '.join(TASKS)}")
     return tasks
 
 

@@ -162,7 +162,8 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
     rows = {
         row["kind"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]
     }
-    bad, good = rows.pop(kind), *rows.values()
+    bad = rows.pop(kind)
+    (good,) = rows.values()
     assert bad["status"].startswith(status)
     assert "\n" not in bad["status"]
     assert not any(bad[key] for key in ("seconds", "median", "peak_bytes", "ratio", "share"))
@@ -192,13 +193,14 @@ def test_grouped_heads(on_cpu, kind, kv_heads):
     ],
 )
 def test_flex_attention_gets_the_pattern(text):
-    pattern, at = parse_pattern(text).spread(2), torch.arange(64)
+    pattern = parse_pattern(text).spread(2)
+    positions = torch.arange(64)
     mask = bench.flex_mask(pattern, 4, 2, "cpu")
     over_keys = torch.vmap(mask, (None, None, None, 0))
     over_all = torch.vmap(torch.vmap(over_keys, (None, None, 0, None)), (None, 0, None, None))
     assert torch.equal(
-        over_all(torch.tensor(0), torch.arange(4), at, at),
-        pattern.mask(at, at, 2).repeat_interleave(2, 0),
+        over_all(torch.tensor(0), torch.arange(4), positions, positions),
+        pattern.mask(positions, positions, 2).repeat_interleave(2, 0),
     )
 
 
@@ -207,7 +209,7 @@ def test_flex_attention_gets_the_pattern(text):
     [
         (["--pattern", "S3(64)"], "unknown pattern 'S3'"),
         (["--pattern", "PerHead([Causal()])"], "PerHead has patterns for 1 KV heads"),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 8192,32768, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 8192,32768, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--kv-heads", "3"], "--kv-heads: 3 does not divide --heads 4"),

@@ -57,10 +57,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
     monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
     status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
     assert status == 0
-    report, rows = (
-        json.loads((tmp_path / "deep" / "linear.json").read_text()),
-        rows_of(tmp_path / "deep"),
-    )
+    report = json.loads((tmp_path / "deep" / "linear.json").read_text())
+    rows = rows_of(tmp_path / "deep")
     assert set(report) == {"machine", "versions", "settings", "rows"}
     assert set(report["versions"]) == {"python", "torch", "triton", "flash-linear-attention"}
     assert report["settings"] == {
@@ -74,7 +72,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
         "repeats": 1,
     }
     assert list(rows) == [(name, length) for length in (70, 130) for name in (DENSE, *BLOCKS)]
-    skipped, dense = rows.pop((DENSE, 130)), rows[DENSE, 70]
+    skipped = rows.pop((DENSE, 130))
+    dense = rows[DENSE, 70]
     assert skipped["status"] == "skipped: longer than --dense-up-to 70"
     assert line_of(out, skipped).endswith(skipped["status"])
     assert not any(
@@ -201,7 +200,8 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(
     )
     assert exit_status == 0
     rows = rows_of(tmp_path)
-    bad, good = rows["deltanet", 70], rows["gla", 70]
+    bad = rows["deltanet", 70]
+    good = rows["gla", 70]
     assert bad["status"].startswith(status)
     assert line_of(out, bad).endswith(bad["status"])
     assert not any(
@@ -240,16 +240,16 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
     [
         (
             ["--mixer", "full"],
-            "--mixer: there is no linear 'full', only linear, lightning, retention, ",
+            "--mixer: 'full' is not a linear mixer; known: linear, lightning, retention, ",
         ),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 4096,65536, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 4096,65536, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
         (
             ["--mixer", "gla", "--head-dim", "5"],
-            "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part",
+            "--heads, --head-dim: do not fit gla: key_head_dim is by default 1/2 of a head's part",
         ),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],

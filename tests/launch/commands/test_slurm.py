@@ -54,11 +54,14 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         (["--nodes", "0", "--time", "10"], ["--nodes: must be at least 1, got 0"]),
         (
             ["--nodes", "1", "--time", "a day"],
-            ["--time: a day is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00"],
+            ["--time: a day is not a time for Slurm, such as 90 (minutes), 12:00:00 or 2-00:00:00"],
         ),
         (
             ["--nodes", "1", "--time", "5"],
-            ["--time: 5 leaves nothing: a job is told 300 s before its end to save and stop"],
+            [
+                "--time: 5 leaves no time to train: "
+                "the job is told to save and stop 300 s before its end"
+            ],
         ),
         (
             ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
@@ -176,7 +179,7 @@ def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argume
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
+def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, saves):
     """With stand-ins for Slurm's commands.
 
     The setup may read what is not set, and a STOP from before is not the job's.
@@ -359,7 +362,7 @@ def test_a_job_works_where_its_command_was_given(
     assert "JobName=a run\n" in shown
 
 
-def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
+def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
     slurm, longspan, tiny_recipe, tmp_path
 ):
     """To the same bits as a run that nothing happens to; two processes of one node's task."""
@@ -393,6 +396,6 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
     # its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
     _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
-    assert f"going on from step {stopped}" in log.read_text()
+    assert f"resuming from step {stopped}" in log.read_text()
     assert _losses(run) == _losses(tmp_path / "alone")
     assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank

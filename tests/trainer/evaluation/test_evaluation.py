@@ -350,7 +350,7 @@ def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
         ("needle {run} --examples 0", "--examples: must be at least 1, got 0"),
         (
             "tasks {run} --tasks variable_tracking,ruler",
-            "--tasks: there is no task ruler; "
+            "--tasks: ruler is not a task; "
             "known: multi_query, multi_key, variable_tracking, frequent_words",
         ),
         ("tasks {run} --lengths 300", "tokens; use at least 64 more"),

@@ -71,7 +71,7 @@ def trained(tiny):
     )
     assert done.returncode == 0, done.stderr
     assert "held-out: loss" in done.stdout
-    assert "go on with: longspan eval mqar" in done.stdout
+    assert "continue with: longspan eval mqar" in done.stdout
     return tiny.parent / "run"
 
 
@@ -321,7 +321,7 @@ def untrained(tmp_path):
         (["eval", "mqar", "{tmp}/mqar"], "has no weights.safetensors; the run has not finished"),
         (
             ["eval", "mqar", "{tmp}/mqar", "--lengths", "64,x"],
-            "--lengths: must be whole numbers, as 64,128, got '64,x'",
+            "--lengths: must be whole numbers, such as 64,128, got '64,x'",
         ),
         (["eval", "mqar", "{tmp}/mqar", "--pairs", "0"], "--pairs: must be at least 1, got 0"),
         (
@@ -333,9 +333,15 @@ def untrained(tmp_path):
             "--examples: must be at least 1, got 0",
         ),
         (["eval", "mqar", "{tmp}/mqar", "--seed", "-1"], "--seed: must not be negative, got -1"),
-        (["bench", "mqar", "quickstart"], "is no recipe of the recall task; it has no data.mqar"),
+        (
+            ["bench", "mqar", "quickstart"],
+            "is not a recipe of the recall task; it has no data.mqar",
+        ),
         (["bench", "mqar", "mqar/full", "{tmp}/mqar/full.yaml"], "RECIPE: two are called full"),
-        (["bench", "mqar", "--lrs", "fast"], "--lrs: must be numbers, as 1e-2,3e-3, got 'fast'"),
+        (
+            ["bench", "mqar", "--lrs", "fast"],
+            "--lrs: must be numbers, such as 1e-2,3e-3, got 'fast'",
+        ),
         (["bench", "mqar", "--lrs", "0"], "optimizer.lr: should be greater than 0, got 0.0"),
         (["bench", "mqar", "--seeds", "-1"], "--seeds: must be at least 0, got -1"),
         (["bench", "mqar", "--jobs", "0"], "--jobs: must be at least 1, got 0"),
@@ -464,7 +470,7 @@ def test_a_bench_that_is_killed_goes_on_to_the_same_bits(
     assert status == 0, err
     log = (folder / "log.txt").read_text()
     assert "stopped after step" in log, "its run has saved and stopped"
-    assert "going on from step" in log
+    assert "resuming from step" in log
     assert losses(folder) == losses(trained)
     assert not (folder / "checkpoints").exists()
     assert not (folder / "weights.safetensors").exists()
