@@ -79,15 +79,10 @@ class Packing(ABC):
         start = 0  # of the next slice in the sample
         num_documents = 0
         num_tokens = 0
-        for document_slice in slices:
-            # With the token behind the slice, if the document has one: the last token's label.
-            length = document_slice.num_tokens
-            left_in_document = (
-                int(self.corpus.lengths[document_slice.document]) - document_slice.start
-            )
-            ids = self.corpus.read(
-                document_slice.document, document_slice.start, min(length + 1, left_in_document)
-            )
+        for document, slice_start, length in slices:
+            # With the token after the slice, if the document has one: the label of its last token.
+            left_in_document = int(self.corpus.lengths[document]) - slice_start
+            ids = self.corpus.read(document, slice_start, min(length + 1, left_in_document))
             num_labels = len(ids) - 1
             tokens[start : start + length] = ids[:length]
             labels[start : start + num_labels] = ids[1:]
@@ -106,8 +101,8 @@ class Packing(ABC):
 class PackedCorpus(Packing):
     """Documents laid end to end and cut every ``seq_length`` tokens.
 
-    Only the end of an epoch is padded, but a document that crosses the edge of a sample is cut
-    there.
+    Padding only aligns documents and fills the last sample of an epoch, but a document that crosses
+    the edge of a sample is cut there.
     """
 
     def __init__(
