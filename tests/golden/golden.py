@@ -23,22 +23,24 @@ from unittest import mock
 import numpy as np
 import torch
 from longspan import attention, parallel
+from longspan.launch.cli import main
 
 # All that is asked of the inside of longspan, in one place: these lines follow when something moves.
 from longspan.launch.commands import plan as plan_command
-from longspan.launch.cli import main
 from longspan.launch.process import process_group
-from longspan.parallel.schedules.plan import batch_rows
+from longspan.parallel.schedules.choose import choose_schedule
+from longspan.parallel.schedules.choose import make_plan as plan_attention
 from longspan.parallel.schedules.names import named, unsupported_reason
-from longspan.parallel.schedules.choose import choose_schedule, make_plan as plan_attention
-from longspan.trainer.model.cpu import megatron_on_cpu
+from longspan.parallel.schedules.plan import batch_rows
 from longspan.trainer.data.tokenizer import recipe_vocab_size
 from longspan.trainer.huggingface.export import _built as built_for_transformers
 from longspan.trainer.huggingface.native import ModelToExport as ExportSource
 from longspan.trainer.huggingface.target import choose_target
+from longspan.trainer.model.cpu import megatron_on_cpu
 from longspan.trainer.model.model import build_model
-from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
 from longspan.trainer.model.weights import global_parameters, is_split
+from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
+from longspan.trainer.recipe.stages import Stages
 
 from . import faulty
 
@@ -382,10 +384,12 @@ def _learning_rates() -> str:
         for overrides in faulty.SCHEDULES:
             recipe = load_recipe("tiny.yaml", overrides)
             lines.append(f"{' '.join(overrides)}")
+            stages = Stages(recipe)
             for step in range(recipe.training.steps):
-                now = recipe.at(step)
+                stage = stages.at(step)
+                now = stage.recipe
                 lines.append(
-                    f"  {step}: lr {recipe.learning_rate(step):.10g}, data from {recipe.data_start(step)}, seed "
+                    f"  {step}: lr {stage.learning_rate(step):.10g}, data from {stage.data_start}, seed "
                     f"{now.training.seed}, {now.training.seq_length} tokens, theta {now.model.rope_theta:g}"
                 )
     return "\n".join(lines) + "\n"

@@ -63,7 +63,10 @@ def choices(recipe: Recipe, bytes_per_number: int) -> list[Choice]:
             if not unsupported_reason(one, parallel.cp, pattern, heads, kv_heads)
         ]
         bytes_of = bytes_per_number * recipe.training.micro_batch_size
-        costs = {one: cost(one, layout, pattern, heads, kv_heads, dims) for one in {chosen, *able}}
+        costs = {
+            one: cost(one, layout, pattern, heads, kv_heads, dims)
+            for one in dict.fromkeys([chosen, *able])  # a set's order would differ from run to run
+        }
         moved = {one: each.received * bytes_of for one, each in costs.items()}
         work = {one: balance(one, layout, pattern, heads, kv_heads) for one in costs}
         found.append(Choice(name, chosen, moved, work, costs[chosen].buffer * bytes_of))
