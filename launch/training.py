@@ -181,8 +181,12 @@ def _ngram_bits_per_byte(data: PreparedData) -> float:
     from ..trainer.evaluation.ngram import order2_bits_per_token
 
     vocab_size = ByteTokenizer.vocab_size
-    held_out = Corpus(data.validation, vocab_size)
-    sources = [Corpus(prefix, vocab_size) for prefix in data.sources]
+    corpora = data.text
+    # The recipe's checks let only one held-out corpus through, the same for the whole run.
+    assert corpora is not None
+    assert corpora.validation is not None
+    held_out = Corpus(corpora.validation, vocab_size)
+    sources = [Corpus(source.prefix, vocab_size) for source in corpora.sources]
     return order2_bits_per_token(sources, held_out) / (held_out.bytes_per_token or 1)
 
 
