@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .linear.attention import linear_attention
     from .linear.convolution import short_convolution
-    from .patterns.block_lists import BlockLists
-    from .patterns.patterns import (
+    from .patterns import (
         S2,
+        Blocks,
         Causal,
         Dilated,
+        MoBA,
         Pattern,
         PerHead,
+        Selector,
         Sinks,
         Streaming,
         Stripes,
         Window,
     )
-    from .patterns.rules import Blocks
-    from .patterns.selection import MoBA, Selector
+    from .patterns.block_lists import BlockLists
     from .rotary import apply_rotary, rotary_tables
     from .softmax.attend import attend
 
@@ -47,20 +48,20 @@ __all__ = [
     "short_convolution",
 ]
 
-_HOMES = {
-    "S2": "patterns.patterns",
+_MODULES = {
+    "S2": "patterns",
     "BlockLists": "patterns.block_lists",
-    "Blocks": "patterns.rules",
-    "Causal": "patterns.patterns",
-    "Dilated": "patterns.patterns",
-    "MoBA": "patterns.selection",
-    "Pattern": "patterns.patterns",
-    "PerHead": "patterns.patterns",
-    "Selector": "patterns.selection",
-    "Sinks": "patterns.patterns",
-    "Streaming": "patterns.patterns",
-    "Stripes": "patterns.patterns",
-    "Window": "patterns.patterns",
+    "Blocks": "patterns",
+    "Causal": "patterns",
+    "Dilated": "patterns",
+    "MoBA": "patterns",
+    "Pattern": "patterns",
+    "PerHead": "patterns",
+    "Selector": "patterns",
+    "Sinks": "patterns",
+    "Streaming": "patterns",
+    "Stripes": "patterns",
+    "Window": "patterns",
     "apply_rotary": "rotary",
     "attend": "softmax.attend",
     "linear_attention": "linear.attention",
@@ -69,8 +70,8 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
-    """Import a public name's module when it is first asked for, so that patterns cost no torch."""
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+def __getattr__(name: str) -> object:
+    """Import the module of a public name on first use, so that patterns cost no import of torch."""
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,52 +1,73 @@
-"""Several documents in one sequence, as every operation takes them: integer ids ``[batch, time]``.
+"""Several documents in one sequence, marked by integer ids ``[batch, time]`` as in every operation.
 
-Where documents begin is needed on the host, by every layer. To ask a GPU is to wait for it: there it is found once for each
-tensor of ids, which must not be written to behind torch's back.
+Every layer needs to know on the host where documents begin. Reading that from a GPU waits for it, so
+on a GPU the answer is kept for each tensor of ids. Such a tensor must only be written to by torch,
+which counts its versions.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+class DocumentSpan(NamedTuple):
+    """Tokens ``start`` to ``stop`` of a batch row, which are one document."""
+
+    batch_row: int
+    start: int
+    stop: int
+
+
+_spans_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Tensor of ids -> (its version, its spans)."""
 
 
 def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    """Refuse ids that are not integers of ``shape`` ``(batch, time)``, or that come back after another.
+    """Check ids against the shape ``(batch, time)``.
 
     Returns:
-        The ids, or None where each row is a single document, so that nothing needs masking.
+        The ids, or None if each batch row is a single document, so that nothing needs masking.
+
+    Raises:
+        ValueError: for ids that are not integers, have another shape, or decrease along time.
     """
     if documents is None:
         return None
     if documents.shape != shape or documents.is_floating_point():
-        found = f"{str(documents.dtype).removeprefix('torch.')} of shape {tuple(documents.shape)}"
-        raise ValueError(f"documents must be integers of shape {tuple(shape)}, got {found}")
-    return documents if len(document_spans(documents)) > len(documents) else None
+        dtype = str(documents.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"documents must be integers of shape {tuple(shape)}, "
+            f"got {dtype} of shape {tuple(documents.shape)}"
+        )
+    batch_size = len(documents)
+    return documents if len(document_spans(documents)) > batch_size else None
 
 
-def document_spans(documents: Tensor) -> list[tuple[int, int, int]]:
-    """(batch row, start, stop) of each document, in order."""
-    if (
-        not documents.is_cuda or documents.is_inference()
-    ):  # cheap, and others may write to the memory; or nobody counts writes
-        return list(_spans(documents.cpu()))
-    version, spans = _found.get(documents, (None, []))
+def document_spans(documents: Tensor) -> list[DocumentSpan]:
+    """Return the span of each document, row by row in order."""
+    # On the CPU finding them is cheap, and code outside torch may write to the memory. Tensors made
+    # in inference mode have no version that counts writes.
+    if not documents.is_cuda or documents.is_inference():
+        return list(_find_spans(documents.cpu()))
+    version, spans = _spans_of_tensor.get(documents, (None, []))
     if version != documents._version:
-        spans = list(_spans(documents.cpu()))
-        _found[documents] = (documents._version, spans)
+        spans = list(_find_spans(documents.cpu()))
+        _spans_of_tensor[documents] = (documents._version, spans)
     return spans
 
 
-def _spans(documents: Tensor):
+def _find_spans(documents: Tensor) -> Iterator[DocumentSpan]:
     if bool((documents[:, 1:] < documents[:, :-1]).any()):
         raise ValueError(
             "documents must not decrease along time: sort the documents before packing them"
         )
-    first = torch.ones_like(documents, dtype=torch.bool)
-    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = first.nonzero().tolist()
-    for (row, start), (next_row, stop) in pairwise([*starts, [-1, 0]]):
-        yield row, start, stop if next_row == row else documents.shape[1]
+    is_first = torch.ones_like(documents, dtype=torch.bool)
+    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    starts = is_first.nonzero().tolist()  # (batch row, position)
+    length = documents.shape[1]
+    for (row, start), (next_row, next_start) in pairwise([*starts, [-1, 0]]):
+        yield DocumentSpan(row, start, next_start if next_row == row else length)

@@ -15,7 +15,6 @@ from ..trainer.checkpoint.run_folder import RunFolder
 from ..trainer.data.tokenizer import recipe_tokenizer
 from ..trainer.errors import UserError
 from ..trainer.progress import track
-from ..trainer.recipe.layers.softmax import MoBABlock
 from .options import counts, numbers
 from .process import process_group
 from .table import table
@@ -64,9 +63,9 @@ def open_run(options: Namespace, name: str) -> RunFolder:
 def _require_causal_choices(folder: RunFolder) -> None:
     """Refuse models whose answer would be seen before it is given."""
     for block in folder.recipe.model.stack:
-        if isinstance(block, MoBABlock):
+        if block.queries_choose_together:
             raise UserError(
-                f"{folder.path}: has moba layers, whose blocks of queries choose together: an "
+                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an "
                 "answer would be seen before it is given; only eval loss can be measured"
             )
 

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..attention.patterns import Pattern
 from ..attention.patterns.expression import parse_pattern
-from ..attention.patterns.patterns import Pattern
 from ..attention.patterns.rules import Rule
 from ..trainer.errors import UserError
 from ..trainer.recipe.file import load_recipe
-from ..trainer.recipe.layers.softmax import SoftmaxBlock
 
 CELLS = 512
 """Cells along an axis of a picture at most: about as many as a panel has pixels."""
@@ -113,11 +112,7 @@ def _pictures_of_recipe(
     length = length or recipe.training.seq_length
 
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.layers.pattern}
-    patterns = {
-        name: block.attention_pattern(num_kv_heads)
-        for name, block in blocks.items()
-        if isinstance(block, SoftmaxBlock)
-    }
+    patterns = {name: block.attention_pattern(num_kv_heads) for name, block in blocks.items()}
     pictures = [
         PatternPicture(name, pattern, num_kv_heads, length)
         for name, pattern in patterns.items()

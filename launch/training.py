@@ -12,7 +12,6 @@ import sys
 from ..trainer.checkpoint.files import checkpoints
 from ..trainer.checkpoint.run_folder import RunFolder
 from ..trainer.data.prepare import PreparedData, prepare_data
-from ..trainer.engines.deepspeed_config import offloads
 from ..trainer.errors import STOPPED, UserError
 from ..trainer.huggingface.initial import require_initial
 from ..trainer.recipe.file import load_recipe, to_yaml
@@ -60,7 +59,8 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
 
 def _require_host_memory(recipe: Recipe) -> None:
     """Raise UserError if this machine's memory cannot hold what its ranks offload to it."""
-    offloads_engine_state = offloads(recipe) or offloads(recipe, "offload_param")
+    engine = recipe.engine
+    offloads_engine_state = engine.offloads_optimizer or engine.offloads_weights
     if not (offloads_engine_state or recipe.memory.offload_inputs):
         return
 
@@ -71,11 +71,8 @@ def _require_host_memory(recipe: Recipe) -> None:
     needed = num_ranks * host_bytes(recipe, recipe_vocab_size(recipe))
     available = host_memory()
     if needed > available:
-        key = "memory.offload_inputs"
-        if recipe.engine.name == "deepspeed":
-            key = "engine.config.zero_optimization"
         raise UserError(
-            f"{key}: what the {num_ranks} processes here offload takes {needed / 2**30:,.1f} GiB, "
+            f"{engine.offload_key}: what the {num_ranks} processes here offload takes {needed / 2**30:,.1f} GiB, "
             f"but this machine has {available / 2**30:,.1f} GiB; use more machines, or offload less"
         )
 

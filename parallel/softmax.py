@@ -11,18 +11,19 @@ from torch.autograd.function import once_differentiable
 from .. import attention
 from ..attention.arguments import accumulation_dtype
 from ..attention.documents import check_documents
-from ..attention.patterns.block_lists import BlockLists, chosen_lists
-from ..attention.patterns.patterns import Causal, ClosedFormPattern, Pattern
+from ..attention.patterns import Causal, ClosedFormPattern, Pattern
+from ..attention.patterns.block_lists import BlockLists, select_block_lists
 from ..attention.patterns.selection import Selector
 from ..attention.softmax.attend import (
+    add_sink_logits,
     check_attention,
-    check_logits,
+    check_logit_options,
     check_pattern,
     choose_backend,
-    sinks_gradient,
-    with_sinks,
+    sink_logits_gradient,
 )
-from ..attention.softmax.tiles import Logits, Tile, merge_, tile_backward, tile_forward
+from ..attention.softmax.backends import tile_backward, tile_forward
+from ..attention.softmax.tiles import LogitOptions, Tile, merge_
 from .collectives import (
     GradientReturn,
     KVExchange,
@@ -75,7 +76,7 @@ def attend(
     check_attention(q, k, v, pattern, backend)
     check_shard(layout, group, q.shape[1])
     documents = check_documents(documents, (q.shape[0], layout.length))
-    logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
+    logits = check_logit_options(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if layout.ranks == 1:
         options = {
             "scale": scale,
@@ -139,7 +140,9 @@ def _select(
         for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,)))
     )
     at = blocks.tokens(group.rank()).to(q.device)
-    return chosen_lists(selector, queries, gather_sequence(keys, blocks, group), at, documents)
+    return select_block_lists(
+        selector, queries, gather_sequence(keys, blocks, group), at, documents
+    )
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,13 @@ class _DistributedCall:
 
     plan: Plan
     pattern: Pattern
-    logits: Logits
+    logits: LogitOptions
     backend: str
     group: dist.ProcessGroup
 
     def tile(self, job: TileJob) -> Tile:
-        pattern = Causal() if job.dense else self.pattern
-        if isinstance(pattern, BlockLists):
-            pattern = pattern.in_document(job.batch, *job.document)
+        pattern: Pattern = Causal() if job.dense else self.pattern
+        pattern = pattern.in_document(job.batch, *job.document)
         first = self.plan.first_kv_head + job.heads.start
         return Tile(
             pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits
@@ -252,7 +254,7 @@ class _AttendOverRanks(torch.autograd.Function):
             sinks = None if sinks is None else sinks[heads.heads[heads.rank]]
         out, lse = work.forward(q, k, v)
         if sinks is not None:
-            out, lse = with_sinks(out, lse, sinks)
+            out, lse = add_sink_logits(out, lse, sinks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         if heads is not None:
@@ -274,7 +276,9 @@ class _AttendOverRanks(torch.autograd.Function):
                 grad_lse = lse.new_zeros(ctx.shape[:3]) if grad_lse is None else grad_lse
                 grad_lse = heads.to_heads(grad_lse[..., None], heads.heads, work.group)[..., 0]
         gradients = work.backward(grad_out, grad_lse, q, k, v, out, lse)
-        dsinks = None if sinks is None else sinks_gradient(sinks, grad_out, grad_lse, out, lse)
+        dsinks = (
+            None if sinks is None else sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)
+        )
         if heads is not None:
             shares = (heads.heads, heads.kv_heads, heads.kv_heads)
             pairs = zip(gradients, shares, strict=True)

@@ -1,89 +1,73 @@
-"""A pattern of arbitrary block lists: a user's own, or chosen from the content."""
+"""A pattern of arbitrary block lists: written by a user, or chosen from the content."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..documents import document_spans
-from .patterns import Pattern, _power_of_two
+from ..errors import InvalidField, check_power_of_two
+from .base import Pattern
 from .rules import Blocks
 from .selection import Selector
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class BlockLists(Pattern):
-    """For each query block the key blocks that it sees; causal within a block, and never ahead.
+    """For each query block the key blocks that it sees; causal within a block, never ahead.
 
     Args:
         block: tokens in a block, of queries and keys: a power of two.
-        lists: int ``[kv_heads or 1, query_blocks, width]``, positions counted from a document's start; or
-            ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the **sequence** and key blocks of their
-            document, as a selector makes them. -1 stands for none; order and repetition do not matter.
+        lists: int ``[kv_heads or 1, query_blocks, width]``, with positions counted from a document's
+            start; or ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the
+            **sequence** and the key blocks of their document, as a selector makes them. -1 stands
+            for none; order and repetitions do not matter.
     """
 
     block: int
     lists: Tensor
     first_head: int = 0
 
-    def __post_init__(self):
-        _power_of_two("BlockLists", self.block)
+    def __post_init__(self) -> None:
+        check_power_of_two("BlockLists", "block", self.block)
         lists = torch.as_tensor(self.lists)
         if lists.ndim not in (3, 4) or lists.is_floating_point() or lists.dtype == torch.bool:
-            raise ValueError(
-                "BlockLists.lists must be integers [kv_heads, query_blocks, width] or [batch, kv_heads, query_blocks, width], "
+            reason = (
+                "must be integers [kv_heads, query_blocks, width] or "
+                "[batch, kv_heads, query_blocks, width], "
                 f"got {lists.dtype} of shape {tuple(lists.shape)}"
             )
-        none = torch.iinfo(torch.int32).max
-        lists = lists.to(torch.int32)
-        lists = torch.where(lists < 0, none, lists).sort(-1).values
-        again = torch.zeros_like(lists, dtype=torch.bool)
-        again[..., 1:] = lists[..., 1:] == lists[..., :-1]
-        lists = torch.where(again, none, lists).sort(-1).values
-        object.__setattr__(self, "lists", torch.where(lists == none, -1, lists))
+            raise InvalidField("lists", reason, "BlockLists")
+        object.__setattr__(self, "lists", _sorted_without_repetitions(lists.to(torch.int32)))
 
     @classmethod
     def where(
         cls, block: int, sees: Callable | np.ndarray, length: int, num_kv_heads: int = 1
     ) -> "BlockLists":
-        """Lists for documents of up to ``length`` tokens.
+        """Return the lists of a function or of a table, for documents of up to ``length`` tokens.
 
         Args:
-            sees: ``sees(query_blocks, key_blocks, head)``, bool for arrays of block indices that broadcast; or a bool array
-                ``[kv_heads or 1, query_blocks, key_blocks]``.
-            num_kv_heads: how many heads to ask the function for; 1 for the same in all.
+            sees: ``sees(query_blocks, key_blocks, head)``, which returns bool for arrays of block
+                indices that broadcast; or a bool array ``[kv_heads or 1, query_blocks, key_blocks]``.
+            num_kv_heads: how many heads to call the function for; 1 if all heads see the same.
         """
-        _power_of_two("BlockLists", block)
-        blocks = np.arange(-(-length // block))
+        check_power_of_two("BlockLists", "block", block)
+        num_blocks = -(-length // block)
+        blocks = np.arange(num_blocks)
         if callable(sees):
-            shape = (len(blocks), len(blocks))
-            table = np.stack(
-                [
-                    np.broadcast_to(sees(blocks[:, None], blocks, head), shape)
-                    for head in range(num_kv_heads)
-                ]
-            )
+            table = _tabulate(sees, blocks, num_kv_heads)
         else:
-            table = np.asarray(sees)
-            if (
-                table.dtype != bool
-                or table.ndim != 3
-                or table.shape[1] < len(blocks)
-                or table.shape[2] < len(blocks)
-            ):
-                raise ValueError(
-                    f"sees must be a bool array [kv_heads, {len(blocks)}, {len(blocks)}] for length {length}, "
-                    f"got {table.dtype} of shape {table.shape}"
-                )
-            table = table[:, : len(blocks), : len(blocks)]
-        table = table & (blocks[:, None] >= blocks)
+            table = _checked_table(sees, num_blocks, length)
+        table = table & (blocks[:, None] >= blocks)  # [kv_heads, query_blocks, key_blocks]
+
+        # The visible key blocks of each query block come first, in ascending order.
         width = max(1, int(table.sum(-1).max()))
         order = np.argsort(~table, axis=-1, kind="stable")[..., :width]
-        return cls(
-            block, torch.from_numpy(np.where(np.take_along_axis(table, order, -1), order, -1))
-        )
+        visible = np.take_along_axis(table, order, -1)
+        return cls(block, torch.from_numpy(np.where(visible, order, -1)))
 
     def __repr__(self) -> str:
         return f"BlockLists({self.block}, lists {list(self.lists.shape)})"
@@ -92,36 +76,42 @@ class BlockLists(Pattern):
     def alignment(self) -> int:
         return self.block
 
-    def from_head(self, first: int) -> "BlockLists":
-        return self._with(first_head=self.first_head + first)
+    @property
+    def _per_batch_row(self) -> bool:
+        return self.lists.ndim == 4
 
-    def _with(self, **changes) -> "BlockLists":
-        """A copy whose lists are in order already."""
-        copy = object.__new__(BlockLists)
+    def from_head(self, first: int) -> Self:
+        return self._replace(first_head=self.first_head + first)
+
+    def _replace(self, **changes: Any) -> Self:
+        """Return a copy with other fields, without sorting lists that are sorted."""
+        copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, **changes)
         return copy
 
-    def in_document(self, row: slice, start: int, stop: int) -> "BlockLists":
-        """The same for one document alone, the tokens ``start`` to ``stop`` of the batch's ``row``."""
-        if self.lists.ndim == 3:
+    def in_document(self, batch_rows: slice, start: int, stop: int) -> Self:
+        if not self._per_batch_row:
             return self
         if start % self.block:
             raise ValueError(
-                f"documents must start at multiples of BlockLists.block {self.block}, got one at {start}"
+                f"documents must start at multiples of BlockLists.block {self.block}, "
+                f"got one at {start}"
             )
-        row = slice(None) if len(self.lists) == 1 else row
-        return self._with(lists=self.lists[row, :, start // self.block : -(-stop // self.block)])
+        if len(self.lists) == 1:
+            batch_rows = slice(None)
+        query_blocks = slice(start // self.block, -(-stop // self.block))
+        return self._replace(lists=self.lists[batch_rows, :, query_blocks])
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse lists of another batch."""
-        if self.lists.ndim == 4 and len(self.lists) not in (1, batch):
+    def check_batch(self, batch_size: int) -> None:
+        if self._per_batch_row and len(self.lists) not in (1, batch_size):
             raise ValueError(
-                f"BlockLists has lists for a batch of {len(self.lists)}, but q has {batch} rows"
+                f"BlockLists has lists for a batch of {len(self.lists)}, "
+                f"but q has {batch_size} rows"
             )
 
     def of_heads(self, num_kv_heads: int) -> Tensor:
-        """The lists of that many heads: int32 ``[batch or 1, num_kv_heads, query_blocks, width]``."""
-        lists = self.lists if self.lists.ndim == 4 else self.lists[None]
+        """Return the lists of the first heads: int32 ``[batch or 1, num_kv_heads, query_blocks, width]``."""
+        lists = self.lists if self._per_batch_row else self.lists[None]
         if lists.shape[1] == 1:
             return lists.expand(-1, num_kv_heads, -1, -1)
         if self.first_head + num_kv_heads > lists.shape[1]:
@@ -133,81 +123,146 @@ class BlockLists(Pattern):
 
     def check(self, num_kv_heads: int, length: int) -> None:
         self.of_heads(num_kv_heads)
-        blocks = self.lists.shape[-2]
-        if length > blocks * self.block:
+        num_blocks = self.lists.shape[-2]
+        if length > num_blocks * self.block:
             raise ValueError(
-                f"BlockLists has lists for {blocks} blocks of {self.block}, but a document has {length} tokens"
+                f"BlockLists has lists for {num_blocks} blocks of {self.block}, "
+                f"but a document has {length} tokens"
             )
 
-    def mask(self, query_positions, key_positions, num_kv_heads: int) -> Tensor:
-        """Of one document: bool ``[num_kv_heads, queries, keys]``, with the batch before that where the lists have one."""
-        queries, keys = torch.as_tensor(query_positions), torch.as_tensor(key_positions)
+    def mask(self, query_positions: Any, key_positions: Any, num_kv_heads: int) -> Tensor:
+        """Return the visible pairs of one document.
+
+        Returns:
+            Bool ``[num_kv_heads, queries, keys]``, or ``[batch, num_kv_heads, queries, keys]`` if
+            the lists have a batch dimension.
+        """
+        queries = torch.as_tensor(query_positions)
+        keys = torch.as_tensor(key_positions)
         lists = self.of_heads(num_kv_heads).to(queries.device)
-        blocks = int(keys.max()) // self.block + 1 if len(keys) else 1
-        table = torch.zeros(*lists.shape[:3], blocks + 1, dtype=torch.bool, device=queries.device)
-        table.scatter_(-1, torch.where((lists < 0) | (lists >= blocks), blocks, lists).long(), True)
-        seen = table[:, :, queries // self.block][..., keys // self.block] & (
-            queries[:, None] >= keys
+
+        # One more column takes the entries that stand for none, and those of absent key blocks.
+        num_key_blocks = int(keys.max()) // self.block + 1 if len(keys) else 1
+        absent = (lists < 0) | (lists >= num_key_blocks)
+        columns = torch.where(absent, num_key_blocks, lists).long()
+        # [batch or 1, kv_heads, query_blocks, key_blocks + 1]
+        table = torch.zeros(
+            *lists.shape[:3], num_key_blocks + 1, dtype=torch.bool, device=queries.device
         )
-        return seen if self.lists.ndim == 4 else seen[0]
+        table.scatter_(-1, columns, True)
+
+        visible = table[:, :, queries // self.block][..., keys // self.block]
+        visible = visible & (queries[:, None] >= keys)  # [batch or 1, kv_heads, queries, keys]
+        return visible if self._per_batch_row else visible[0]
 
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
-        rows = self.of_heads(head + 1)[
-            :, head, query_start // self.block : -(-query_stop // self.block)
-        ]
-        blocks = rows.unique().tolist()
+        query_blocks = slice(query_start // self.block, -(-query_stop // self.block))
+        key_blocks = self.of_heads(head + 1)[:, head, query_blocks].unique().tolist()
         last = (query_stop - 1) // self.block
-        return tuple(Blocks(b, 1, 1, self.block) for b in blocks if 0 <= b <= last)
+        return tuple(Blocks(block, 1, 1, self.block) for block in key_blocks if 0 <= block <= last)
 
-    def visible(self, length: int, head: int) -> np.ndarray:
-        at = torch.arange(length)
-        shown = [
-            self.mask(rows, at, head + 1)[..., head, :, :].sum(-1) for rows in at.split(self.block)
-        ]
-        return torch.cat([part.sum(0) if part.ndim == 2 else part for part in shown]).numpy()
+    def visible_keys(self, length: int, head: int) -> np.ndarray:
+        positions = torch.arange(length)
+        counts = []
+        for queries in positions.split(self.block):
+            count = self.mask(queries, positions, head + 1)[..., head, :, :].sum(-1)
+            counts.append(count.sum(0) if self._per_batch_row else count)
+        return torch.cat(counts).numpy()
 
     def covers(self, num_kv_heads: int) -> bool:
-        blocks = torch.arange(self.lists.shape[-2]) * self.block
-        seen = self.mask(blocks, blocks, num_kv_heads).any(-3)  # in every row of the batch
-        return bool((seen | (blocks[:, None] < blocks)).all())
+        first_tokens = torch.arange(self.lists.shape[-2]) * self.block
+        is_ahead = first_tokens[:, None] < first_tokens
+        # By some head, in every row of the batch.
+        covered = self.mask(first_tokens, first_tokens, num_kv_heads).any(-3)
+        return bool((covered | is_ahead).all())
 
 
-# Query blocks whose scores are held at a time.
-_CHUNK = 256
+def _sorted_without_repetitions(lists: Tensor) -> Tensor:
+    """Sort the last dimension, without repetitions; the entries -1, for none, come last."""
+    none = torch.iinfo(torch.int32).max
+    lists = torch.where(lists < 0, none, lists).sort(-1).values
+    is_repeated = torch.zeros_like(lists, dtype=torch.bool)
+    is_repeated[..., 1:] = lists[..., 1:] == lists[..., :-1]
+    lists = torch.where(is_repeated, none, lists).sort(-1).values
+    return torch.where(lists == none, -1, lists)
 
 
-def chosen_lists(
-    selector: Selector, queries: Tensor, keys: Tensor, at: Tensor, documents: Tensor | None
+def _tabulate(sees: Callable, blocks: np.ndarray, num_kv_heads: int) -> np.ndarray:
+    """Call ``sees`` for all pairs of blocks: bool ``[num_kv_heads, query_blocks, key_blocks]``."""
+    shape = (len(blocks), len(blocks))
+    tables = [
+        np.broadcast_to(sees(blocks[:, None], blocks, head), shape) for head in range(num_kv_heads)
+    ]
+    return np.stack(tables)
+
+
+def _checked_table(sees: np.ndarray, num_blocks: int, length: int) -> np.ndarray:
+    """Return the part of the table that ``length`` tokens need; ValueError if it is too small."""
+    table = np.asarray(sees)
+    is_table = table.dtype == bool and table.ndim == 3
+    if not is_table or table.shape[1] < num_blocks or table.shape[2] < num_blocks:
+        raise ValueError(
+            f"sees must be a bool array [kv_heads, {num_blocks}, {num_blocks}] for length {length}, "
+            f"got {table.dtype} of shape {table.shape}"
+        )
+    return table[:, :num_blocks, :num_blocks]
+
+
+_QUERY_BLOCKS_AT_ONCE = 256
+"""Scores of this many query blocks with all key blocks are held at a time."""
+
+
+def select_block_lists(
+    selector: Selector, queries: Tensor, keys: Tensor, own: Tensor, documents: Tensor | None
 ) -> BlockLists:
-    """The pattern that ``selector`` chooses for the query blocks ``at`` of a sequence.
+    """Return the pattern that ``selector`` chooses for some query blocks of a sequence.
 
     Args:
-        queries, keys: summaries of those query blocks and of all key blocks.
-        documents: ids ``[batch, time]``; the lists count blocks from a document's start.
+        queries, keys: summaries of those query blocks, and of all key blocks.
+        own: indices of the query blocks in the sequence, int64 ``[query_blocks]``. The lists of all
+            other blocks are empty.
+        documents: ids ``[batch, time]``, or None for a single document; the lists count blocks from
+            a document's start.
     """
-    blocks = keys.shape[1]
-    index = torch.arange(blocks, device=keys.device)
-    ids = first = torch.zeros(1, blocks, dtype=torch.int64, device=keys.device)
+    batch, num_blocks, kv_heads, _ = keys.shape
+    block_index = torch.arange(num_blocks, device=keys.device)
+    document_ids = torch.zeros(1, num_blocks, dtype=torch.int64, device=keys.device)
+    document_starts = document_ids  # the block at which each block's document begins
     if documents is not None:
-        for _, start, _ in document_spans(documents):
-            if start % selector.block:
-                raise ValueError(
-                    f"documents must start at multiples of the pattern's block {selector.block}, got one at {start}"
-                )
-        ids = documents[:, :: selector.block].to(keys.device)
-        begins = torch.zeros_like(ids, dtype=torch.bool)
-        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        first = (index * begins).cummax(1).values  # where each block's document begins
-    lists = torch.full(
-        (keys.shape[0], keys.shape[2], blocks, 1), -1, dtype=torch.int32, device=keys.device
-    )
-    chosen = []
-    for part, own in zip(queries.split(_CHUNK, 1), at.split(_CHUNK), strict=True):
-        visible = (ids[:, own, None] == ids[:, None]) & (index <= own[:, None])
-        found = selector.choose(part, keys, own, visible.expand(keys.shape[0], -1, -1))
-        chosen.append(torch.where(found < 0, -1, found - first[:, None, own, None]))
-    if chosen:
-        chosen = torch.cat(chosen, 2).int()
-        lists = lists.repeat(1, 1, 1, chosen.shape[-1])
-        lists[:, :, at] = chosen
+        _check_alignment(documents, selector.block)
+        document_ids = documents[:, :: selector.block].to(keys.device)
+        document_starts = _first_blocks(document_ids, block_index)
+
+    chunks = []
+    for query_chunk, own_chunk in zip(
+        queries.split(_QUERY_BLOCKS_AT_ONCE, 1), own.split(_QUERY_BLOCKS_AT_ONCE), strict=True
+    ):
+        same_document = document_ids[:, own_chunk, None] == document_ids[:, None]
+        visible = same_document & (block_index <= own_chunk[:, None])
+        chosen = selector.choose(query_chunk, keys, own_chunk, visible.expand(batch, -1, -1))
+        in_document = chosen - document_starts[:, None, own_chunk, None]
+        chunks.append(torch.where(chosen < 0, -1, in_document))
+
+    # [batch, kv_heads, blocks, width]
+    lists = torch.full((batch, kv_heads, num_blocks, 1), -1, dtype=torch.int32, device=keys.device)
+    if chunks:
+        own_lists = torch.cat(chunks, 2).int()
+        lists = lists.repeat(1, 1, 1, own_lists.shape[-1])
+        lists[:, :, own] = own_lists
     return BlockLists(selector.block, lists)
+
+
+def _check_alignment(documents: Tensor, block: int) -> None:
+    for span in document_spans(documents):
+        if span.start % block:
+            raise ValueError(
+                f"documents must start at multiples of the pattern's block {block}, "
+                f"got one at {span.start}"
+            )
+
+
+def _first_blocks(document_ids: Tensor, block_index: Tensor) -> Tensor:
+    """Return for each block the first block of its document: int64 ``[batch, blocks]``."""
+    begins = torch.zeros_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return (block_index * begins).cummax(1).values

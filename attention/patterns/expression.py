@@ -1,19 +1,32 @@
-"""Patterns written as text, as recipes and the command line have them: ``S2(64, 16, 16) | Sinks(4)``."""
+"""Patterns written as text, as in recipes and on the command line: ``S2(64, 16, 16) | Sinks(4)``."""
 
 import ast
-import operator
+from collections.abc import Callable
 
-from . import patterns
-from .patterns import Pattern
+from .base import ClosedFormPattern
+from .patterns import S2, Causal, Dilated, PerHead, Sinks, Streaming, Stripes, Window
 
-KNOWN = ("Causal", "Window", "Sinks", "Stripes", "Dilated", "S2", "Streaming", "PerHead")
+PATTERNS: dict[str, Callable[..., ClosedFormPattern]] = {
+    "Causal": Causal,
+    "Window": Window,
+    "Sinks": Sinks,
+    "Stripes": Stripes,
+    "Dilated": Dilated,
+    "S2": S2,
+    "Streaming": Streaming,
+    "PerHead": PerHead,
+}
+"""The patterns that an expression may call. Adding a pattern is a class and a line here."""
+
+_Value = ClosedFormPattern | tuple["_Value", ...] | int | None
+"""What a part of an expression stands for."""
 
 
-def parse_pattern(text: str) -> Pattern:
-    """The pattern that ``text`` describes: calls of the named patterns with numbers, joined by ``|``.
+def parse_pattern(text: str) -> ClosedFormPattern:
+    """Return the pattern that ``text`` describes: calls of known patterns, joined by ``|``.
 
     Raises:
-        ValueError: saying what is wrong with it, in one line.
+        ValueError: saying what is wrong with the text, in one line.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -21,35 +34,40 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(
             f"{text!r} is no pattern; write one as S2(64, 16, 16) | Sinks(4)"
         ) from None
-    pattern = _value(tree)
-    if not isinstance(pattern, Pattern):
-        raise ValueError(f"{text!r} is no pattern; known: {', '.join(KNOWN)}")
-    return pattern
+    value = _evaluate(tree)
+    if not isinstance(value, ClosedFormPattern):
+        raise ValueError(f"{text!r} is no pattern; known: {', '.join(PATTERNS)}")
+    return value
 
 
-def _value(node: ast.expr):
+def _evaluate(node: ast.expr) -> _Value:
     match node:
         case ast.BinOp(op=ast.BitOr()):
-            return operator.or_(_pattern(node.left), _pattern(node.right))
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in KNOWN:
-            options = {str(keyword.arg): _value(keyword.value) for keyword in keywords}
-            try:
-                return getattr(patterns, name)(*map(_value, args), **options)
-            except TypeError as error:
-                raise ValueError(
-                    f"{ast.unparse(node)}: {str(error).replace('__init__', '').replace('.()', '()')}"
-                ) from None
+            return _evaluate_pattern(node.left) | _evaluate_pattern(node.right)
+        case ast.Call(func=ast.Name(id=name)) if name in PATTERNS:
+            return _call(PATTERNS[name], node)
         case ast.List(elts=elements) | ast.Tuple(elts=elements):
-            return tuple(map(_value, elements))
+            return tuple(map(_evaluate, elements))
         case ast.Constant(value=int() | None as value):
             return value
         case ast.Name(id=name) | ast.Call(func=ast.Name(id=name)):
-            raise ValueError(f"unknown pattern {name!r}; known: {', '.join(KNOWN)}")
+            raise ValueError(f"unknown pattern {name!r}; known: {', '.join(PATTERNS)}")
     raise ValueError(f"{ast.unparse(node)!r} is neither a pattern nor a whole number")
 
 
-def _pattern(node: ast.expr) -> Pattern:
-    value = _value(node)
-    if not isinstance(value, Pattern):
-        raise ValueError(f"{ast.unparse(node)!r} is no pattern; known: {', '.join(KNOWN)}")
+def _call(pattern: Callable[..., ClosedFormPattern], node: ast.Call) -> ClosedFormPattern:
+    """Call ``pattern`` with the arguments of ``node``; wrong ones raise ValueError with the call."""
+    keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
+    arguments = tuple(map(_evaluate, node.args))
+    try:
+        return pattern(*arguments, **keywords)
+    except TypeError as error:
+        message = str(error).replace("__init__", "").replace(".()", "()")
+        raise ValueError(f"{ast.unparse(node)}: {message}") from None
+
+
+def _evaluate_pattern(node: ast.expr) -> ClosedFormPattern:
+    value = _evaluate(node)
+    if not isinstance(value, ClosedFormPattern):
+        raise ValueError(f"{ast.unparse(node)!r} is no pattern; known: {', '.join(PATTERNS)}")
     return value

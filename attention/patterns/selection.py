@@ -1,6 +1,6 @@
-"""Patterns chosen from the content: which blocks of keys a block of queries sees, found from summaries of both.
+"""Patterns chosen from the content: each block of queries selects blocks of keys by summaries of both.
 
-Like :mod:`~longspan.attention.patterns.patterns`, imported without torch.
+Imported without torch, like :mod:`~longspan.attention.patterns.patterns`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .patterns import _at_least, _power_of_two
+from ..errors import check_at_least, check_power_of_two
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Selector(ABC):
-    """Chooses key blocks per query block and KV head; takes a pattern's place in ``attend``. No gradient flows through it.
+    """Chooses key blocks for each query block and KV head. ``attend`` accepts it in place of a pattern.
 
-    A selector sees summaries of blocks alone, one vector per KV head for queries and one for keys: this is all that ranks
-    exchange when they share a sequence. To write another, implement :meth:`summaries` and :meth:`choose`.
+    No gradient flows through the choice. A selector sees only summaries of blocks, one vector per KV
+    head for the queries and one for the keys: this is all that ranks exchange when they share a
+    sequence. To write another one, implement :meth:`summaries` and :meth:`choose`.
     """
 
     block: int
@@ -27,67 +28,80 @@ class Selector(ABC):
 
     @property
     def alignment(self) -> int:
+        """Documents must start at multiples of this, so that blocks never cross their edges."""
         return self.block
 
     def from_head(self, first: int) -> Selector:
-        """The same for KV heads from ``first`` on: it asks the content."""
+        """Return the selector for KV heads from ``first`` on: the same, as it looks at the content."""
         return self
 
     @abstractmethod
     def summaries(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each block of queries and of keys: ``[batch, blocks, kv_heads, dim]``. The last block may be short."""
+        """Summarize each block of queries and of keys. The last block may be short.
+
+        Args:
+            q: ``[batch, time, heads, dim]``.
+            k: ``[batch, time, kv_heads, dim]``.
+
+        Returns:
+            Summaries of the query blocks and of the key blocks: each ``[batch, blocks, kv_heads, dim]``.
+        """
 
     @abstractmethod
     def choose(self, queries: Tensor, keys: Tensor, own: Tensor, visible: Tensor) -> Tensor:
-        """The chosen blocks, -1 for none.
+        """Choose the key blocks that each query block sees.
 
         Args:
-            queries, keys: summaries; some query blocks, all key blocks.
-            own: the query blocks' own indices among the key blocks, int64 ``[query_blocks]``.
-            visible: key blocks of the same document, up to the query block's own: bool ``[batch, query_blocks, key_blocks]``.
+            queries, keys: summaries of some query blocks, and of all key blocks.
+            own: indices of the query blocks among the key blocks, int64 ``[query_blocks]``.
+            visible: key blocks of the same document, up to the query block's own: bool
+                ``[batch, query_blocks, key_blocks]``.
 
         Returns:
-            Indices among the key blocks: int ``[batch, kv_heads, query_blocks, width]``.
+            Indices of key blocks, -1 for none: int ``[batch, kv_heads, query_blocks, width]``.
         """
 
 
 @dataclass(frozen=True)
 class MoBA(Selector):
-    """Mixture of block attention (arXiv 2502.13189): the ``top_k`` blocks whose mean key fits the queries' mean best.
+    """Mixture of block attention (arXiv 2502.13189): the ``top_k`` blocks with the best mean keys.
 
-    The queries' own block is always one of them; all query heads of a KV head choose together, so that each KV head's blocks
-    are loaded once.
+    The score of a key block is the product of its mean key with the mean query of the query block.
+    The query block's own block is always among the chosen. All query heads of a KV head choose
+    together, so that the blocks of each KV head are loaded once.
     """
 
     block: int
     top_k: int
 
-    def __post_init__(self):
-        _power_of_two("MoBA", self.block)
-        _at_least("MoBA", top_k=(self.top_k, 1))
+    def __post_init__(self) -> None:
+        check_power_of_two("MoBA", "block", self.block)
+        check_at_least("MoBA", "top_k", self.top_k, 1)
 
     def summaries(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q = q.float().unflatten(2, (k.shape[2], -1)).mean(3)
-        return self._means(q), self._means(k.float())
+        kv_heads = k.shape[2]
+        q = q.float().unflatten(2, (kv_heads, -1)).mean(3)  # [batch, time, kv_heads, dim]
+        return self._block_means(q), self._block_means(k.float())
 
     def choose(self, queries: Tensor, keys: Tensor, own: Tensor, visible: Tensor) -> Tensor:
         import torch
 
+        num_key_blocks = keys.shape[1]
+        is_own = torch.arange(num_key_blocks, device=own.device) == own[:, None]
+        # [batch, kv_heads, query_blocks, key_blocks]
         scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys)
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
-        scores = scores.masked_fill(
-            torch.arange(keys.shape[1], device=own.device) == own[:, None], torch.inf
-        )
-        best = scores.topk(min(self.top_k, keys.shape[1]), -1)
+        scores = scores.masked_fill(is_own, torch.inf)
+        best = scores.topk(min(self.top_k, num_key_blocks), -1)
         return torch.where(best.values == -torch.inf, -1, best.indices)
 
-    def _means(self, x: Tensor) -> Tensor:
+    def _block_means(self, x: Tensor) -> Tensor:
+        """Average over the tokens of each block. Returns ``[batch, blocks, kv_heads, dim]``."""
         import torch
 
-        whole = x.shape[1] // self.block * self.block
-        means = x[:, :whole].unflatten(1, (-1, self.block)).mean(2)
-        return (
-            torch.cat([means, x[:, whole:].mean(1, keepdim=True)], 1)
-            if whole < x.shape[1]
-            else means
-        )
+        full_tokens = x.shape[1] // self.block * self.block
+        means = x[:, :full_tokens].unflatten(1, (-1, self.block)).mean(2)
+        if full_tokens == x.shape[1]:
+            return means
+        last_mean = x[:, full_tokens:].mean(1, keepdim=True)
+        return torch.cat([means, last_mean], 1)

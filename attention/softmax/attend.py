@@ -1,4 +1,4 @@
-"""Softmax attention under a pattern: over documents, and in pieces of a sequence."""
+"""Softmax attention under a pattern, over documents: the operation ``attend``."""
 
 import warnings
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype, check_backend, check_dims
 from ..documents import check_documents, document_spans
-from ..patterns.block_lists import BlockLists, chosen_lists
-from ..patterns.patterns import Pattern
-from ..patterns.rules import Blocks
-from ..patterns.selection import Selector
-from .tiles import BACKENDS, Logits, Tile, load, tile_backward, tile_forward
+from ..patterns import Blocks, Pattern, Selector
+from ..patterns.block_lists import select_block_lists
+from .backends import BACKENDS, tile_backward, tile_forward
+from .tiles import LogitOptions, Tile
 
 
 def attend(
@@ -30,63 +29,75 @@ def attend(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of ``q`` over the keys that ``pattern`` shows it, within each document.
+    """Compute the attention of ``q`` over the keys that ``pattern`` shows, within each document.
 
     Args:
         q: ``[batch, time, heads, head_dim]``.
-        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, query head ``h`` reads KV head
-            ``h // (heads // kv_heads)``.
+        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, and query head ``h``
+            reads KV head ``h // (heads // kv_heads)``.
         v: ``[batch, time, kv_heads, value_dim]``.
-        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses it from the content.
-        documents: int ``[batch, time]``, non-decreasing along time; attention never crosses from one id to another, and
-            the pattern's positions count from a document's first token.
-        scale: of the logits; ``head_dim ** -0.5`` by default.
+        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses it
+            from the content.
+        documents: int ``[batch, time]``, non-decreasing along time. Attention never crosses from one
+            id to another, and the pattern's positions count from a document's first token.
+        scale: factor of the logits; ``head_dim ** -0.5`` by default.
         sinks: ``[heads]``, for each head the logit of one more key, whose value is 0 (gpt-oss).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        sigmoid_bias: weights are ``sigmoid(logits + sigmoid_bias)`` of each key instead of the softmax over all
-            (arXiv 2409.04431, which takes ``-log(time)``).
-        return_lse: also return the log-sum-exp of each row's logits, with the sink's; minus infinity where a row sees nothing.
-        backend: ``torch`` (torch's kernels on the keys that the pattern needs), ``triton`` (our kernels, CUDA), ``flash``
-            (flash-attn, CUDA, causal and windows), ``reference`` (dense mask in fp64), or ``auto``: ``triton`` on CUDA where
-            it can, else ``torch``.
+        sigmoid_bias: weights are ``sigmoid(logits + sigmoid_bias)`` of each key instead of the
+            softmax over all keys (arXiv 2409.04431, which sets it to ``-log(time)``).
+        return_lse: also return the log-sum-exp of each query's logits, including the sink's; minus
+            infinity for a query that sees nothing.
+        backend: ``torch`` (torch's kernels on the keys that the pattern needs), ``triton`` (our
+            kernels, CUDA), ``flash`` (flash-attn, CUDA, causal and windows), ``reference`` (dense
+            mask in fp64), or ``auto``: ``triton`` on CUDA if it supports the call, else ``torch``.
 
     Returns:
-        ``[batch, time, heads, value_dim]`` in the dtype of ``q``, and the log-sum-exp ``[batch, time, heads]`` in fp32 (fp64
-        for fp64) where asked for. Differentiable in ``q``, ``k``, ``v`` and ``sinks``, through both. A row that sees nothing
-        gives 0.
+        ``[batch, time, heads, value_dim]`` in the dtype of ``q``; with ``return_lse`` also the
+        log-sum-exp ``[batch, time, heads]`` in fp32 (fp64 for fp64). Both are differentiable in
+        ``q``, ``k``, ``v`` and ``sinks``. The output of a query that sees nothing is 0.
 
     Raises:
         ValueError: naming the argument that does not fit, and what would.
     """
     check_attention(q, k, v, pattern, backend)
-    documents = check_documents(documents, q.shape[:2])
-    logits = check_logits(q, scale, sinks, softcap, sigmoid_bias, return_lse)
+    batch, length = q.shape[:2]
+    documents = check_documents(documents, (batch, length))
+    logits = check_logit_options(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents)
-    whole = [(slice(None), slice(0, q.shape[1]))]
-    each = (
-        whole
-        if documents is None
-        else [(slice(row, row + 1), slice(*at)) for row, *at in document_spans(documents)]
-    )
-    check_pattern(pattern, k.shape[2], q.shape[0], max(at.stop - at.start for _, at in each))
-    work = _AttentionCall(pattern, each, logits, choose_backend(backend, q, k, v, pattern, logits))
-    out, lse = _Attend.apply(q, k, v, sinks, work)
+
+    spans = _document_slices(documents, length)
+    longest = max(tokens.stop - tokens.start for _, tokens in spans)
+    check_pattern(pattern, k.shape[2], batch, longest)
+
+    backend = choose_backend(backend, q, k, v, pattern, logits)
+    out, lse = _Attend.apply(q, k, v, sinks, _AttentionCall(pattern, spans, logits, backend))
     return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
 def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None) -> Pattern:
     queries, keys = selector.summaries(q, k)
-    return chosen_lists(
-        selector, queries, keys, torch.arange(keys.shape[1], device=q.device), documents
-    )
+    all_blocks = torch.arange(keys.shape[1], device=q.device)
+    return select_block_lists(selector, queries, keys, all_blocks, documents)
+
+
+def _document_slices(documents: Tensor | None, length: int) -> list[tuple[slice, slice]]:
+    """Return the batch rows and the tokens of each document.
+
+    A single pair covers the batch if every row is one document.
+    """
+    if documents is None:
+        return [(slice(None), slice(0, length))]
+    return [
+        (slice(row, row + 1), slice(start, stop)) for row, start, stop in document_spans(documents)
+    ]
 
 
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | Selector, backend: str
 ) -> None:
-    """Refuse arguments that do not fit one another."""
+    """Raise ValueError for arguments that do not fit together."""
     check_backend(backend, BACKENDS)
     if not isinstance(pattern, Pattern | Selector):
         raise ValueError(f"pattern must be a Pattern, as S2(64, 16, 16), got {pattern!r}")
@@ -106,130 +117,150 @@ def check_attention(
         )
 
 
-def check_logits(
+def check_logit_options(
     q: Tensor,
     scale: float | None,
     sinks: Tensor | None,
     softcap: float | None,
     sigmoid_bias: float | None,
     return_lse: bool,
-) -> Logits:
-    """How weights come from products, or a refusal of arguments that do not fit."""
+) -> LogitOptions:
+    """Return the options of the logits, or raise ValueError for those that do not fit together."""
+    num_heads = q.shape[2]
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive, got {softcap}; None for none")
-    if sinks is not None and sinks.shape != (q.shape[2],):
+    if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(
-            f"sinks must be one number for each head of q, shape ({q.shape[2]},), got {tuple(sinks.shape)}"
+            f"sinks must be one number for each head of q, shape ({num_heads},), "
+            f"got {tuple(sinks.shape)}"
         )
     if sinks is not None and sinks.device != q.device:
         raise ValueError(f"sinks is on {sinks.device}, but q is on {q.device}")
-    for name, given in {"sinks": sinks is not None, "return_lse": return_lse}.items():
-        if given and sigmoid_bias is not None:
-            raise ValueError(
-                f"{name} belongs to softmax, but sigmoid_bias is given: its rows have no sum to share"
-            )
-    return Logits(q.shape[-1] ** -0.5 if scale is None else scale, softcap, sigmoid_bias)
+    if sigmoid_bias is not None:
+        for name, is_given in {"sinks": sinks is not None, "return_lse": return_lse}.items():
+            if is_given:
+                raise ValueError(
+                    f"{name} belongs to softmax, but sigmoid_bias is given: "
+                    "its rows have no sum to share"
+                )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return LogitOptions(scale, softcap, sigmoid_bias)
 
 
-def check_pattern(pattern: Pattern, kv_heads: int, batch: int, longest: int) -> None:
-    """Refuse a pattern that says nothing of so many heads, or of documents so long."""
+def check_pattern(pattern: Pattern, kv_heads: int, batch_size: int, longest: int) -> None:
+    """Raise ValueError if the pattern does not cover the heads, the batch or the longest document."""
     pattern.check(kv_heads, longest)
-    if isinstance(pattern, BlockLists):
-        pattern.check_batch(batch)
+    pattern.check_batch(batch_size)
 
 
 def choose_backend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits
+    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
 ) -> str:
-    """The one to use, or a refusal of what it cannot do."""
+    """Return the backend to use; raise ValueError if the given one does not support the call."""
     if backend != "auto":
-        if unsupported_reason := load(backend).unsupported_reason(q, k, v, pattern, logits):
-            raise ValueError(f"backend {backend} {unsupported_reason}")
+        if reason := BACKENDS[backend]().unsupported_reason(q, k, v, pattern, logits):
+            raise ValueError(f"backend {backend} {reason}")
         return backend
-    unsupported_reason = (
-        load("triton").unsupported_reason(q, k, v, pattern, logits) if q.is_cuda else "needs CUDA"
-    )
-    if unsupported_reason and q.is_cuda:
+    if not q.is_cuda:
+        return "torch"
+    if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
         warnings.warn(
-            f"backend auto takes torch, which is slower here: triton {unsupported_reason}",
-            stacklevel=3,
+            f"backend auto takes torch, which is slower here: triton {reason}", stacklevel=3
         )
-    return "torch" if unsupported_reason else "triton"
+        return "torch"
+    return "triton"
 
 
 @dataclass(frozen=True)
 class _AttentionCall:
-    """What to compute of an attention: each document by itself."""
+    """An attention over documents, each of which is a tile of its own."""
 
     pattern: Pattern
     documents: list[tuple[slice, slice]]
-    """Rows of the batch and tokens of each; a single one where every row is a document."""
-    logits: Logits
+    """Batch rows and tokens of each document; a single pair if every row is one document."""
+    logits: LogitOptions
     backend: str
 
-    def tile(self, rows: slice, at: slice) -> Tile:
-        """Where the tokens of a document stand in it."""
-        pattern, length = self.pattern, at.stop - at.start
-        if isinstance(pattern, BlockLists):
-            pattern = pattern.in_document(rows, at.start, at.stop)
-        return Tile(pattern, (Blocks(0, 1, length),), (Blocks(0, 1, length),), self.logits)
+    def tile(self, batch_rows: slice, tokens: slice) -> Tile:
+        """Return the tile of a document: all of its queries and keys."""
+        pattern = self.pattern.in_document(batch_rows, tokens.start, tokens.stop)
+        positions = (Blocks(0, 1, tokens.stop - tokens.start),)
+        return Tile(pattern, positions, positions, self.logits)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and log-sum-exp of ``q``."""
+        """Return the output and log-sum-exp of ``q``, without sinks."""
         if len(self.documents) == 1:
             return tile_forward(q, k, v, self.tile(*self.documents[0]), self.backend)
-        out, lse = (
-            q.new_empty(*q.shape[:3], v.shape[3]),
-            q.new_empty(q.shape[:3], dtype=accumulation_dtype(q)),
-        )
-        for at in self.documents:
-            out[at], lse[at] = tile_forward(q[at], k[at], v[at], self.tile(*at), self.backend)
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
+        for document in self.documents:
+            tile = self.tile(*document)
+            out[document], lse[document] = tile_forward(
+                q[document], k[document], v[document], tile, self.backend
+            )
         return out, lse
 
     def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, *saved: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64); ``saved`` are those, ``out`` and ``lse``."""
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64)."""
         if len(self.documents) == 1:
-            return tile_backward(
-                grad_out, *saved, self.tile(*self.documents[0]), self.backend, grad_lse
+            tile = self.tile(*self.documents[0])
+            return tile_backward(grad_out, q, k, v, out, lse, tile, self.backend, grad_lse)
+
+        dtype = accumulation_dtype(q)
+        dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+        for document in self.documents:
+            dq[document], dk[document], dv[document] = tile_backward(
+                grad_out[document],
+                q[document],
+                k[document],
+                v[document],
+                out[document],
+                lse[document],
+                self.tile(*document),
+                self.backend,
+                None if grad_lse is None else grad_lse[document],
             )
-        dtype = accumulation_dtype(saved[0])
-        found = tuple(torch.empty(x.shape, dtype=dtype, device=x.device) for x in saved[:3])
-        for at in self.documents:
-            own_grad_lse = None if grad_lse is None else grad_lse[at]
-            gradients = tile_backward(
-                grad_out[at], *(x[at] for x in saved), self.tile(*at), self.backend, own_grad_lse
-            )
-            for whole, gradient in zip(found, gradients, strict=True):
-                whole[at] = gradient
-        return found
+        return dq, dk, dv
 
 
-def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and log-sum-exp with one more key in each row, whose value is 0: the other weights shrink."""
+def add_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp with one more key per head, whose logit is ``sinks``.
+
+    Its value is 0, so the output only shrinks by the weight that the other keys lose.
+    """
     total = torch.logaddexp(lse, sinks.to(lse.dtype))
-    return out * (lse - total).nan_to_num(0.0).exp()[..., None].to(out.dtype), total
+    kept_weight = (lse - total).nan_to_num(0.0).exp()  # inf - inf: no key, and a sink of -inf
+    return out * kept_weight[..., None].to(out.dtype), total
 
 
-def sinks_gradient(
+def sink_logits_gradient(
     sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """Gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
-    weight = (
-        (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)
-    )  # a sink of minus infinity beside a row that sees nothing
+    """Return the gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
+    # inf - inf: a sink of minus infinity for a query that sees nothing
+    weight = (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)  # [batch, time, heads]
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    return (weight * ((0.0 if grad_lse is None else grad_lse) - delta)).sum((0, 1)).to(sinks.dtype)
+    grad_logits = weight * ((0.0 if grad_lse is None else grad_lse) - delta)
+    return grad_logits.sum((0, 1)).to(sinks.dtype)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: _AttentionCall):
-        out, lse = work.forward(q, k, v)
+    def forward(ctx, q, k, v, sinks, call: _AttentionCall):
+        out, lse = call.forward(q, k, v)
         if sinks is not None:
-            out, lse = with_sinks(out, lse, sinks)
-        ctx.work = work
+            out, lse = add_sink_logits(out, lse, sinks)
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         return out, lse
@@ -238,7 +269,10 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        gradients = ctx.work.backward(grad_out, grad_lse, q, k, v, out, lse)
-        dsinks = None if sinks is None else sinks_gradient(sinks, grad_out, grad_lse, out, lse)
-        return *(gradient.to(q.dtype) for gradient in gradients), dsinks, None
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        dq, dk, dv = ctx.call.backward(grad_out, grad_lse, q, k, v, out, lse)
+        dsinks = None
+        if sinks is not None:
+            dsinks = sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks, None

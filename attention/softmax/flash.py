@@ -21,9 +21,9 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
-from ..patterns.patterns import ClosedFormPattern, Pattern
+from ..patterns import ClosedFormPattern, Pattern
 from ..patterns.rules import Blocks, Rule
-from .tiles import Logits, Tile
+from .tiles import LogitOptions, Tile
 
 _DEVICES = {"cuda"}
 _DTYPES = {torch.float16, torch.bfloat16}
@@ -31,7 +31,7 @@ _MAX_DIM = 256
 
 
 def unsupported_reason(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
 ) -> str | None:
     """Why it cannot do this exactly, if so."""
     if _band(pattern, k.shape[2]) is None:
@@ -54,7 +54,7 @@ def unsupported_reason(
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.softmax.tiles.tile_forward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
     flash, logits = _flash(q, v, tile.logits), tile.logits
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q), device=q.device)
@@ -67,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
 
 
 def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
-    """See :func:`~longspan.attention.softmax.tiles.tile_backward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
     flash, logits = _flash(q, v, tile.logits), tile.logits
     gradients = [
         torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v)
@@ -113,7 +113,10 @@ def calls(tile: Tile, kv_heads: int) -> Iterator[Call]:
     rule = _band(tile.pattern, kv_heads)
     if rule is None:
         raise ValueError(f"backend flash {_PATTERNS}, but pattern is {tile.pattern!r}")
-    (q_start, q_stop), (k_start, k_stop) = _run("q_at", tile.q_at), _run("k_at", tile.k_at)
+    (q_start, q_stop), (k_start, k_stop) = (
+        _run("q_at", tile.q_positions),
+        _run("k_at", tile.k_positions),
+    )
     reach = q_stop if rule.reach is None else min(rule.reach, q_stop)
     thinning = max(k_stop, k_start + reach)
     for first, last in pairwise((k_start, k_stop, thinning, k_stop + reach - 1)):
@@ -169,13 +172,13 @@ class _Flash2:
     interface: ModuleType
     multiple = 8
 
-    def forward(self, q, k, v, logits: Logits, call: Call):
+    def forward(self, q, k, v, logits: LogitOptions, call: Call):
         options = self._options(logits, call)
         return self.interface._wrapped_flash_attn_forward(q, k, v, **options, return_softmax=False)[
             :2
         ]
 
-    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: Logits, call: Call):
+    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: LogitOptions, call: Call):
         def run(grad_out, v, out):
             gradients = [
                 torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
@@ -197,7 +200,7 @@ class _Flash2:
         return dq, dk, dv
 
     @staticmethod
-    def _options(logits: Logits, call: Call) -> dict:
+    def _options(logits: LogitOptions, call: Call) -> dict:
         left, right = -1 if call.left is None else call.left, 0 if call.causal else -1
         window = {"causal": call.causal, "window_size_left": left, "window_size_right": right}
         return window | {
@@ -215,25 +218,25 @@ class _Flash4:
     interface: ModuleType
     multiple = 32
 
-    def forward(self, q, k, v, logits: Logits, call: Call):
+    def forward(self, q, k, v, logits: LogitOptions, call: Call):
         return self.interface._flash_attn_fwd(
             q, k, v, **self._options(logits, call), return_lse=True
         )[:2]
 
-    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: Logits, call: Call):
+    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: LogitOptions, call: Call):
         options = self._options(logits, call) | {"deterministic": True}
         if grad_lse is not None:
             options["dlse"] = _heads_first(grad_lse.to(lse.dtype))
         return self.interface._flash_attn_bwd(q, k, v, out, grad_out, lse, **options)
 
     @staticmethod
-    def _options(logits: Logits, call: Call) -> dict:
+    def _options(logits: LogitOptions, call: Call) -> dict:
         right = 0 if call.causal else None
         window = {"causal": call.causal, "window_size_left": call.left, "window_size_right": right}
         return window | {"softmax_scale": logits.scale}
 
 
-def _flash(q: Tensor, v: Tensor, logits: Logits) -> _Flash2 | _Flash4:
+def _flash(q: Tensor, v: Tensor, logits: LogitOptions) -> _Flash2 | _Flash4:
     """Version 4 where its own tests cover both passes, else 2; ImportError where neither will do.
 
     They do not cover the gradients of head dims above 128; those of a softcap were reported to hang (its issue 2466), and

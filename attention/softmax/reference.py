@@ -5,12 +5,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
-from ..patterns.patterns import Pattern
+from ..patterns import Pattern
 from ..patterns.rules import Blocks
-from .tiles import Logits, Tile
+from .tiles import LogitOptions, Tile
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
+) -> None:
     """It does all."""
 
 
@@ -61,7 +63,7 @@ def _weights(q, k, tile):
 
 
 def _scores(q, k, tile):
-    """Logits ``[batch, kv_heads, group, queries, keys]``, minus infinity where hidden, and the softcap's derivative."""
+    """LogitOptions ``[batch, kv_heads, group, queries, keys]``, minus infinity where hidden, and the softcap's derivative."""
     logits = tile.logits
     s = torch.einsum("bqhgd,bkhd->bhgqk", q.unflatten(2, (k.shape[2], -1)), k) * logits.scale
     cap = torch.ones(())
@@ -71,7 +73,7 @@ def _scores(q, k, tile):
     if logits.sigmoid_bias is not None:
         s = s + logits.sigmoid_bias
     visible = tile.pattern.mask(
-        positions(tile.q_at, q.device), positions(tile.k_at, q.device), k.shape[2]
+        positions(tile.q_positions, q.device), positions(tile.k_positions, q.device), k.shape[2]
     )
     visible = visible if visible.ndim == 4 else visible[None]
     return s.masked_fill(~visible[:, :, None], -torch.inf), cap

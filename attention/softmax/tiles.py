@@ -1,103 +1,74 @@
-"""Tiles: queries and keys anywhere in a document.
+"""Tiles: queries and keys anywhere in a document, and how partial results of a query add up.
 
-Forward gives the log-sum-exp beside the output; backward takes the *final* output and log-sum-exp of a row, whatever share
-of its keys the tile holds. So partial results add up: over parts of a tile in a backend, over ranks in
-:mod:`longspan.parallel`.
+A tile's forward gives the log-sum-exp beside the output. Its backward takes the *final* output and
+log-sum-exp of a query, whatever share of the query's keys the tile holds. So partial results add up:
+over parts of a tile in a backend, over ranks in :mod:`longspan.parallel`.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from ..patterns.patterns import Pattern
-from ..patterns.rules import Blocks
-
-BACKENDS = {
-    "torch": "torch",
-    "triton": "triton.backend",
-    "flash": "flash",
-    "reference": "reference",
-}
-"""Module of each backend; imported when it is asked for. Each has ``forward``, ``backward`` and ``unsupported_reason``."""
+from ..patterns import Blocks, Pattern
 
 
 @dataclass(frozen=True)
-class Logits:
-    """How a query's products with its keys become weights.
+class LogitOptions:
+    """How the products of queries with keys become weights.
 
     Args:
-        scale: of the products.
+        scale: factor of the products.
         softcap: ``x -> softcap * tanh(x / softcap)`` on the scaled products (Gemma 2), or None.
-        sigmoid_bias: None for softmax over the visible keys; a number for ``sigmoid(x + sigmoid_bias)`` of each (arXiv
-            2409.04431), whose rows have no log-sum-exp (it is given as 0) and whose partial results are summed.
+        sigmoid_bias: None for softmax over the visible keys; a number for the weight
+            ``sigmoid(x + sigmoid_bias)`` of each key (arXiv 2409.04431). Such weights have no
+            log-sum-exp (it is given as 0), and their partial results are summed.
     """
 
     scale: float
     softcap: float | None = None
     sigmoid_bias: float | None = None
 
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the weights of a query sum to 1."""
+        return self.sigmoid_bias is None
+
+    @property
+    def lse_without_keys(self) -> float:
+        """The log-sum-exp of a query that sees no key."""
+        return -torch.inf if self.is_softmax else 0.0
+
 
 @dataclass(frozen=True)
 class Tile:
-    """What a tile is beside its tensors.
+    """What a tile needs besides its tensors.
 
     Args:
-        q_at, k_at: positions in the document, as short lists of block ranges, in the order of the rows and ascending within
-            each range: a compact buffer of stripes, or a halo, is a key set like any other.
+        q_positions, k_positions: positions in the document, as short lists of block ranges, in the
+            order of the tensors' tokens and ascending within each range. So a compact buffer of
+            stripes, or a halo, is a set of keys like any other.
     """
 
     pattern: Pattern
-    q_at: tuple[Blocks, ...]
-    k_at: tuple[Blocks, ...]
-    logits: Logits
+    q_positions: tuple[Blocks, ...]
+    k_positions: tuple[Blocks, ...]
+    logits: LogitOptions
 
 
-def tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Attention of one tile.
+def merge_(
+    out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, logits: LogitOptions
+) -> None:
+    """Add a partial result over other keys to ``out`` and ``lse``, in place.
 
     Args:
-        q: ``[batch, queries, heads, head_dim]``, standing at ``tile.q_at`` in their document.
-        k: ``[batch, keys, kv_heads, head_dim]``, standing at ``tile.k_at``.
-        v: ``[batch, keys, kv_heads, value_dim]``.
-        backend: a name in :data:`BACKENDS`.
-
-    Returns:
-        The output ``[batch, queries, heads, value_dim]`` in the dtype of ``q``, and the log-sum-exp of each row's logits
-        ``[batch, queries, heads]`` in fp32 (fp64 for fp64). A row that sees nothing gives 0 and minus infinity.
+        out, new_out: ``[..., value_dim]``.
+        lse, new_lse: ``[...]``.
     """
-    return load(backend).forward(q, k, v, tile)
-
-
-def tile_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tile: Tile,
-    backend: str,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64), from the final ``out`` and ``lse`` of the rows."""
-    return load(backend).backward(grad_out, q, k, v, out, lse, tile, grad_lse)
-
-
-def load(backend: str):
-    """The module of a backend."""
-    return import_module(f".{BACKENDS[backend]}", __package__)
-
-
-def merge_(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor, logits: Logits) -> None:
-    """Add a partial result over other keys to ``out`` ``[..., value_dim]`` and ``lse`` ``[...]``, in place."""
-    if logits.sigmoid_bias is not None:
-        out += new
+    if not logits.is_softmax:
+        out += new_out
         return
-    # Softmax weights of the two parts; where neither saw a key, inf - inf is no reason for NaN.
-    weight = (new_lse - lse).sigmoid_().nan_to_num_(0.0)
-    out.lerp_(new.to(out.dtype), weight.to(out.dtype)[..., None])
+    # The softmax of the two log-sum-exps weighs the parts. If neither saw a key, inf - inf is NaN.
+    new_weight = (new_lse - lse).sigmoid_().nan_to_num_(0.0)
+    out.lerp_(new_out.to(out.dtype), new_weight.to(out.dtype)[..., None])
     torch.logaddexp(lse, new_lse, out=lse)

@@ -1,6 +1,10 @@
-"""Tiles through torch's own kernels, on CPU and GPU: only the keys that the pattern needs, a few pieces at a time."""
+"""Tiles by torch's own kernels, on CPU and GPU.
+
+Only the keys that the pattern needs are computed, one piece of the tile at a time.
+"""
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,328 +12,482 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
+from ..patterns import Blocks, ClosedFormPattern, Pattern
 from ..patterns.block_lists import BlockLists
-from ..patterns.patterns import Pattern
-from ..patterns.rules import Blocks
-from .pieces import Mask, Piece, granule, groups, list_pieces, pieces
-from .tiles import Logits, Tile, merge_
+from .pieces import (
+    HeadGroup,
+    Mask,
+    Piece,
+    QueryRange,
+    block_list_pieces,
+    closed_form_pieces,
+    group_heads,
+    key_block_size,
+    query_ranges,
+)
+from .tiles import LogitOptions, Tile, merge_
 
-# Where torch has a flash kernel that gives the log-sum-exp and takes the final one back.
-_FLASH_DEVICES = {"cpu"}
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-# Elsewhere the formula, for so many pairs of one head at a time.
-_PAIRS = 1 << 21
+# torch has a fused kernel that returns the log-sum-exp, and whose backward accepts the final one.
+_FUSED_KERNEL_DEVICES = {"cpu"}
+_FUSED_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_MAX_PAIRS = 1 << 21
+"""Pairs of one head whose logits are held at a time where there is no fused kernel."""
+
+PieceMask = Mask | Literal["causal"] | None
 
 
-def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits) -> None:
-    """It does all."""
+def unsupported_reason(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
+) -> str | None:
+    """Return None: this backend supports every call."""
+    return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.softmax.tiles.tile_forward`."""
-    value_dim, dtype = v.shape[-1], accumulation_dtype(q)
-    q, k, v = _heads_first(q, k, v)
-    out, lse = _time_first(q, dtype), torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    done = _RowTracker(out, lse, empty=-torch.inf if tile.logits.sigmoid_bias is None else 0.0)
-    for run in _runs(tile, k.shape[1]):
-        run_k, run_v = (run.keys(x) for x in (k, v))
-        for piece in run.pieces(tile, q):
-            heads, rows = _query_heads(piece, q, k), piece.queries
-            new, new_lse = _piece_forward(
-                q[:, heads, rows], run_k.take(piece), run_v.take(piece), piece.mask, tile.logits
-            )
-            if done.any(heads, rows):
-                merge_(out[:, heads, rows], lse[:, heads, rows], new, new_lse, tile.logits)
-            else:
-                out[:, heads, rows], lse[:, heads, rows] = new, new_lse
-    done.fill()
-    return out[..., :value_dim].transpose(1, 2).to(q.dtype), lse.transpose(1, 2)
-
-
-def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
-    """See :func:`~longspan.attention.softmax.tiles.tile_backward`."""
-    dims = [x.shape[-1] for x in (q, k, v)]
-    if grad_lse is not None:
-        # A key's weight p moves lse by p: as if each value had one more entry, 1, which the output does not show.
-        grad_out = torch.cat([grad_out, grad_lse[..., None].to(grad_out.dtype)], -1)
-        v, out = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1), F.pad(out, (0, 1))
-    grad_out, q, k, v, out = _heads_first(grad_out, q, k, v, out)
-    lse = lse.transpose(1, 2)
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing: no NaN from inf - inf
+    """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
+    value_dim = v.shape[-1]
     dtype = accumulation_dtype(q)
-    dq, dk, dv = _time_first(q, dtype), [], []
-    done = _RowTracker(dq)
-    for run in _runs(tile, k.shape[1]):
-        run_k, run_v = (run.keys(x) for x in (k, v))
-        run_dk, run_dv = (run.zeros(x, dtype) for x in (k, v))
-        for piece in run.pieces(tile, q):
-            heads, rows = _query_heads(piece, q, k), piece.queries
-            own = [x[:, heads, rows] for x in (grad_out, q, out, lse)]
-            dq_piece, dk_piece, dv_piece = _piece_backward(
-                *own, run_k.take(piece), run_v.take(piece), piece.mask, tile.logits
+    q, k, v = _heads_first(q, k, v)  # [batch, heads, time, dim], one dim for all
+    out = _empty_time_first(q, dtype)
+    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
+    written = _WrittenQueries((out, 0.0), (lse, tile.logits.lse_without_keys))
+
+    for key_range in _key_ranges(tile, k.shape[1]):
+        range_k = key_range.select(k)
+        range_v = key_range.select(v)
+        for piece in key_range.pieces(tile, q):
+            place = (slice(None), _query_heads(piece, q, k), piece.queries)
+            new_out, new_lse = _piece_forward(
+                q[place], range_k.take(piece), range_v.take(piece), piece.mask, tile.logits
             )
-            if done.any(heads, rows):
-                dq[:, heads, rows] += dq_piece
+            if written.claim(place):
+                out[place] = new_out
+                lse[place] = new_lse
             else:
-                dq[:, heads, rows] = dq_piece
-            run_dk.add(piece, dk_piece)
-            run_dv.add(piece, dv_piece)
-        dk.append(run_dk.rows)
-        dv.append(run_dv.rows)
-    done.fill()
-    gradients = (dq, *(torch.cat(parts, 2) if len(parts) != 1 else parts[0] for parts in (dk, dv)))
-    return tuple(x[..., :dim].transpose(1, 2) for x, dim in zip(gradients, dims, strict=True))
+                merge_(out[place], lse[place], new_out, new_lse, tile.logits)
+
+    written.fill_rest()
+    out = out[..., :value_dim].transpose(1, 2).to(q.dtype)  # [batch, time, heads, value_dim]
+    return out, lse.transpose(1, 2)
 
 
-class _RowTracker:
-    """Which rows of ``[batch, heads, time, ...]`` have been written: filling them all before costs as much as a piece."""
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
+    head_dim = q.shape[-1]
+    value_dim = v.shape[-1]
+    dtype = accumulation_dtype(q)
+    if grad_lse is not None:
+        # A key's weight p moves lse by p: as if each value had one more entry, 1, that the output
+        # does not show.
+        grad_out = torch.cat([grad_out, grad_lse[..., None].to(grad_out.dtype)], -1)
+        v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
+        out = F.pad(out, (0, 1))
+    grad_out, q, k, v, out = _heads_first(grad_out, q, k, v, out)  # [batch, heads, time, dim]
+    lse = _finite(lse.transpose(1, 2))
+    dq = _empty_time_first(q, dtype)
+    written = _WrittenQueries((dq, 0.0))
 
-    def __init__(self, *tensors: Tensor, empty: float = 0.0):
-        self.tensors, self.empty = tensors, (0.0, empty)
-        self.rows = np.zeros(tensors[0].shape[1:3], bool)
-
-    def any(self, heads: slice, rows: slice) -> bool:
-        """Whether some were; they all are from now on."""
-        found = bool(self.rows[heads, rows].any())
-        if found and not self.rows[heads, rows].all():
-            self.fill(heads, rows)
-        self.rows[heads, rows] = True
-        return found
-
-    def fill(self, heads: slice = slice(None), rows: slice = slice(None)) -> None:
-        """Make what was not written an empty result."""
-        if self.rows[heads, rows].all():
-            return
-        missing = torch.from_numpy(~self.rows[heads, rows]).to(self.tensors[0].device)
-        for tensor, value in zip(self.tensors, self.empty, strict=False):
-            tensor[:, heads, rows].masked_fill_(
-                missing.view(1, *missing.shape, *[1] * (tensor.ndim - 3)), value
+    dk_ranges = []
+    dv_ranges = []
+    for key_range in _key_ranges(tile, k.shape[1]):
+        range_k = key_range.select(k)
+        range_v = key_range.select(v)
+        range_dk = key_range.zeros(k, dtype)
+        range_dv = key_range.zeros(v, dtype)
+        for piece in key_range.pieces(tile, q):
+            place = (slice(None), _query_heads(piece, q, k), piece.queries)
+            dq_piece, dk_piece, dv_piece = _piece_backward(
+                grad_out[place],
+                q[place],
+                out[place],
+                lse[place],
+                range_k.take(piece),
+                range_v.take(piece),
+                piece.mask,
+                tile.logits,
             )
+            if written.claim(place):
+                dq[place] = dq_piece
+            else:
+                dq[place] += dq_piece
+            range_dk.add(piece, dk_piece)
+            range_dv.add(piece, dv_piece)
+        dk_ranges.append(range_dk.keys)
+        dv_ranges.append(range_dv.keys)
+
+    written.fill_rest()
+    dk = torch.cat(dk_ranges, 2) if len(dk_ranges) != 1 else dk_ranges[0]
+    dv = torch.cat(dv_ranges, 2) if len(dv_ranges) != 1 else dv_ranges[0]
+    return (
+        dq[..., :head_dim].transpose(1, 2),  # [batch, time, heads, dim]
+        dk[..., :head_dim].transpose(1, 2),
+        dv[..., :value_dim].transpose(1, 2),
+    )
 
 
-def _time_first(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Empty ``[batch, heads, time, dim]`` that lies in memory as the operations' users have it, time before heads."""
-    return torch.empty_like(
+Place = tuple[slice, slice, slice]
+"""Batch rows, query heads and tokens of a piece's queries."""
+
+
+class _WrittenQueries:
+    """Which queries of some results have been written.
+
+    Filling the results with zeros beforehand would cost as much as a piece.
+
+    Args:
+        results: tensors ``[batch, heads, time, ...]``, each with the value for queries without a key.
+    """
+
+    def __init__(self, *results: tuple[Tensor, float]):
+        self._results = results
+        num_heads, num_queries = results[0][0].shape[1:3]
+        self._is_written = np.zeros((num_heads, num_queries), bool)
+
+    def claim(self, place: Place) -> bool:
+        """Mark the queries as written. Return whether none of them was before.
+
+        If only some were, the others are filled, so that all of them can be added to.
+        """
+        _, heads, queries = place
+        is_written = self._is_written[heads, queries]
+        is_new = not is_written.any()
+        if not is_new and not is_written.all():
+            self._fill(heads, queries)
+        self._is_written[heads, queries] = True
+        return is_new
+
+    def fill_rest(self) -> None:
+        """Fill all queries that were not written."""
+        self._fill(slice(None), slice(None))
+
+    def _fill(self, heads: slice, queries: slice) -> None:
+        is_written = self._is_written[heads, queries]
+        if is_written.all():
+            return
+        for tensor, value in self._results:
+            is_missing = torch.from_numpy(~is_written).to(tensor.device)
+            trailing_dims = [1] * (tensor.ndim - 3)
+            is_missing = is_missing.view(1, *is_missing.shape, *trailing_dims)
+            tensor[:, heads, queries].masked_fill_(is_missing, value)
+
+
+def _empty_time_first(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty ``[batch, heads, time, dim]`` whose memory has time before heads.
+
+    That is the order of the operation's users, so the results need no copy.
+    """
+    time_first = torch.empty_like(
         like.transpose(1, 2), dtype=dtype, memory_format=torch.contiguous_format
-    ).transpose(1, 2)
+    )
+    return time_first.transpose(1, 2)
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """``[batch, heads, time, dim]``, all of one dim: zeros added to keys or values change nothing."""
+    """Return ``[batch, heads, time, dim]``, all padded with zeros to the largest dim.
+
+    Zeros added to the entries of keys or values change nothing.
+    """
     dim = max(x.shape[-1] for x in tensors)
-    return [
-        F.pad(x, (0, dim - x.shape[-1])).transpose(1, 2) if x.shape[-1] < dim else x.transpose(1, 2)
-        for x in tensors
-    ]
+    padded = [F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in tensors]
+    return [x.transpose(1, 2) for x in padded]
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Replace minus infinity, of queries that see nothing, by 0: no NaN from inf - inf."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _query_heads(piece: Piece, q: Tensor, k: Tensor) -> slice:
-    group = q.shape[1] // k.shape[1]
-    return slice(piece.heads.start * group, piece.heads.stop * group)
+    group_size = q.shape[1] // k.shape[1]
+    return slice(piece.kv_heads.start * group_size, piece.kv_heads.stop * group_size)
 
 
-def _runs(tile: Tile, kv_heads: int) -> Iterator["_Run"]:
-    row = 0
-    for at in tile.k_at:
-        yield _Run(tile.pattern, kv_heads, at, slice(row, row + len(at)))
-        row += len(at)
+def _key_ranges(tile: Tile, kv_heads: int) -> Iterator["_KeyRange"]:
+    first_token = 0
+    for positions in tile.k_positions:
+        tokens = slice(first_token, first_token + len(positions))
+        yield _KeyRange(tile.pattern, kv_heads, positions, tokens)
+        first_token = tokens.stop
 
 
-class _Run:
-    """One range of a tile's keys: which pieces it has, and its rows in granules."""
+class _KeyRange:
+    """One range of a tile's keys: its pieces, and its keys in blocks.
 
-    def __init__(self, pattern: Pattern, kv_heads: int, at: Blocks, rows: slice):
-        self.kv_heads, self.at, self.of_tile = kv_heads, at, rows
-        self.lists = isinstance(pattern, BlockLists)
-        self.groups = [] if self.lists else groups(pattern, kv_heads)
-        self.gathers = self.lists or at.step > 1 or any(any(group.far) for group in self.groups)
-        self.size = pattern.block if self.lists else granule(self.groups, at) if self.gathers else 1
-        self.front = at.start * at.size % self.size if at.step == 1 else 0
+    Args:
+        positions: of the keys in the document.
+        tokens: places of the keys in the tile.
+    """
+
+    def __init__(self, pattern: Pattern, kv_heads: int, positions: Blocks, tokens: slice):
+        self.kv_heads = kv_heads
+        self.positions = positions
+        self.tokens = tokens
+
+        self.block_lists: BlockLists | None = None
+        self.head_groups: list[HeadGroup] = []
+        if isinstance(pattern, BlockLists):
+            self.block_lists = pattern
+            self.key_block = pattern.block
+            self.is_blocked = True
+        else:
+            assert isinstance(pattern, ClosedFormPattern)
+            self.head_groups = group_heads(pattern, kv_heads)
+            # Without far keys all pieces take slices of keys.
+            self.is_blocked = not positions.is_contiguous or any(
+                any(group.far_rules) for group in self.head_groups
+            )
+            self.key_block = key_block_size(self.head_groups, positions) if self.is_blocked else 1
+
+        # The first block begins before the first key if that is not at a multiple of the block.
+        self.front_padding = 0
+        if positions.is_contiguous:
+            self.front_padding = positions.first_position % self.key_block
 
     def pieces(self, tile: Tile, like: Tensor) -> Iterator[Piece]:
-        row = 0
-        for at in tile.q_at:
-            consecutive = (
-                [at]
-                if at.step == 1
-                else [Blocks(at.start + i * at.step, 1, 1, at.size) for i in range(at.count)]
+        """Yield the pieces of all of the tile's queries; their masks have the dtype of ``like``."""
+        for queries in query_ranges(tile.q_positions):
+            yield from self._pieces_of(queries, like)
+
+    def _pieces_of(self, queries: QueryRange, like: Tensor) -> Iterator[Piece]:
+        if self.block_lists is not None:
+            yield from block_list_pieces(
+                self.block_lists, self.kv_heads, queries, self.positions, like
             )
-            for queries in consecutive:
-                if self.lists:
-                    yield from list_pieces(tile.pattern, self.kv_heads, queries, row, self.at, like)
-                for group in self.groups:
-                    yield from pieces(group, queries, row, self.at, self.size, like)
-                row += len(queries)
+        for group in self.head_groups:
+            yield from closed_form_pieces(group, queries, self.positions, self.key_block, like)
 
-    def keys(self, x: Tensor) -> "_Keys":
-        """Of ``x`` ``[batch, kv_heads, keys of the tile, dim]``."""
-        x = x[:, :, self.of_tile]
-        if not self.gathers:
-            return _Keys(x, 1, 0, x.shape[2])
-        if x.shape[2] == self._padded:
-            return _Keys(x.contiguous(), self.size, self.front, x.shape[2])
-        keys = self.zeros(x, x.dtype)
-        keys.rows.copy_(x)
-        return keys
+    def select(self, x: Tensor) -> "_BlockedKeys":
+        """Return the range's part of ``x``, ``[batch, kv_heads, keys of the tile, dim]``."""
+        x = x[:, :, self.tokens]
+        num_keys = x.shape[2]
+        if not self.is_blocked:
+            return _BlockedKeys(x, 1, 0, num_keys)
+        if num_keys == self._padded_length:
+            return _BlockedKeys(x.contiguous(), self.key_block, self.front_padding, num_keys)
+        padded = self.zeros(x, x.dtype)
+        padded.keys.copy_(x)
+        return padded
 
-    def zeros(self, like: Tensor, dtype: torch.dtype) -> "_Keys":
-        """A sum for each row of the run."""
-        x = torch.zeros(
-            *like.shape[:2], self._padded, like.shape[3], dtype=dtype, device=like.device
-        )
-        return _Keys(x, self.size, self.front, len(self.at))
+    def zeros(self, like: Tensor, dtype: torch.dtype) -> "_BlockedKeys":
+        """Return a sum for each key of the range, 0 to begin with."""
+        batch, kv_heads, _, dim = like.shape
+        shape = (batch, kv_heads, self._padded_length, dim)
+        x = torch.zeros(shape, dtype=dtype, device=like.device)
+        return _BlockedKeys(x, self.key_block, self.front_padding, len(self.positions))
 
     @property
-    def _padded(self) -> int:
-        """Rows with those that fill up the first granule and the last."""
-        return -(-(self.front + len(self.at)) // self.size) * self.size
+    def _padded_length(self) -> int:
+        """The number of keys including the padding of the first and of the last block."""
+        num_blocks = -(-(self.front_padding + len(self.positions)) // self.key_block)
+        return num_blocks * self.key_block
 
 
-class _Keys:
-    """Rows of keys ``[batch, kv_heads, rows, dim]`` that pieces take, and add to, by slices or by granules."""
+class _BlockedKeys:
+    """Keys, values or their gradients, which pieces take, or add to, by slices or by blocks.
 
-    def __init__(self, x: Tensor, size: int, front: int, count: int):
-        self.x, self.size, self.front, self.count = x, size, front, count
+    Args:
+        padded: ``[batch, kv_heads, padded keys, dim]``.
+        key_block: keys in a block.
+        front_padding: padded keys before the first key.
+        num_keys: keys without the padding.
+    """
 
-    @property
-    def rows(self) -> Tensor:
-        """Without the padding."""
-        return self.x[:, :, self.front : self.front + self.count]
+    def __init__(self, padded: Tensor, key_block: int, front_padding: int, num_keys: int):
+        self._padded = padded
+        self._key_block = key_block
+        self.keys = padded[:, :, front_padding : front_padding + num_keys]
+        """The keys without the padding, a view."""
 
     def take(self, piece: Piece) -> Tensor:
+        """Return the keys of a piece: ``[batch, kv_heads, keys, dim]``."""
         if isinstance(piece.keys, slice):
-            return self.rows[:, piece.heads, piece.keys]
-        index, shape = self._index(piece)
-        return self._granules.index_select(0, index).view(shape)
+            return self.keys[:, piece.kv_heads, piece.keys]
+        index = self._block_index(piece.kv_heads, piece.keys)
+        batch, kv_heads, _ = index.shape
+        dim = self._padded.shape[3]
+        return self._blocks.index_select(0, index.flatten()).view(batch, kv_heads, -1, dim)
 
     def add(self, piece: Piece, x: Tensor) -> None:
+        """Add ``x``, ``[batch, kv_heads, keys, dim]``, to the keys of a piece."""
         if isinstance(piece.keys, slice):
-            self.rows[:, piece.heads, piece.keys] += x
-        else:
-            index, _ = self._index(piece)
-            self._granules.index_add_(0, index, x.reshape(len(index), -1).to(self.x.dtype))
+            self.keys[:, piece.kv_heads, piece.keys] += x
+            return
+        index = self._block_index(piece.kv_heads, piece.keys).flatten()
+        self._blocks.index_add_(0, index, x.reshape(len(index), -1).to(self._padded.dtype))
 
     @property
-    def _granules(self) -> Tensor:
-        return self.x.view(-1, self.size * self.x.shape[3])
+    def _blocks(self) -> Tensor:
+        """All blocks: ``[batch * kv_heads * key_blocks, key_block * dim]``, a view."""
+        return self._padded.view(-1, self._key_block * self._padded.shape[3])
 
-    def _index(self, piece: Piece) -> tuple[Tensor, tuple[int, ...]]:
-        batch, heads, rows, dim = self.x.shape
-        first = torch.arange(batch * heads, device=self.x.device).view(batch, heads, 1)[
-            :, piece.heads
-        ] * (rows // self.size)
-        index = first + piece.keys
-        return index.flatten(), (batch, index.shape[1], -1, dim)
+    def _block_index(self, kv_heads: slice, key_blocks: Tensor) -> Tensor:
+        """Return where the blocks are in ``_blocks``: ``[batch, kv_heads, key_blocks]``."""
+        batch, num_heads, num_keys, _ = self._padded.shape
+        blocks_per_head = num_keys // self._key_block
+        head_index = torch.arange(batch * num_heads, device=self._padded.device)
+        first_block = head_index.view(batch, num_heads, 1)[:, kv_heads] * blocks_per_head
+        return first_block + key_blocks
 
 
-def _piece_forward(q, k, v, mask: Mask | str | None, logits: Logits):
-    if (
-        q.device.type not in _FLASH_DEVICES
-        or logits.softcap is not None
-        or logits.sigmoid_bias is not None
-    ):
+def _has_fused_kernel(q: Tensor, logits: LogitOptions) -> bool:
+    plain_softmax = logits.softcap is None and logits.is_softmax
+    return plain_softmax and q.device.type in _FUSED_KERNEL_DEVICES
+
+
+def _piece_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: PieceMask, logits: LogitOptions
+) -> tuple[Tensor, Tensor]:
+    if not _has_fused_kernel(q, logits):
         return _formula_forward(q, k, v, mask, logits)
-    causal, added = _flash_mask(mask, q, k)
-    out, lse = _FLASH(q, k, v, 0.0, causal, attn_mask=added, scale=logits.scale)
-    if (
-        isinstance(mask, Mask) and mask.blind is not None
-    ):  # the kernel gives such rows 0 and a log-sum-exp of 0
-        lse = lse.masked_fill(_of_query_heads(mask.blind, q, k), -torch.inf)
+    is_causal, bias = _fused_kernel_mask(mask, q, k)
+    out, lse = _FUSED_FORWARD(q, k, v, 0.0, is_causal, attn_mask=bias, scale=logits.scale)
+    if isinstance(mask, Mask) and mask.sees_nothing is not None:
+        # The kernel gives such queries 0 and a log-sum-exp of 0.
+        lse = lse.masked_fill(_per_query_head(mask.sees_nothing, q, k), -torch.inf)
     return out, lse
 
 
-def _piece_backward(grad_out, q, out, lse, k, v, mask: Mask | str | None, logits: Logits):
-    if (
-        q.device.type not in _FLASH_DEVICES
-        or logits.softcap is not None
-        or logits.sigmoid_bias is not None
-    ):
+def _piece_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PieceMask,
+    logits: LogitOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _has_fused_kernel(q, logits):
         return _formula_backward(grad_out, q, out, lse, k, v, mask, logits)
-    causal, added = _flash_mask(mask, q, k)
-    return _FLASH_BACKWARD(
-        grad_out, q, k, v, out.to(q.dtype), lse, 0.0, causal, attn_mask=added, scale=logits.scale
+    is_causal, bias = _fused_kernel_mask(mask, q, k)
+    return _FUSED_BACKWARD(
+        grad_out, q, k, v, out.to(q.dtype), lse, 0.0, is_causal, attn_mask=bias, scale=logits.scale
     )
 
 
-def _flash_mask(mask: Mask | str | None, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
-    """Whether causal, and the additive mask ``[batch or 1, heads or 1, queries, keys]``."""
-    return (
-        (False, _of_query_heads(mask.added, q, k))
-        if isinstance(mask, Mask)
-        else (mask == "causal", None)
-    )
+def _fused_kernel_mask(mask: PieceMask, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
+    """Return whether the piece is causal, and a bias ``[batch or 1, heads or 1, queries, keys]``."""
+    if isinstance(mask, Mask):
+        return False, _per_query_head(mask.bias, q, k)
+    return mask == "causal", None
 
 
-def _of_query_heads(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """From ``[batch or 1, kv_heads or 1, ...]`` to one of each query head, where there is more than one."""
-    return x if x.shape[1] == 1 else x.repeat_interleave(q.shape[1] // k.shape[1], 1)
+def _per_query_head(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """Repeat ``x`` ``[batch or 1, kv_heads or 1, ...]`` for each query head, unless it has one head."""
+    if x.shape[1] == 1:
+        return x
+    return x.repeat_interleave(q.shape[1] // k.shape[1], 1)
 
 
-def _formula_forward(q, k, v, mask, logits):
-    outs, lses = [], []
-    for rows in _chunks(q, k):
-        s, _ = _scores(q[:, :, rows], k, mask, rows, logits)
-        if logits.sigmoid_bias is not None:
-            p, lse = s.sigmoid(), s.new_zeros(s.shape[:-1])
+def _formula_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: PieceMask, logits: LogitOptions
+) -> tuple[Tensor, Tensor]:
+    """Compute the piece by its definition, some queries at a time."""
+    outs = []
+    lses = []
+    for queries in _query_chunks(q, k):
+        # [batch, kv_heads, group, queries, keys]
+        scores, _ = _scores(q[:, :, queries], k, mask, queries, logits)
+        if logits.is_softmax:
+            lse = scores.logsumexp(-1)
+            weights = (scores - _finite(lse)[..., None]).exp()
         else:
-            lse = s.logsumexp(-1)
-            p = (s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-        outs.append(torch.einsum("bhgqk,bhkd->bhgqd", p, v.to(p.dtype)).flatten(1, 2))
+            lse = scores.new_zeros(scores.shape[:-1])
+            weights = scores.sigmoid()
+        out = torch.einsum("bhgqk,bhkd->bhgqd", weights, v.to(weights.dtype))
+        outs.append(out.flatten(1, 2))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, 2), torch.cat(lses, 2)
 
 
-def _formula_backward(grad_out, q, out, lse, k, v, mask, logits):
-    """FlashAttention's backward (arXiv 2205.14135, algorithm 4)."""
+def _formula_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: PieceMask,
+    logits: LogitOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """FlashAttention's backward (arXiv 2205.14135, algorithm 4), some queries at a time."""
     dtype = accumulation_dtype(q)
-    dq, dk, dv = (
-        [],
-        torch.zeros(k.shape, dtype=dtype, device=k.device),
-        torch.zeros(v.shape, dtype=dtype, device=v.device),
-    )
-    for rows in _chunks(q, k):
-        own = (_grouped(x[:, :, rows].to(dtype), k) for x in (grad_out, q, out, lse))
-        grad_out_rows, q_rows, out_rows, lse_rows = own
-        s, slope = _scores(q[:, :, rows], k, mask, rows, logits)
-        dp = torch.einsum("bhgqd,bhkd->bhgqk", grad_out_rows, v.to(dtype))
-        if logits.sigmoid_bias is not None:
-            p = s.sigmoid()
-            ds = p * (1 - p) * dp
+    dq_chunks = []
+    dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
+    for queries in _query_chunks(q, k):
+        # [batch, kv_heads, group, queries, ...]
+        chunk_grad_out = _grouped(grad_out[:, :, queries].to(dtype), k)
+        chunk_q = _grouped(q[:, :, queries].to(dtype), k)
+        chunk_out = _grouped(out[:, :, queries].to(dtype), k)
+        chunk_lse = _grouped(lse[:, :, queries].to(dtype), k)
+
+        scores, slope = _scores(q[:, :, queries], k, mask, queries, logits)
+        grad_weights = torch.einsum("bhgqd,bhkd->bhgqk", chunk_grad_out, v.to(dtype))
+        if logits.is_softmax:
+            weights = (scores - chunk_lse[..., None]).exp()
+            delta = (chunk_grad_out * chunk_out).sum(-1, keepdim=True)
+            grad_scores = weights * (grad_weights - delta)
         else:
-            p = (s - lse_rows[..., None]).exp()
-            ds = p * (dp - (grad_out_rows * out_rows).sum(-1, keepdim=True))
-        ds = ds * slope
-        dq.append(torch.einsum("bhgqk,bhkd->bhgqd", ds, k.to(dtype)).flatten(1, 2))
-        dk += torch.einsum("bhgqk,bhgqd->bhkd", ds, q_rows)
-        dv += torch.einsum("bhgqk,bhgqd->bhkd", p, grad_out_rows)
-    return torch.cat(dq, 2), dk, dv
+            weights = scores.sigmoid()
+            grad_scores = weights * (1 - weights) * grad_weights
+        grad_products = grad_scores * slope
+
+        dq_chunk = torch.einsum("bhgqk,bhkd->bhgqd", grad_products, k.to(dtype))
+        dq_chunks.append(dq_chunk.flatten(1, 2))
+        dk += torch.einsum("bhgqk,bhgqd->bhkd", grad_products, chunk_q)
+        dv += torch.einsum("bhgqk,bhgqd->bhkd", weights, chunk_grad_out)
+    return torch.cat(dq_chunks, 2), dk, dv
 
 
-def _chunks(q: Tensor, k: Tensor) -> list[slice]:
-    size = max(1, _PAIRS // max(1, k.shape[2]))
-    return [slice(start, min(q.shape[2], start + size)) for start in range(0, q.shape[2], size)]
+def _query_chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """Cut the queries so that no more than ``_MAX_PAIRS`` pairs of a head are held at a time."""
+    num_queries = q.shape[2]
+    size = max(1, _MAX_PAIRS // max(1, k.shape[2]))
+    return [slice(start, min(num_queries, start + size)) for start in range(0, num_queries, size)]
 
 
 def _scores(
-    q: Tensor, k: Tensor, mask: Mask | str | None, rows: slice, logits: Logits
+    q: Tensor, k: Tensor, mask: PieceMask, queries: slice, logits: LogitOptions
 ) -> tuple[Tensor, Tensor | float]:
-    """Logits ``[batch, kv_heads, group, queries, keys]``, hidden ones minus infinity, and their slope in the products."""
-    dtype, slope = accumulation_dtype(q), logits.scale
-    s = torch.einsum("bhgqd,bhkd->bhgqk", _grouped(q.to(dtype), k), k.to(dtype)) * logits.scale
+    """Compute the logits of some queries, minus infinity for hidden pairs.
+
+    Args:
+        q: the queries, which are ``queries`` of the piece.
+
+    Returns:
+        Logits ``[batch, kv_heads, group, queries, keys]``, and their derivative by the products.
+    """
+    dtype = accumulation_dtype(q)
+    products = torch.einsum("bhgqd,bhkd->bhgqk", _grouped(q.to(dtype), k), k.to(dtype))
+    scores = products * logits.scale
+    slope: Tensor | float = logits.scale
     if logits.softcap is not None:
-        s = (s / logits.softcap).tanh()
-        s, slope = s * logits.softcap, (1 - s.square()) * logits.scale
+        tanh = (scores / logits.softcap).tanh()
+        scores = tanh * logits.softcap
+        slope = (1 - tanh.square()) * logits.scale
     if logits.sigmoid_bias is not None:
-        s = s + logits.sigmoid_bias
+        scores = scores + logits.sigmoid_bias
+
     if isinstance(mask, Mask):
-        s = s + mask.added[:, :, None, rows]
+        scores = scores + mask.bias[:, :, None, queries]
     elif mask == "causal":
-        at = torch.arange(k.shape[2], device=q.device)
-        s = s.masked_fill(at[rows, None] < at, -torch.inf)
-    return s, slope
+        positions = torch.arange(k.shape[2], device=q.device)
+        scores = scores.masked_fill(positions[queries, None] < positions, -torch.inf)
+    return scores, slope
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """``[batch, kv_heads, heads per KV head, ...]``."""
+    """View ``[batch, heads, ...]`` as ``[batch, kv_heads, heads per KV head, ...]``."""
     return x.unflatten(1, (k.shape[1], -1))

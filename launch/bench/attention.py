@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.arguments import check_backend
+from ...attention.patterns import ClosedFormPattern
 from ...attention.patterns.expression import parse_pattern
-from ...attention.patterns.patterns import ClosedFormPattern
 from ...attention.patterns.rules import union_masks
 from ...attention.softmax.attend import attend
-from ...attention.softmax.pieces import groups
-from ...attention.softmax.tiles import BACKENDS
+from ...attention.softmax.backends import BACKENDS
+from ...attention.softmax.pieces import group_heads
 from ...trainer.errors import UserError
 from ...trainer.progress import track
 from ..options import counts, numbers, out_folder
@@ -138,7 +138,7 @@ def flex_mask(
     group_size = heads // kv_heads
     rules_of_head = [pattern.rules(head) for head in range(kv_heads)]
 
-    if len(groups(pattern, kv_heads)) == 1:
+    if len(group_heads(pattern, kv_heads)) == 1:
         residues = torch.tensor(
             [[rule.residue for rule in rules] for rules in rules_of_head], device=device
         )

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,12 @@ from torch import Tensor
 from ...attention.linear import decays
 from ...attention.linear.attention import linear_attention, normalised
 from ...attention.linear.feature_maps import MAPS, hedgehog
-from ...trainer.recipe.layers.linear import LinearAttentionBlock, LinearDesign
-from ...trainer.recipe.schema import AnyBlock
+from ...trainer.layers.linear import LinearAttentionBlock, LinearDesign
+from ...trainer.layers.registry import KINDS
 from . import measure
 from .measure import Comparison, ForwardBackward
 
-_BLOCKS = [
-    block for block in get_args(get_args(AnyBlock)[0]) if issubclass(block, LinearAttentionBlock)
-]
-BLOCKS = {get_args(block.model_fields["mixer"].annotation)[0]: block for block in _BLOCKS}
+BLOCKS = {block.kind(): block for block in KINDS if issubclass(block, LinearAttentionBlock)}
 """The layer kinds with linear attention, by the name of their mixer."""
 CHECKED_TOKENS = 600
 """Tokens that are checked at most, as the reference goes token by token.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...trainer.checkpoint.run_folder import replace_file
+from ...trainer.checkpoint.atomic import replace_file
 from ...trainer.errors import UserError
 from ...trainer.evaluation.mqar_settings import Setting, trained_settings
 from ...trainer.recipe.schema import Recipe

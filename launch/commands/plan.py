@@ -9,8 +9,8 @@ from ..options import add_recipe_arguments
 from ..table import table
 
 if TYPE_CHECKING:
+    from ...trainer.layers.base import Block
     from ...trainer.predict.estimate import Device, Estimate
-    from ...trainer.recipe.layers.softmax import SoftmaxBlock
     from ...trainer.recipe.schema import Recipe
 
 # Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
@@ -48,7 +48,6 @@ def run(options: argparse.Namespace) -> None:
     """Print what is predicted, and draw what ranks receive against their number."""
     from ...trainer.data.tokenizer import recipe_vocab_size
     from ...trainer.predict.estimate import DEVICES, estimate
-    from ...trainer.recipe.layers.softmax import SoftmaxBlock
 
     if options.device not in DEVICES:
         raise UserError(
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     _print_speed(predicted, device)
 
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.stack_names}
-    softmax = {name: block for name, block in blocks.items() if isinstance(block, SoftmaxBlock)}
+    softmax = {name: block for name, block in blocks.items() if block.has_kv_schedule}
     if softmax:
         picture = Path(options.out)
         _draw(recipe, softmax, picture)
@@ -176,7 +175,7 @@ def _print_speed(predicted: "Estimate", device: "Device") -> None:
     )
 
 
-def _draw(recipe: "Recipe", blocks: dict[str, "SoftmaxBlock"], path: Path) -> None:
+def _draw(recipe: "Recipe", blocks: dict[str, "Block"], path: Path) -> None:
     """Draw a panel for each block of softmax attention, with a line for each KV schedule."""
     import matplotlib
 
@@ -205,7 +204,7 @@ def _draw(recipe: "Recipe", blocks: dict[str, "SoftmaxBlock"], path: Path) -> No
     plt.close(figure)
 
 
-def _received(recipe: "Recipe", block: "SoftmaxBlock") -> dict[str, dict[int, float]]:
+def _received(recipe: "Recipe", block: "Block") -> dict[str, dict[int, float]]:
     """Return the MiB that the rank with most receives, by KV schedule and number of ranks.
 
     A schedule that cannot compute the block over a number of ranks has no value there.

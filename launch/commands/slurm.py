@@ -223,7 +223,7 @@ def render(options: argparse.Namespace, recipe: "Recipe") -> str:
 
 def _write(options: argparse.Namespace, recipe: "Recipe", script: str) -> Path:
     """Write the script, and make the folder of the job's output; return the script's path."""
-    from ...trainer.checkpoint.run_folder import replace_file
+    from ...trainer.checkpoint.atomic import replace_file
 
     logs = Path(recipe.run_dir, "slurm")
     path = Path(options.out or logs / "train.sbatch")

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(recipe: "Recipe", options: argparse.Namespace, cp: int) -> None:
     """Refuse schedules that cannot do it before any process starts."""
-    from ...trainer.predict.communication import schedule_problems
+    from ...trainer.recipe.kv_schedules import schedule_problems
 
     parallel = recipe.parallel.model_copy(update={"cp": cp, "tp": 1})
     if problems := [
@@ -95,7 +95,7 @@ def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
             wrong.append(
                 f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
             )
-        mixer = "" if name == STACK else case.model.stack[0].mixer
+        mixer = "" if name == STACK else case.model.stack[0].kind()
         rows.append(
             (
                 name,

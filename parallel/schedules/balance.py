@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...attention.patterns.patterns import Causal, ClosedFormPattern, Pattern
+from ...attention.patterns import Causal, ClosedFormPattern, Pattern
 from ...attention.patterns.rules import Rule
 from ...attention.patterns.selection import Selector
 from ..layout import Layout
@@ -43,6 +43,6 @@ def _pairs(pattern: ClosedFormPattern, layout: Layout, kv_heads: int) -> np.ndar
     found: dict[tuple[Rule, ...], np.ndarray] = {}
     for head in range(kv_heads):
         if pattern.rules(head) not in found:
-            segments = np.add.reduceat(pattern.visible(layout.length, head), layout.edges)
+            segments = np.add.reduceat(pattern.visible_keys(layout.length, head), layout.edges)
             found[pattern.rules(head)] = np.bincount(layout.holders, segments, layout.ranks)
     return np.stack([found[pattern.rules(head)] for head in range(kv_heads)])

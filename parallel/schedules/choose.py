@@ -4,7 +4,7 @@ import hashlib
 from functools import lru_cache
 from typing import NamedTuple
 
-from ...attention.patterns.patterns import ClosedFormPattern, Pattern
+from ...attention.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.selection import Selector
 from ..layout import Layout
 from . import ways

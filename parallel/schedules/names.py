@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from ...attention.patterns.patterns import ClosedFormPattern, Pattern
+from ...attention.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.selection import Selector
 
 WAYS = ("stripes", "ring", "gather")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...attention.documents import document_spans
-from ...attention.patterns.patterns import ClosedFormPattern, Pattern
+from ...attention.patterns import ClosedFormPattern, Pattern
 from ...attention.patterns.rules import Blocks, Rule
 from ..layout import Layout
 from .heads import HeadExchange

@@ -14,7 +14,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ...attention.patterns.patterns import ClosedFormPattern
+from ...attention.patterns import ClosedFormPattern
 from ...attention.patterns.rules import Blocks, Rule
 from ..layout import Layout
 from .plan import AttentionSpec, BatchRows, Exchange, PlanStage, TileJob, TokenRanges, tiles

@@ -145,7 +145,7 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
 with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     os.kill(os.getpid(), signal.SIGINT)
     __import__("time").sleep(0.2)
-    sys.exit(stop.asked())
+    sys.exit(stop.is_requested())
 """
     done = subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False)
     assert done.returncode == 0

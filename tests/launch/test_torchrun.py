@@ -140,9 +140,9 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
             True,
             1,
             f"stopped after step 1 of 60, as asked by {file}, now removed; "
-            "the same command goes on from there",
+            "the same command resumes from there",
         ),
-        (False, 60, "going on from step 1"),
+        (False, 60, "resuming from step 1"),
         (True, 60, "all 60 steps are done"),
     ):
         if stale:

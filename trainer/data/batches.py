@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...parallel import Layout, Sequence
+from ...parallel import Sequence
+from ..predict.communication import recipe_layout
 from ..recipe.schema import Recipe
 from .packing import Sample
 from .prepare import PreparedData
@@ -35,12 +36,6 @@ class Microbatch:
     sequence: Sequence
     padding: int
     """Tokens of the batch that are only padding; 0 but on the first context-parallel rank, so that they add up."""
-
-
-def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
-    """Of a sequence over the context-parallel ranks, of ``length`` tokens or as many as the recipe says."""
-    make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
-    return make(length or recipe.training.seq_length, recipe.parallel.cp)
 
 
 class Batches:

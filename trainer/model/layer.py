@@ -17,12 +17,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from ...parallel import Sequence
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
-from ..recipe.layers.softmax import Block
-from .mixers import GatedConvolution, LinearAttention, SoftmaxAttention
+from ..layers.base import Block
+from ..layers.mixer import MixerOptions
+from ..layers.norm import RMSNorm
+from ..layers.recompute import LayerMemory, OnHost, in_tiles, recomputed
 from .moe import moe_spec
-from .norm import RMSNorm
-from .recompute import LayerMemory, OnHost, in_tiles, recomputed
 
 
 def hybrid_stack_spec(
@@ -64,15 +63,8 @@ def hybrid_stack_spec(
 def _layer_spec(
     config: TransformerConfig, block: Block, rope_theta: float, schedule: str, memory: LayerMemory
 ) -> ModuleSpec:
-    if isinstance(block, ConvolutionBlock):
-        mixer = ModuleSpec(GatedConvolution, params={"block": block})
-    elif isinstance(block, LinearAttentionBlock):
-        mixer = ModuleSpec(LinearAttention, params={"block": block, "rope_theta": rope_theta})
-    else:
-        mixer = ModuleSpec(
-            SoftmaxAttention,
-            params={"block": block, "rope_theta": rope_theta, "schedule": schedule},
-        )
+    options = MixerOptions(rope_theta, schedule, recomputes=memory.recompute == "selective")
+    mixer = ModuleSpec(block.mixer_class(), params={"block": block, "options": options})
     if block.mlp == "moe":
         mlp = moe_spec(config.num_moe_experts)
     else:
@@ -117,7 +109,6 @@ class HybridLayer(MegatronModule):
         self.mixer = submodules.mixer(
             config=config, layer_number=self.layer_number, pg_collection=pg_collection
         )
-        self.mixer.recomputes = memory.recompute == "selective"
         if block.mlp_activation == "identity":
             config = copy.copy(config)
             config.activation_func, config.bias_activation_fusion = _identity, False
@@ -129,10 +120,7 @@ class HybridLayer(MegatronModule):
             self.mlp = submodules.mlp(
                 config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
             )
-        norms = {"input_layernorm", "pre_mlp_layernorm"} if block.norm != "reordered" else set()
-        if block.norm in ("sandwich", "reordered"):
-            norms |= {"post_mixer_layernorm", "post_mlp_layernorm"}
-        for name in sorted(norms):
+        for name in sorted(block.norm_names):
             self.add_module(name, RMSNorm(config, config.hidden_size, config.layernorm_epsilon))
 
     def forward(

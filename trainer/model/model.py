@@ -11,13 +11,12 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from ..layers.recompute import LayerMemory
 from ..predict.flops import padded_vocab_size
-from ..recipe.layers.softmax import SoftmaxBlock
 from ..recipe.schema import Recipe
 from .layer import hybrid_stack_spec
 from .loss import cross_entropy_sum, token_losses
 from .moe import moe_config
-from .recompute import LayerMemory
 
 
 class HybridModel(GPTModel):
@@ -78,9 +77,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        qk_layernorm=any(
-            isinstance(block, SoftmaxBlock) and block.qk_norm is True for block in model.stack
-        ),
+        qk_layernorm=any(block.norms_each_head for block in model.stack),
         tensor_model_parallel_size=recipe.parallel.tp,
         pipeline_model_parallel_size=recipe.parallel.pp,
         context_parallel_size=recipe.parallel.cp,

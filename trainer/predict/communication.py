@@ -1,64 +1,20 @@
-"""What a recipe's context parallelism comes to: whether its schedules can do its layers, and what they move. Without torch
-until it is reckoned.
-"""
+"""What a recipe's context parallelism moves: which rank holds which tokens, and the KV schedules."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ...parallel import Layout
+from ...parallel.schedules.balance import balance
+from ...parallel.schedules.choose import choose_schedule, cost
 from ...parallel.schedules.names import Schedule, named, unsupported_reason
-from ..errors import suggest
-from ..recipe.layers.softmax import SoftmaxBlock
-
-if TYPE_CHECKING:
-    from ..recipe.schema import ModelConfig, ParallelConfig, Recipe
+from ..recipe.schema import Recipe
 
 
-def schedule_problems(
-    model: "ModelConfig", parallel: "ParallelConfig"
-) -> Iterator[tuple[str, str]]:
-    """(key, reason and fix) of every schedule that is no name, or cannot do the layers that it is for."""
-    blocks = model.layers.blocks
-    for name in parallel.schedules:
-        if name not in blocks:
-            yield (
-                f"parallel.schedules.{name}",
-                f"names no block{suggest(name, list(blocks))}; known: {', '.join(blocks)}",
-            )
-        elif not isinstance(blocks[name], SoftmaxBlock):
-            yield (
-                f"parallel.schedules.{name}",
-                f"is for softmax attention, but the block is {blocks[name].mixer}; remove it",
-            )
-    chosen = {"schedule": parallel.schedule} | {
-        f"schedules.{name}": schedule for name, schedule in parallel.schedules.items()
-    }
-    faulty = set()
-    for key, schedule in chosen.items():
-        try:
-            named(schedule, parallel.cp)
-        except ValueError as error:
-            faulty.add(schedule)
-            yield f"parallel.{key}", str(error)
-    for name, block in blocks.items() if parallel.cp > 1 else ():
-        schedule = parallel.schedule_of(name)
-        if not isinstance(block, SoftmaxBlock) or schedule in faulty:
-            continue
-        try:
-            pattern = block.attention_pattern(model.kv_heads)
-        except ValueError:  # a problem of the model
-            continue
-        heads = (
-            max(1, model.num_attention_heads // parallel.tp),
-            max(1, model.kv_heads // parallel.tp),
-        )
-        reasons = [
-            unsupported_reason(one, parallel.cp, pattern, *heads)
-            for one in named(schedule, parallel.cp)
-        ]
-        if all(reasons):
-            key = f"schedules.{name}" if name in parallel.schedules else "schedule"
-            reason = next(iter(reasons), f"parallel.cp {parallel.cp} is no grid; take ring")
-            yield f"parallel.{key}", f"{schedule} cannot do model.layers.blocks.{name}: {reason}"
+def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
+    """Return which context-parallel rank holds which tokens of a sequence of ``length`` tokens, or
+    of the recipe's length.
+    """
+    make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
+    return make(length or recipe.training.seq_length, recipe.parallel.cp)
 
 
 class Choice(NamedTuple):
@@ -86,12 +42,8 @@ class Choice(NamedTuple):
         return f"{self.block}: schedule {self.schedule}, {taken[self.schedule]} a layer and rank (others: {others or 'none'})"
 
 
-def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
+def choices(recipe: Recipe, bytes_per_number: int) -> list[Choice]:
     """Of every block with softmax attention that the model has."""
-    from ...parallel.schedules.balance import balance
-    from ...parallel.schedules.choose import choose_schedule, cost
-    from ..data.batches import recipe_layout
-
     model, parallel, found = recipe.model, recipe.parallel, []
     layout, heads, kv_heads = (
         recipe_layout(recipe),
@@ -101,9 +53,9 @@ def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
     dims = model.kv_channels, model.kv_channels
     for name in dict.fromkeys(model.stack_names):
         block = model.layers.blocks[name]
-        if not isinstance(block, SoftmaxBlock):
-            continue
         pattern = block.attention_pattern(model.kv_heads)
+        if pattern is None:
+            continue
         chosen = choose_schedule(parallel.schedule_of(name), layout, pattern, heads, kv_heads, dims)
         able = [
             one

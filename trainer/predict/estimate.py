@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...parallel.linear import scan_steps
-from ..data.batches import recipe_layout
-from ..engines.deepspeed_config import offloads
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
-from ..recipe.layers.softmax import SoftmaxBlock
+from ..layers.base import ContextSplit
 from ..recipe.schema import Recipe
-from .communication import Choice, choices
+from .communication import Choice, choices, recipe_layout
 from .flops import (
     flops_per_token,
     mixer_parameters,
@@ -120,7 +117,7 @@ def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
     memory = MemoryEstimate(
         weights=_held(recipe, total, 2, 3),
         gradients=_held(recipe, total, 4, 2),
-        optimizer=0.0 if offloads(recipe) else _held(recipe, total, 12, 1),
+        optimizer=0.0 if recipe.engine.offloads_optimizer else _held(recipe, total, 12, 1),
         activations=2 * tokens * (saved * in_flight + max(again, default=0)),
         loss=loss,
         key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
@@ -152,9 +149,9 @@ def host_bytes(recipe: Recipe, vocab_size: int) -> float:
     """That one rank keeps in the host's memory where the recipe moves something there."""
     model, training = recipe.model, recipe.training
     total, needed = parameter_count(model, vocab_size), 0.0
-    if offloads(recipe):  # weights, both moments and gradients in fp32
+    if recipe.engine.offloads_optimizer:  # weights, both moments and gradients in fp32
         needed += _held(recipe, total, 16, 1)
-    if offloads(recipe, "offload_param"):
+    if recipe.engine.offloads_weights:
         needed += _held(recipe, total, 2, 3)
     if recipe.memory.offload_inputs:
         tokens = training.micro_batch_size * training.seq_length / recipe.parallel.cp
@@ -179,7 +176,7 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
     mode = recipe.memory.recompute_of(name)
     return LayerKind(
         name,
-        block.mixer,
+        block.kind(),
         model.stack_names.count(name),
         mixer,
         mlp,
@@ -193,26 +190,19 @@ def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
 
 def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
     """What the maps of segments and the halos of convolutions bring a rank, forward and backward."""
-    model, parallel, block = recipe.model, recipe.parallel, recipe.model.stack[layer]
-    if parallel.cp == 1 or isinstance(block, SoftmaxBlock):
+    parallel = recipe.parallel
+    if parallel.cp == 1:
         return 0.0
-    layout, batch = recipe_layout(recipe), recipe.training.micro_batch_size
-    segments = max(map(len, layout.segments))
-    if isinstance(block, ConvolutionBlock):
-        halo = (block.conv_kernel - 1) * model.num_attention_heads * model.kv_channels / parallel.tp
-        return 2 * batch * 2 * segments * (parallel.cp - 1) * halo
-    assert isinstance(block, LinearAttentionBlock)
-    design = block.design(model, layer)
-    kept = design.feature_dim if design.beta else 1
-    numbers = (
-        design.heads
-        * design.feature_dim
-        * (design.value_dim + design.normalised + kept)
-        / parallel.tp
+    layout = recipe_layout(recipe)
+    split = ContextSplit(
+        ranks=parallel.cp,
+        segments=max(map(len, layout.segments)),
+        state_steps=scan_steps(layout) or parallel.cp - 1,
+        tensor_ranks=parallel.tp,
     )
-    steps = scan_steps(layout) or parallel.cp - 1
-    halo = max(0, design.conv_kernel - 1) * design.conv_channels / parallel.tp
-    return 2 * batch * segments * (4 * steps * numbers + 2 * (parallel.cp - 1) * halo)
+    block = recipe.model.stack[layer]
+    batch = recipe.training.micro_batch_size
+    return batch * block.exchanged_bytes(recipe.model, layer, split)
 
 
 def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
@@ -220,7 +210,7 @@ def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
     distributed optimizer is the first).
     """
     model, parallel = recipe.model, recipe.parallel
-    shared = (recipe.engine.zero_stage if recipe.engine.name == "deepspeed" else 1) >= stage
+    shared = recipe.engine.sharding_stage >= stage
     replicas = recipe.data_parallel * parallel.cp
     experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
     of_dense = (total - experts) / parallel.tp / (replicas if shared else 1)
@@ -241,7 +231,7 @@ def _saved_numbers(recipe: Recipe, layer: int, mode: str | None = None) -> float
     if mode == "full":
         return 0 if recipe.memory.offload_inputs else hidden
     width = model.num_attention_heads * model.kv_channels
-    projected = mixer_parameters(model, layer) / model.hidden_size - width
+    projected = model.stack[layer].projected_numbers(model, layer)
     if mode == "selective":
         return 3 * hidden + (projected + width) / tp
     wide = (

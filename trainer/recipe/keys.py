@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 
-from .layers.linear import LinearAttentionBlock
-from .layers.softmax import Block, SoftmaxBlock
+from ..layers.base import Block
+from ..layers.linear import LinearAttentionBlock
+from ..layers.softmax import SoftmaxBlock
 from .schema import Recipe
 
 _SHARED = {

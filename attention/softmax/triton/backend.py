@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ...patterns import Pattern
 from ...patterns.block_lists import BlockLists
-from ...patterns.patterns import Pattern
 from ...patterns.rules import Blocks, Rule
 from ...triton_device import (
     INTERPRETED,
@@ -21,7 +21,7 @@ from ...triton_device import (
     unit_stride,
     workspace,
 )
-from ..tiles import Logits, Tile, merge_
+from ..tiles import LogitOptions, Tile, merge_
 from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
 from .forward_dq import forward_dq_kernel
 from .launch_config import MAX_DIM, KernelConfig, shape
@@ -35,7 +35,7 @@ _SPLITS, _TILES_PER_SPLIT = 8, 16
 
 
 def unsupported_reason(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: Logits
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
 ) -> str | None:
     """What it cannot do, and what can."""
     if reason := no_device(q):
@@ -52,7 +52,7 @@ def unsupported_reason(
 
 @on_its_device
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.softmax.tiles.tile_forward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
     triton.set_allocator(workspace)  # of this thread: autograd has its own
     q, k, v = map(unit_stride, (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -62,8 +62,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
         dtype=torch.float32,
         device=q.device,
     )
-    for at, rows in _runs(tile.q_at, consecutive=True):
-        for n, (keys_at, keys) in enumerate(_runs(tile.k_at)):
+    for at, rows in _runs(tile.q_positions, consecutive=True):
+        for n, (keys_at, keys) in enumerate(_runs(tile.k_positions)):
             new, new_lse = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys]).forward()
             if n:
                 merge_(out[:, rows], lse[:, rows], new, new_lse, tile.logits)
@@ -74,15 +74,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
 
 @on_its_device
 def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
-    """See :func:`~longspan.attention.softmax.tiles.tile_backward`."""
+    """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
     triton.set_allocator(workspace)
     grad_out, q, k, v, out = map(unit_stride, (grad_out, q, k, v, out))
     delta, lse = _delta(out, grad_out, grad_lse), lse.transpose(1, 2)
     dq, dk, dv = [], {}, {}
-    for at, rows in _runs(tile.q_at, consecutive=True):
+    for at, rows in _runs(tile.q_positions, consecutive=True):
         own = (grad_out[:, rows], lse[:, :, rows].contiguous(), delta[:, :, rows].contiguous())
         of_rows = None
-        for keys_at, keys in _runs(tile.k_at):
+        for keys_at, keys in _runs(tile.k_positions):
             launch = _Launch(tile, at, keys_at, q[:, rows], k[:, keys], v[:, keys])
             of_rows = _sum(of_rows, launch.queries_gradient(*own))
             of_keys, of_values = launch.keys_gradients(*own)

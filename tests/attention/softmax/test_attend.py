@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from longspan.attention import (
     Window,
     attend,
 )
-from longspan.attention.softmax import pieces as stretches
+from longspan.attention.softmax import pieces
 
 from ..patterns.test_patterns import PATTERNS, patterns
 from .oracle import document_ids, errors, make
@@ -43,13 +45,15 @@ def compare(
     return errors(run, inputs, pattern=pattern, documents=ids, **options)
 
 
+SMALL_PIECES = {"_QUERY_BLOCK": 32, "_MIN_BAND_QUERIES": 4, "_NARROW_BAND": 12}
+
+
 @pytest.fixture
-def small_stretches(monkeypatch):
-    """Lengths of some hundred tokens take all the paths of some ten thousand."""
-    monkeypatch.setattr(stretches, "_STRETCH", 32)
-    monkeypatch.setattr(stretches, "_LEAST", 4)
-    monkeypatch.setattr(stretches, "_NARROW", 12)
-    stretches._mask.cache_clear()
+def small_pieces(monkeypatch):
+    """Cut so small that a few hundred tokens exercise all the paths of tens of thousands."""
+    for name, value in SMALL_PIECES.items():
+        monkeypatch.setattr(pieces, name, value)
+    pieces._cached_mask.cache_clear()
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -68,7 +72,7 @@ def test_parity_with_the_dense_formula(pattern, documents, backend):
     "length", [200, *(pytest.param(length, marks=pytest.mark.wide) for length in (5, 333))]
 )
 @pytest.mark.parametrize("pattern", [*PATTERNS, Window(40), LISTS], ids=repr)
-def test_every_pattern_in_stretches(small_stretches, pattern, length):
+def test_every_pattern_in_small_pieces(small_pieces, pattern, length):
     for name, error in compare(
         pattern, length=length, heads=4, kv_heads=4 if isinstance(pattern, PerHead) else 2
     ).items():
@@ -78,7 +82,7 @@ def test_every_pattern_in_stretches(small_stretches, pattern, length):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "value_dim"), [(1, 1, 16), (6, 3, 8), (4, 1, 32), (3, 3, 16)]
 )
-def test_head_ratios_and_value_dims(small_stretches, heads, kv_heads, value_dim):
+def test_head_ratios_and_value_dims(small_pieces, heads, kv_heads, value_dim):
     for name, error in compare(
         S2(8, 2, 4) | Sinks(5), DOCUMENTS["edges"], heads, kv_heads, value_dim
     ).items():
@@ -101,15 +105,15 @@ OPTIONS = {
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), Stripes(4, 5, 2), LISTS], ids=repr)
-def test_options(small_stretches, pattern, options, backend):
+def test_options(small_pieces, pattern, options, backend):
     for name, error in compare(pattern, DOCUMENTS["aligned"], backend=backend, **options).items():
         assert error < 1e-10, name
 
 
 @pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), LISTS], ids=repr)
-def test_devices_without_the_flash_kernel(pattern, monkeypatch):
-    monkeypatch.setattr("longspan.attention.softmax.torch._FLASH_DEVICES", set())
-    monkeypatch.setattr("longspan.attention.softmax.torch._PAIRS", 100)
+def test_devices_without_the_fused_kernel(pattern, monkeypatch):
+    monkeypatch.setattr("longspan.attention.softmax.torch._FUSED_KERNEL_DEVICES", set())
+    monkeypatch.setattr("longspan.attention.softmax.torch._MAX_PAIRS", 100)
     for name, error in compare(pattern, DOCUMENTS["edges"], 6, 2, value_dim=8).items():
         assert error < 1e-10, name
 
@@ -118,8 +122,8 @@ def test_devices_without_the_flash_kernel(pattern, monkeypatch):
 @given(patterns(), st.integers(1, 150), st.sampled_from([1, 2]))
 def test_any_pattern_and_length(pattern, length, group):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"_STRETCH": 32, "_LEAST": 4, "_NARROW": 12}.items():
-            patch.setattr(stretches, name, value)
+        for name, value in SMALL_PIECES.items():
+            patch.setattr(pieces, name, value)
         for name, error in compare(pattern, length=length, heads=4 * group, kv_heads=4).items():
             assert error < 1e-10, name
 
@@ -150,11 +154,11 @@ class TestDKernelsTraps:
 
 
 def shifted(rule):
-    return stretches.replace(rule, residue=(rule.residue + 1) % rule.step)
+    return replace(rule, residue=(rule.residue + 1) % rule.step)
 
 
 def one_short(rule):
-    return stretches.replace(rule, reach=rule.reach - 1) if rule.is_band and rule.reach else rule
+    return replace(rule, reach=rule.reach - 1) if rule.is_band and rule.reach else rule
 
 
 @pytest.mark.parametrize("mutate", [shifted, one_short])

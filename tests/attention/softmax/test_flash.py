@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, Window, attend
 from longspan.attention.patterns.rules import Blocks
 from longspan.attention.softmax import flash as flash_backend
+from longspan.attention.softmax.backends import tile_backward, tile_forward
 from longspan.attention.softmax.flash import Call, calls
-from longspan.attention.softmax.tiles import Logits, Tile, tile_backward, tile_forward
+from longspan.attention.softmax.tiles import LogitOptions, Tile
 
 from .oracle import document_ids, errors, make, relative
 
@@ -200,7 +201,7 @@ def installed(monkeypatch):
 def tile(pattern, queries, keys):
     """From positions ``(start, stop)``."""
     q_at, k_at = (Blocks(start, 1, stop - start) for start, stop in (queries, keys))
-    return Tile(pattern, (q_at,), (k_at,), Logits(0.3))
+    return Tile(pattern, (q_at,), (k_at,), LogitOptions(0.3))
 
 
 STRETCH = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
@@ -285,7 +286,7 @@ def test_what_is_called(pattern, queries, keys, expected):
 
 def test_positions_are_one_run():
     at = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))
-    assert list(calls(Tile(Causal(), at, (Blocks(0, 1, 12),), Logits(1.0)), 1)) == [
+    assert list(calls(Tile(Causal(), at, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)) == [
         Call(slice(0, 8), slice(0, 12), True, None)
     ]
     for at in [
@@ -296,7 +297,7 @@ def test_positions_are_one_run():
         with pytest.raises(
             ValueError, match=r"flash takes one run of positions as k_at, got \(Blocks\("
         ):
-            list(calls(Tile(Causal(), (Blocks(0, 1, 4),), at, Logits(1.0)), 1))
+            list(calls(Tile(Causal(), (Blocks(0, 1, 4),), at, LogitOptions(1.0)), 1))
 
 
 def compare(
@@ -401,7 +402,7 @@ def test_tiles_anywhere(installed, pattern, queries, keys, package):
 def test_which_version(installed, packages, capability, dim, softcap, expected):
     installed(*packages, capability=capability)
     q = torch.empty(1, 4, 2, dim)
-    assert isinstance(flash_backend._flash(q, q, Logits(1.0, softcap)).interface, expected)
+    assert isinstance(flash_backend._flash(q, q, LogitOptions(1.0, softcap)).interface, expected)
 
 
 LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)

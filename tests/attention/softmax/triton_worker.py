@@ -20,7 +20,8 @@ from longspan.attention import (
     attend,
 )
 from longspan.attention.patterns.rules import Blocks
-from longspan.attention.softmax.tiles import Logits, Tile, merge_, tile_backward, tile_forward
+from longspan.attention.softmax.backends import tile_backward, tile_forward
+from longspan.attention.softmax.tiles import LogitOptions, Tile, merge_
 from longspan.attention.softmax.triton import backend as triton_backend
 
 from tests.attention.softmax.oracle import document_ids, errors, make, relative
@@ -113,7 +114,7 @@ def tiles() -> dict[str, float]:
     pattern, length = S2(16, 1, 3), 112
     q, k, v = (x.detach() for x in make(1, length, 2, 1, 16, None, torch.float32))
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    logits = Logits(0.25)
+    logits = LogitOptions(0.25)
     whole = Tile(pattern, (Blocks(0, 1, length),), (Blocks(0, 1, length),), logits)
     out, lse = tile_forward(q.double(), k.double(), v.double(), whole, "reference")
     expected = tile_backward(

@@ -43,7 +43,7 @@ def test_a_recipe_and_its_twin_become_the_same_architecture(name):
     assert target(name) == target(f"{name}-tiny") == TARGETS[name]
     whole = load_recipe(name)
     twin = load_recipe(f"{name}-tiny")
-    mixers = [{block.mixer for block in recipe.model.stack} for recipe in (whole, twin)]
+    mixers = [{block.kind() for block in recipe.model.stack} for recipe in (whole, twin)]
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")  # where it comes from
@@ -76,7 +76,7 @@ def test_a_twin_trains_resumes_and_is_exported(longspan, corpus, tmp_path, name)
     twin = [f"{name}-tiny", f"run_dir={tmp_path / 'run'}", f"data.validation={corpus}"]
     steps = 16 if "1m" in name else 3  # into its second stage
     run("train", *twin, f"training.steps={steps}")
-    assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
+    assert f"resuming from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
     out = run("export", tmp_path / "run", tmp_path / "model")
     assert "tokens of greedy text are the same" in out
     has_code = TARGETS[name] == "longspan"

@@ -396,6 +396,6 @@ def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
     # its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
     _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
-    assert f"going on from step {stopped}" in log.read_text()
+    assert f"resuming from step {stopped}" in log.read_text()
     assert _losses(run) == _losses(tmp_path / "alone")
     assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank

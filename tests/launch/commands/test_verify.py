@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from longspan.trainer.data.batches import recipe_layout
 from longspan.trainer.evaluation.parity import (
     STACK,
     cases,
@@ -15,6 +14,7 @@ from longspan.trainer.evaluation.parity import (
     probes_of,
     shrink,
 )
+from longspan.trainer.predict.communication import recipe_layout
 from longspan.trainer.recipe.file import load_recipe
 
 

@@ -450,7 +450,7 @@ def test_a_bench_that_is_killed_goes_on_to_the_same_bits(
     assert status == 0, err
     log = (folder / "log.txt").read_text()
     assert "stopped after step" in log, "its run has saved and stopped"
-    assert "going on from step" in log
+    assert "resuming from step" in log
     assert losses(folder) == losses(trained)
     assert not (folder / "checkpoints").exists()
     assert not (folder / "weights.safetensors").exists()
