@@ -92,9 +92,8 @@ def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
         worst = max(gradients, key=lambda key: (math.isnan(gradients[key]), gradients[key]))
         good = not reason and loss <= LOSS and gradients[worst] <= GRADIENT
         if not good:
-            wrong.append(
-                f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
-            )
+            far = f"loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank"
+            wrong.append(f"{name}: {reason or far}")
         mixer = "" if name == STACK else case.model.stack[0].kind()
         rows.append(
             (
@@ -109,10 +108,12 @@ def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
         )
     tokens, ends = shrunk.training.seq_length, int(documents.max()) + 1
     print(
-        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: {tokens:,} tokens in {ends} documents,"
+        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: "
+        f"{tokens:,} tokens in {ends} documents,"
     )
     print(
-        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; differences are relative\n"
+        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; "
+        "differences are relative\n"
     )
     print(table(rows))
     for line in wrong:
