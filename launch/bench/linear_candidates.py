@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.linear import decays
-from ...attention.linear.attention import linear_attention, normalised
+from ...attention.linear.attention import linear_attention, normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...trainer.layers.linear import LinearAttentionBlock, LinearDesign
 from ...trainer.layers.registry import KINDS
@@ -135,7 +135,7 @@ def _operation(design: LinearDesign, names: Iterable[str], backend: str) -> Call
             arguments["q"], arguments["k"], v, scale=design.scale, backend=backend, **gates
         )
         assert isinstance(out, Tensor)  # a tuple only with return_state
-        return normalised(out) if design.normalised else out
+        return normalized(out) if design.normalised else out
 
     return operation
 

@@ -82,7 +82,7 @@ def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 def documents_of(recipe: Recipe) -> Tensor:
     """Ids int32 ``[1, time]``: a document that ends where a rank's part does, one inside a part, and one over all others."""
     length, align = recipe.training.seq_length, recipe.model.document_alignment
-    edge = recipe_layout(recipe).in_order[0][1]
+    edge = recipe_layout(recipe).segments_in_order[0].stop
     starts = edge, edge + align
     ids = np.zeros((1, length), np.int32)
     for start in starts:
@@ -137,7 +137,7 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
 
 def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
     """Positions to replace: documents' first and last tokens, either side of the edges between ranks, some in between."""
-    edges = [start for start, *_ in recipe_layout(recipe).in_order][1:]
+    edges = [segment.start for segment in recipe_layout(recipe).segments_in_order][1:]
     begins = (documents[0].diff() != 0).nonzero().flatten().tolist()
     length = documents.shape[1]
     wanted = {
