@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-part test-gpu docs lint types resolve
+.PHONY: train test test-all test-part test-gpu golden docs lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -21,6 +21,10 @@ test-part: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# Writes the golden files anew; read the diff before it is committed.
+golden: $(VENV)/installed
+	GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden -m ""
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

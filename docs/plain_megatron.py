@@ -9,9 +9,14 @@ import sys
 import torch
 import torch.distributed as dist
 from longspan.parallel import Layout, Sequence
+from longspan.trainer import (
+    FullBlock,
+    GatedDeltaNetBlock,
+    LightningBlock,
+    S2Block,
+    hybrid_stack_spec,
+)
 from longspan.trainer.model.cpu import megatron_on_cpu
-from longspan.trainer.model.layer import hybrid_stack_spec
-from longspan.trainer.recipe.schema import FullBlock, GatedDeltaNetBlock, LightningBlock, S2Block
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

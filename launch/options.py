@@ -1,34 +1,133 @@
-"""Options that several commands have."""
+"""Options that several commands have, and checks of their values."""
 
-from argparse import Namespace
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from ..trainer.errors import UserError
 
+Number = TypeVar("Number", int, float)
 
-def numbers(option: str, text: str, kind: type = int, least: float = 1, example: str = "") -> list:
-    """Numbers between commas, in order and without repetition.
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the recipe, and ``overrides``, which may also stand after options (see ``cli.main``)."""
+    parser.add_argument("recipe", help="path of a YAML recipe, or the name of a shipped one")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=f"such as {example}"
+    )
+
+
+def add_out_folder(parser: argparse.ArgumentParser, files: str) -> None:
+    """Add ``--out``, the folder of a benchmark's ``files``; see :func:`out_folder`."""
+    parser.add_argument(
+        "--out", default="bench", metavar="FOLDER", help=f"folder for {files} (default bench)"
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype`` of a benchmark on any device."""
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: bfloat16 on CUDA, float32 on CPU",
+    )
+
+
+def add_evaluated_text(parser: argparse.ArgumentParser) -> None:
+    """Add the run, and the text that it is asked about, to an ``eval`` command."""
+    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument(
+        "--lengths",
+        metavar="T,T",
+        help="tokens (default: as trained, and twice and four times as many if the text allows)",
+    )
+    parser.add_argument(
+        "--data", metavar="PREFIX", help="corpus of the text (default: the run's held-out text)"
+    )
+
+
+def add_examples(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add the number of examples of every setting of an ``eval`` command, and their seed."""
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=default,
+        help=f"examples of each setting (default {default})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the examples (default 0)")
+
+
+def add_model_size(parser: argparse.ArgumentParser, vocabulary: int) -> None:
+    """Add the size of a Llama, as :func:`longspan.launch.bench.plain_model.size_of` reads it."""
+    parser.add_argument("--hidden", type=int, default=256, help="(default %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="(default 4)")
+    parser.add_argument("--heads", type=int, default=4, help="(default 4)")
+    parser.add_argument("--kv-heads", type=int, default=2, help="(default 2)")
+    parser.add_argument(
+        "--intermediate", type=int, default=768, help="width of the MLPs (default %(default)s)"
+    )
+    parser.add_argument("--vocabulary", type=int, default=vocabulary, help="(default %(default)s)")
+
+
+def numbers(
+    option: str,
+    text: str,
+    kind: Callable[[str], Number] = int,
+    least: float = 1,
+    example: str = "",
+) -> list[Number]:
+    """Return the numbers of a comma-separated list, in order and without repetition.
 
     Args:
-        option: its name, for errors.
+        option: the option's name, for errors.
+        text: its value.
         kind: int or float.
-        least: the smallest that is allowed.
+        least: the smallest number that is allowed.
         example: for errors.
+
+    Raises:
+        UserError: if a number cannot be read or is too small.
     """
     try:
-        values = [kind(part) for part in text.split(",")]
+        values = [kind(word) for word in text.split(",")]
     except ValueError:
-        what, usual = ("whole numbers", "64,128") if kind is int else ("numbers", "1e-2,3e-3")
-        raise UserError(f"{option}: must be {what}, as {example or usual}, got {text!r}") from None
+        what = "whole numbers" if kind is int else "numbers"
+        example = example or ("64,128" if kind is int else "1e-2,3e-3")
+        raise UserError(f"{option}: must be {what}, such as {example}, got {text!r}") from None
+
     for value in values:
-        if not value >= least:
+        if not value >= least:  # true for NaN too
             raise UserError(f"{option}: must be at least {least:g}, got {value}")
     return list(dict.fromkeys(values))
 
 
-def counts(options: Namespace, *names: str) -> dict[str, int]:
-    """Of these options, each at least 1."""
-    found = {name: getattr(options, name) for name in names}
-    for name, value in found.items():
+def counts(options: argparse.Namespace, *names: str) -> dict[str, int]:
+    """Return the values of these options by name.
+
+    Raises:
+        UserError: if one is less than 1.
+    """
+    values: dict[str, int] = {name: getattr(options, name) for name in names}
+    for name, value in values.items():
         if value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
-    return found
+    return values
+
+
+def out_folder(options: argparse.Namespace) -> Path:
+    """Make the folder ``--out`` if it is not there, and return it.
+
+    Raises:
+        UserError: if it cannot be made or written to.
+    """
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made: {error}") from None
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out: {out} cannot be written to")
+    return out

@@ -1,21 +1,56 @@
-"""What one process of a run needs around it: a process group, a device, threads, memory."""
+"""What a process of longspan needs around it: an exit status, a process group, threads, memory."""
 
 import ctypes
 import os
+import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from uuid import uuid4
+
+from ..trainer.errors import SilentRankError, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command, and return its exit status (0 for None) or that of the error that ended it.
+
+    The problems of a ``UserError`` are printed to stderr, one a line; of a ``SilentRankError``
+    nothing is printed, since another rank has the message. Other errors pass, and end Python with a
+    traceback and status 1.
+    """
+    try:
+        return command() or 0
+    except SilentRankError as error:
+        return error.exit_status
+    except UserError as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        lines = [f"longspan: {rank}{line}\n" for line in str(error).splitlines()]
+        print("".join(lines), file=sys.stderr, end="", flush=True)  # at once: ranks share stderr
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130  # as a shell reports a command that SIGINT ended
 
 
 def under_torchrun() -> bool:
+    """Return whether this process is a rank, started by torchrun or by ``ranks.run_ranks``."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
 def process_group(threads: int, alone: bool = False) -> Iterator[None]:
-    """The default process group: torchrun's where its variables are set, else or where ``alone`` of this process only."""
+    """Make the default process group, over NCCL with CUDA, else over gloo.
+
+    It holds all ranks if this process is one of them, else this process alone.
+
+    Args:
+        threads: of torch, on a CPU.
+        alone: hold only this process, though it is a rank.
+    """
     import torch
     import torch.distributed as dist
 
@@ -25,82 +60,97 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
     else:
         torch.set_num_threads(threads)
         keep_freed_memory()
-    where = (
-        {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if alone or not under_torchrun()
-        else _rendezvous()
-    )
-    dist.init_process_group("nccl" if cuda else "gloo", **where)
+
+    backend = "nccl" if cuda else "gloo"
+    if alone or not under_torchrun():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        rank = int(os.environ["RANK"])
+        world_size = int(os.environ["WORLD_SIZE"])
+        store = _rendezvous_store(rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _rendezvous() -> dict:
-    """Torchrun's store under a name of this attempt: in the store itself are still the addresses of ranks that are gone."""
+def _rendezvous_store(rank: int, world_size: int) -> "Store":
+    """Return torchrun's store under a prefix of this attempt.
+
+    Ranks of an earlier attempt, which are gone, have left their addresses in the store; the prefix
+    keeps them apart.
+    """
     import torch.distributed as dist
 
-    port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
-    theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
-        port,
-        world,
-        is_master=not theirs and rank == 0,
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=not agent_has_store and rank == 0,
         wait_for_workers=False,
     )
-    return {
-        "store": dist.PrefixStore(_attempt(store, rank, world), store),
-        "rank": rank,
-        "world_size": world,
-    }
+    return dist.PrefixStore(_attempt_name(store, rank, world_size), store)
 
 
-def _attempt(store, rank: int, world: int) -> str:
-    """A name of the first rank's, which it tells the processes that are there now.
+def _attempt_name(store: "Store", rank: int, world_size: int) -> str:
+    """Return a name that only the processes of this attempt share, made by rank 0.
 
-    How often an agent has restarted is no such name: one whose own ranks were well does not count it.
+    The number of restarts that an agent counts is no such name: an agent whose own ranks were well
+    does not count one.
+
+    In the store, every process writes a name of its own to ``here/RANK``; rank 0 writes its name,
+    which is that of the attempt, to ``NAME/attempt`` for the name of every other rank. A rank that
+    has read it adds 1 to ``ATTEMPT/told``, for which rank 0 waits: what it read in ``here/RANK``
+    may still be the name of a process that is gone.
     """
-    mine = uuid4().hex
-    store.set(f"here/{rank}", mine)
-    if rank:
-        name = store.get(f"{mine}/attempt").decode()
-        store.add(f"{name}/told", 1)
-        return name
-    places, told = [f"here/{other}" for other in range(1, world)], set()
-    while (
-        store.add(f"{mine}/told", 0) < world - 1
-    ):  # what is read may still be of a process that is gone
-        for other in {name.decode() for name in store.multi_get(places)} - told:
-            store.set(f"{other}/attempt", mine)
-            told.add(other)
+    own_name = uuid4().hex
+    store.set(f"here/{rank}", own_name)
+    if rank != 0:
+        attempt = store.get(f"{own_name}/attempt").decode()
+        store.add(f"{attempt}/told", 1)
+        return attempt
+
+    keys = [f"here/{other}" for other in range(1, world_size)]
+    answered: set[str] = set()
+    while store.add(f"{own_name}/told", 0) < world_size - 1:
+        names = {name.decode() for name in store.multi_get(keys)}
+        for name in names - answered:
+            store.set(f"{name}/attempt", own_name)
+        answered |= names
         time.sleep(0.02)
-    return mine
+    return own_name
 
 
 def host_memory() -> int:
-    """Bytes that this machine has."""
+    """Return the bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees on the CPU for its next tensors.
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
 
-    It gives large tensors back to the system at once, and the page faults of the next ones then cost a fifth of an attention.
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that torch frees on the CPU for its next tensors.
+
+    By default it gives large tensors back to the system at once, and the page faults of the next
+    ones then cost a fifth of an attention's time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # no other C library has it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do not have it
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
 def quiet_libraries() -> None:
-    """Megatron-core warns of CUDA packages that longspan does not use, and sets off torch's warnings about its own calls."""
+    """Hide warnings that a user cannot act on.
+
+    Megatron-core warns of CUDA packages that longspan does not use, and causes torch's warnings
+    about its own calls.
+    """
     warnings.filterwarnings("ignore", message=".*Apex (are|is) not installed.*")
     warnings.filterwarnings(
         "ignore", message=".*is deprecated. Please use `torch.distributed.*", category=FutureWarning

@@ -9,11 +9,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-FORKED = Path(__file__).with_name("forked_script.py")
+FORKED_SCRIPT = Path(__file__).with_name("forked_script.py")
 TINY = {
     "run_dir": "RUN",
     "model": {
@@ -58,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m has chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of one part: in every file each N-th test, so that all parts take as long."""
+    """Keep the tests of one part: of every file each N-th test, so that parts take equally long."""
     number, parts = (int(x) for x in config.getoption("--part").split("/"))
     if not 1 <= number <= parts:
         raise pytest.UsageError(
@@ -74,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """40 documents, 13 to 215 bytes long."""
+    """Return 40 documents, 13 to 215 bytes long."""
     return [
         f"Document {i}: " + " ".join(f"{i * j % 97}" for j in range(3 + 11 * (i % 7)))
         for i in range(40)
@@ -83,7 +85,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, texts) -> str:
-    """Prefix of a small corpus of those texts."""
+    """Return the prefix of a small corpus of those texts."""
     from longspan.trainer.data.build import build_corpus
     from longspan.trainer.data.tokenizer import ByteTokenizer
 
@@ -97,26 +99,26 @@ def corpus(tmp_path_factory, texts) -> str:
 
 @pytest.fixture
 def tiny_recipe(corpus, tmp_path) -> Path:
-    """File of a recipe with all mixers and kinds of norm; its run goes to ``tmp_path / "run"``."""
+    """Return the file of a recipe with all mixers and kinds of norm.
+
+    Its run goes to ``tmp_path / "run"``.
+    """
     import yaml
 
-    content = yaml.safe_load(
-        yaml.safe_dump(TINY).replace("RUN", str(tmp_path / "run")).replace("CORPUS", corpus)
-    )
+    text = yaml.safe_dump(TINY).replace("RUN", str(tmp_path / "run")).replace("CORPUS", corpus)
     path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(yaml.safe_load(text)))
     return path
 
 
 @pytest.fixture
 def longspan():
-    """Run ``python -m longspan ARGS`` for real: ``longspan(*args) -> CompletedProcess``."""
+    """Run the command line in a process: ``longspan(*args, **environment) -> CompletedProcess``."""
 
-    def run(*args: object, **env: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "longspan", *map(str, args)]
+    def run(*args: object, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command,
-            env={**os.environ, **env},
+            [sys.executable, "-m", "longspan", *map(str, args)],
+            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             timeout=400,
@@ -127,15 +129,18 @@ def longspan():
 
 
 class Pipe:
-    """A named pipe, all that is written to it; a file would end at a process's limit for files."""
+    """A named pipe, and all that is written to it.
+
+    A file would end at a process's limit on the size of files.
+    """
 
     def __init__(self, path: Path):
         os.mkfifo(path)
-        self.path, self._text = path, ""
+        self.path = path
+        self._text = ""
         reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self._writing = os.open(
-            path, os.O_WRONLY
-        )  # so that it does not end before its writer comes
+        # Held open so that the pipe does not end before its writer comes.
+        self._writing = os.open(path, os.O_WRONLY)
         os.set_blocking(reading, True)
         self._reader = threading.Thread(target=self._read, args=(reading,))
         self._reader.start()
@@ -145,28 +150,57 @@ class Pipe:
             self._text = stream.read()
 
     def close(self) -> str:
-        """What was written."""
+        """Return what was written."""
         os.close(self._writing)
         self._reader.join()
         return self._text
 
 
+class Rank(NamedTuple):
+    """A process of :func:`ranks`."""
+
+    process: BaseProcess
+    out: Pipe
+    err: Pipe
+
+
 @pytest.fixture(scope="session")
 def forks():
-    """Processes that are forked from one that has imported what a rank needs: that alone takes longer than most of them run."""
+    """A context whose processes are forked from one that has imported what a rank needs.
+
+    The imports alone take longer than most ranks run.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["longspan.launch.cli", "longspan.trainer.run.loop", "longspan.trainer.engines.megatron"]
+        [
+            "longspan.launch.training",
+            "longspan.trainer.run.loop",
+            "longspan.trainer.engines.megatron",
+        ]
     )
     return context
 
 
 @pytest.fixture
 def ranks(forks, tmp_path):
-    """Run a script in ``count`` real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
+    """Run a script in real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
-    They must exit with ``status``; for None any will do. Gives what each of them wrote to stdout and stderr.
+    All of them must exit with ``status``, unless it is None. Returns what each of them wrote to
+    stdout and stderr.
     """
+
+    def start(script: Path, args: tuple, environment: dict[str, str], streams: Path) -> Rank:
+        out = Pipe(streams.with_suffix(".out"))
+        err = Pipe(streams.with_suffix(".err"))
+        job = {
+            "script": str(script),
+            "arguments": [str(arg) for arg in args],
+            "environment": environment,
+            "streams": [str(out.path), str(err.path)],
+        }
+        process = forks.Process(target=runpy.run_path, args=(str(FORKED_SCRIPT), {"JOB": job}))
+        process.start()
+        return Rank(process, out, err)
 
     def run(
         count: int, script: Path, *args: object, status: int | None = 0
@@ -175,37 +209,35 @@ def ranks(forks, tmp_path):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         shared = {
+            **os.environ,
             "WORLD_SIZE": str(count),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": "1",
         }
         streams = Path(tempfile.mkdtemp(dir=tmp_path))
-        processes, pipes = [], []
-        for rank in range(count):
-            own = [Pipe(streams / f"{rank}.{name}") for name in ("out", "err")]
-            given = {
-                "script": str(script),
-                "arguments": [str(arg) for arg in args],
-                "environment": {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                "streams": [str(pipe.path) for pipe in own],
-            }
-            processes.append(
-                forks.Process(target=runpy.run_path, args=(str(FORKED), {"GIVEN": given}))
+        started = [
+            start(
+                script,
+                args,
+                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                streams / str(rank),
             )
-            processes[-1].start()
-            pipes.append(own)
+            for rank in range(count)
+        ]
         try:
-            for process in processes:
-                process.join(400)
+            for rank in started:
+                rank.process.join(400)
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
-            written = [tuple(pipe.close() for pipe in own) for own in pipes]
-        for rank, (process, (_, error)) in enumerate(zip(processes, written, strict=True)):
-            assert status in (None, process.exitcode), (
-                f"rank {rank} of {count}: {process.exitcode}\n{error[-3000:]}"
+            for rank in started:
+                rank.process.kill()
+                rank.process.join()
+            written = [(rank.out.close(), rank.err.close()) for rank in started]
+
+        for number, (rank, (_, errors)) in enumerate(zip(started, written, strict=True)):
+            exit_status = rank.process.exitcode
+            assert status in (None, exit_status), (
+                f"rank {number} of {count}: {exit_status}\n{errors[-3000:]}"
             )
         return written
 
@@ -214,13 +246,18 @@ def ranks(forks, tmp_path):
 
 @pytest.fixture
 def threads():
-    """Call ``work(rank, group)`` on ``count`` threads, each a rank of torch's threaded process group; results by rank."""
+    """Run a function on threads, each a rank of torch's threaded process group.
+
+    ``threads(count, work)`` calls ``work(rank, group)`` and returns the results by rank.
+    """
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
     def run(count: int, work: Callable) -> list:
-        results, errors, store = [None] * count, [], dist.HashStore()
+        results = [None] * count
+        errors = []
+        store = dist.HashStore()
 
         def rank_thread(rank: int) -> None:
             dist.init_process_group("threaded", rank=rank, world_size=count, store=store)
@@ -228,13 +265,13 @@ def threads():
                 results[rank] = work(rank, dist.group.WORLD)
             except BaseException as error:
                 errors.append(error)
-                threaded.ProcessLocalGroup.exception_handle(error)  # sets the others free
+                threaded.ProcessLocalGroup.exception_handle(error)  # releases the others
             finally:
                 dist.destroy_process_group()
 
         torch._C._distributed_c10d._set_thread_isolation_mode(True)
         threaded._install_threaded_pg()
-        threaded.ProcessLocalGroup.reset()  # of a failure before
+        threaded.ProcessLocalGroup.reset()  # after a failure of an earlier test
         try:
             workers = [threading.Thread(target=rank_thread, args=(rank,)) for rank in range(count)]
             for worker in workers:

@@ -1,4 +1,7 @@
-"""Runs SCRIPT as ``python SCRIPT ARGUMENTS`` would, in a process that has its imports already: see ``ranks`` in conftest.py."""
+"""Runs SCRIPT as ``python SCRIPT ARGUMENTS`` would, in a process that has its imports already.
+
+See the fixture ``ranks`` in conftest.py, which hands over the global ``JOB``.
+"""
 
 import os
 import runpy
@@ -6,10 +9,10 @@ import sys
 
 import torch
 
-given: dict = globals()["GIVEN"]  # script, arguments, environment, and pipes for stdout and stderr
-os.environ.update(given["environment"])
-for descriptor, file in enumerate(given["streams"], start=1):
-    os.dup2(os.open(file, os.O_WRONLY), descriptor)
-torch.set_num_threads(int(given["environment"]["OMP_NUM_THREADS"]))
-sys.argv = [given["script"], *given["arguments"]]
-runpy.run_path(given["script"], run_name="__main__")
+job: dict = globals()["JOB"]  # script, arguments, environment, and pipes for stdout and stderr
+os.environ.update(job["environment"])
+for descriptor, pipe in enumerate(job["streams"], start=1):
+    os.dup2(os.open(pipe, os.O_WRONLY), descriptor)
+torch.set_num_threads(int(job["environment"]["OMP_NUM_THREADS"]))
+sys.argv = [job["script"], *job["arguments"]]
+runpy.run_path(job["script"], run_name="__main__")

@@ -22,7 +22,10 @@ class NonFiniteError(UserError):
 
 
 class SilentRankError(UserError):
-    """All ranks fail together and another rank has the message; this one prints nothing and exits with the same status."""
+    """All ranks fail together, and another one has the message.
+
+    This rank prints nothing and exits with the same status.
+    """
 
     def __init__(self, exit_status: int = UserError.exit_status):
         super().__init__()

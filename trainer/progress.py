@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def track(description: str, total: int, of_bytes: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` bytes, or things; yields ``advance(how many)``."""
+    """Show a bar over ``total`` bytes, or items if not ``of_bytes``; yield ``advance(amount)``."""
     if not sys.stderr.isatty():
         yield lambda amount: None
         return
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -21,8 +22,13 @@ def track(description: str, total: int, of_bytes: bool = True) -> Iterator[Calla
         TimeRemainingColumn,
     )
 
-    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if of_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)

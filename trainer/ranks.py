@@ -13,9 +13,13 @@ T = TypeVar("T")
 
 
 class RankGroup:
-    """All ranks, in a gloo group beside the engine's own groups, so that agreeing on a flag never waits for a GPU.
+    """All ranks of the run, for agreeing on small values.
 
-    Apart from :meth:`failure`, every method is a collective: all ranks must call it, in the same order.
+    The group is a gloo group beside the engine's own, so that agreeing on a flag never waits for a
+    GPU.
+
+    Apart from :meth:`failure`, every method is a collective: all ranks must call it, in the same
+    order.
     """
 
     def __init__(self) -> None:
@@ -49,7 +53,9 @@ class RankGroup:
         return tensor
 
     def failure(self, message: str, kind: type[UserError] = UserError) -> UserError:
-        """Return the error with which all ranks end together: rank 0 has the message, the others are silent.
+        """Return the error with which all ranks end together; rank 0's has the message.
+
+        The others print nothing and have the same exit status.
 
         No collective: for what every rank knows to have failed.
         """

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def version_of(package: str) -> str | None:
-    """Of ``"python"`` too; None for a package that is not there."""
+    """Return the version of a package, or of ``"python"`` itself; None if it is not installed."""
     if package == "python":
         return platform.python_version()
     try:

@@ -1,4 +1,4 @@
-"""``longspan bench attention``: our softmax attention against dense kernels, each checked before it is timed."""
+"""``longspan bench attention``: softmax attention against dense kernels, checked, then timed."""
 
 import textwrap
 from argparse import Namespace
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.arguments import check_backend
-from ...attention.patterns import Pattern
+from ...attention.patterns import ClosedFormPattern
 from ...attention.patterns.expression import parse_pattern
 from ...attention.patterns.rules import union_masks
 from ...attention.softmax.attend import attend
@@ -21,20 +21,27 @@ from ...attention.softmax.backends import BACKENDS
 from ...attention.softmax.pieces import group_heads
 from ...trainer.errors import UserError
 from ...trainer.progress import track
-from ..options import counts, numbers
+from ..options import counts, numbers, out_folder
 from ..process import keep_freed_memory
+from ..table import Column, table
 from . import measure
-from .measure import STEPS, Measured, Work
+from .measure import PASSES, Comparison, ForwardBackward, Timing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CHECKED_TOKENS = 2048
-"""Candidates are checked at the measured length, but at no more than this: the reference holds every pair in fp64."""
+"""Longest checked length, at most that measured: the reference holds every pair in fp64."""
 PATTERNS = ("S2(64, 16, 16)", "Window(1024)")
-"""Where none are asked for."""
+"""Measured by default."""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``attention(q, k, v)``."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a measurement depends on, beside the machine."""
+class AttentionSettings:
+    """What a measurement depends on, besides the machine."""
 
     patterns: list[str]
     lengths: list[int]
@@ -45,117 +52,133 @@ class Settings:
     dtype: str
     repeats: int
 
-    def pattern(self, text: str) -> Pattern:
-        """As a model with so many KV heads would have it."""
-        return parse_pattern(text).spread(self.kv_heads)
+    def pattern(self, expression: str) -> ClosedFormPattern:
+        """Return the pattern as a model with this many KV heads would have it."""
+        return parse_pattern(expression).spread(self.kv_heads)
 
 
-class Kind(NamedTuple):
-    """An implementation."""
+class Implementation(NamedTuple):
+    """An implementation of attention."""
 
-    make: Callable[[Settings, Pattern, int], Callable[[Tensor, Tensor, Tensor], Tensor]]
-    """``make(settings, pattern, length) -> function(q, k, v)``: what is done once for a length is done here."""
+    make: Callable[[AttentionSettings, ClosedFormPattern, int], Attention]
+    """``make(settings, pattern, length)`` prepares the attention of a length, and returns it."""
     dense: bool
-    """Whether it knows no pattern but all keys up to the query's own."""
+    """Whether it knows no pattern: every query sees all keys up to its own."""
     heads_first: bool
-    """Whether it takes ``[batch, heads, time, dim]``."""
+    """Whether its tensors are ``[batch, heads, time, dim]``, not ``[batch, time, heads, dim]``."""
 
 
-def _ours(settings: Settings, pattern: Pattern, length: int):
-    return partial(attend, pattern=pattern, backend=settings.backend)
+def _attend(pattern: ClosedFormPattern, backend: str) -> Attention:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v, pattern, backend=backend)
+        assert isinstance(out, Tensor)  # a tuple only with return_lse
+        return out
+
+    return attention
 
 
-def _sdpa(settings: Settings, pattern: Pattern, length: int):
+def _ours(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
+    return _attend(pattern, settings.backend)
+
+
+def _sdpa(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     grouped = settings.heads != settings.kv_heads
     return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=grouped)
 
 
-def _cudnn(settings: Settings, pattern: Pattern, length: int):
+def _cudnn(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)(_sdpa(settings, pattern, length))
 
 
-def _flash(settings: Settings, pattern: Pattern, length: int):
+def _flash(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from flash_attn import flash_attn_func
 
     return partial(flash_attn_func, causal=True)
 
 
-def _flex(settings: Settings, pattern: Pattern, length: int):
+def _flex(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.config.recompile_limit = 1000  # compiled anew for every pattern and length
-    visible = flex_mask(pattern, settings.heads, settings.kv_heads, measure.device())
-    # Uncompiled it would hold every pair.
+    mask = flex_mask(pattern, settings.heads, settings.kv_heads, measure.device())
+    # Without compilation it would hold every pair.
     blocks = torch.compile(create_block_mask)(
-        visible, None, settings.heads, length, length, device=measure.device()
+        mask, None, settings.heads, length, length, device=measure.device()
     )
+    compiled = torch.compile(flex_attention, dynamic=False)
     grouped = settings.heads != settings.kv_heads
-    return partial(
-        torch.compile(flex_attention, dynamic=False), block_mask=blocks, enable_gqa=grouped
-    )
+    return partial(compiled, block_mask=blocks, enable_gqa=grouped)
+
+
+def _reference(settings: AttentionSettings, pattern: ClosedFormPattern, length: int) -> Attention:
+    return _attend(pattern, "reference")
+
+
+IMPLEMENTATIONS = {
+    "sdpa": Implementation(_sdpa, dense=True, heads_first=True),
+    "ours": Implementation(_ours, dense=False, heads_first=False),
+    "cudnn": Implementation(_cudnn, dense=True, heads_first=True),
+    "flash-attn": Implementation(_flash, dense=True, heads_first=False),
+    "flex": Implementation(_flex, dense=False, heads_first=True),
+}
+ON_CPU = ("sdpa", "ours")
+REFERENCE = Implementation(_reference, dense=False, heads_first=False)
 
 
 def flex_mask(
-    pattern: Pattern, heads: int, kv_heads: int, device: str
+    pattern: ClosedFormPattern, heads: int, kv_heads: int, device: str
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The pattern as FlexAttention's ``mask_mod(batch, query head, query, key)``.
+    """Return the pattern as FlexAttention's ``mask_mod(batch, query_head, query, key)``.
 
-    Where heads differ in nothing but the place of their stripes that place is looked up, so that the mask costs no more with
-    many heads.
+    If KV heads differ only in the residue of their stripes, the residue is looked up, so that many
+    heads cost no more.
     """
-    group = heads // kv_heads
-    rules = [pattern.rules(head) for head in range(kv_heads)]
+    group_size = heads // kv_heads
+    rules_of_head = [pattern.rules(head) for head in range(kv_heads)]
+
     if len(group_heads(pattern, kv_heads)) == 1:
         residues = torch.tensor(
-            [[rule.residue for rule in of_head] for of_head in rules], device=device
+            [[rule.residue for rule in rules] for rules in rules_of_head], device=device
         )
 
-        def mask(batch, head, query, key):
-            own = residues[head // group]
+        def mask_by_residue(batch, query_head, query, key):
+            residue = residues[query_head // group_size]  # [rules]
+            # A rule's mask computes with a tensor as with an int.
             return union_masks(
-                replace(rule, residue=own[i]).mask(query, key) for i, rule in enumerate(rules[0])
+                replace(rule, residue=cast(int, residue[i])).mask(query, key)
+                for i, rule in enumerate(rules_of_head[0])
             )
-    else:
 
-        def mask(batch, head, query, key):
-            shown = (union_masks(rule.mask(query, key) for rule in of_head) for of_head in rules)
-            return union_masks((head // group == at) & seen for at, seen in enumerate(shown))
+        return mask_by_residue
 
-    return mask
+    def mask_by_head(batch, query_head, query, key):
+        visible = (union_masks(rule.mask(query, key) for rule in rules) for rules in rules_of_head)
+        return union_masks(
+            (query_head // group_size == kv_head) & mask for kv_head, mask in enumerate(visible)
+        )
 
-
-KINDS = {
-    "sdpa": Kind(_sdpa, dense=True, heads_first=True),
-    "ours": Kind(_ours, dense=False, heads_first=False),
-    "cudnn": Kind(_cudnn, dense=True, heads_first=True),
-    "flash-attn": Kind(_flash, dense=True, heads_first=False),
-    "flex": Kind(_flex, dense=False, heads_first=True),
-}
-ON_CPU = ("sdpa", "ours")
-REFERENCE = Kind(
-    lambda settings, pattern, length: partial(attend, pattern=pattern, backend="reference"),
-    False,
-    False,
-)
+    return mask_by_head
 
 
 @dataclass
-class Row(Measured):
-    """One candidate at one length, and what was found."""
+class AttentionTiming(Timing):
+    """One candidate at one length, and what was measured."""
 
     candidate: str
     kind: str
+    """Key of :data:`IMPLEMENTATIONS`."""
     pattern: str
     length: int
     density: float
+    """Visible share of the causal triangle."""
     share: dict[str, float] | None = None
-    """``ratio`` as a share of ``ideal``."""
+    """``ratio`` as a share of ``ideal``, by pass."""
 
     @property
     def ideal(self) -> float:
-        """How much faster than dense it would be if time went with visible pairs."""
+        """Speed-up over dense attention if time were proportional to visible pairs."""
         return 1 / self.density
 
     def record(self) -> dict:
@@ -163,188 +186,251 @@ class Row(Measured):
 
 
 def bench_attention(options: Namespace) -> None:
-    """Measure, print a table, and write ``attention.json`` and ``attention.png`` to the folder ``options.out``."""
+    """Measure, print a table, and write ``attention.json`` and ``.png`` to ``options.out``."""
     settings = _settings(options)
-    out = measure.out_folder(options)
+    out = out_folder(options)
     keep_freed_memory()
-    rows = [row for length in settings.lengths for row in _rows(settings, length)]
-    with track("measuring", len(rows) * (settings.repeats + 2), of_bytes=False) as advance:
+
+    timings = [timing for length in settings.lengths for timing in _candidates(settings, length)]
+    with track("measuring", len(timings) * (settings.repeats + 2), of_bytes=False) as advance:
         for length in settings.lengths:
-            _measure(settings, [row for row in rows if row.length == length], advance)
-    _compare(rows)
-    measure.write_report(out / "attention.json", settings, rows, ("torch", "triton", "flash-attn"))
-    _draw(rows, settings, out / "attention.png")
-    print(_table(rows, settings, measure.machine()))
+            of_length = [timing for timing in timings if timing.length == length]
+            _measure(settings, of_length, advance)
+    _compare(timings)
+
+    packages = ("torch", "triton", "flash-attn")
+    measure.write_report(out / "attention.json", settings, timings, packages)
+    _draw(timings, settings, out / "attention.png")
+    print(_table(timings, settings, measure.machine()))
 
 
-def _settings(options: Namespace) -> Settings:
+def _settings(options: Namespace) -> AttentionSettings:
     lengths = numbers("--lengths", options.lengths, example="8192,32768")
-    given = counts(options, "heads", "kv_heads", "head_dim", "repeats")
+    sizes = counts(options, "heads", "kv_heads", "head_dim", "repeats")
     if options.heads % options.kv_heads:
         raise UserError(f"--kv-heads: {options.kv_heads} does not divide --heads {options.heads}")
-    patterns, dtype = list(dict.fromkeys(options.pattern or PATTERNS)), measure.dtype_of(options)
-    settings = Settings(patterns, sorted(lengths), options.backend, dtype=dtype, **given)
+
+    settings = AttentionSettings(
+        patterns=list(dict.fromkeys(options.pattern or PATTERNS)),
+        lengths=sorted(lengths),
+        backend=options.backend,
+        dtype=measure.dtype_of(options),
+        **sizes,
+    )
     try:
         check_backend(settings.backend, BACKENDS)
-        for text in settings.patterns:
-            settings.pattern(text).check(settings.kv_heads, max(lengths))
+        for expression in settings.patterns:
+            settings.pattern(expression).check(settings.kv_heads, max(lengths))
     except ValueError as error:
         raise UserError(str(error)) from None
     return settings
 
 
-def _rows(settings: Settings, length: int) -> Iterator[Row]:
-    for kind in KINDS if measure.device() == "cuda" else ON_CPU:
-        if KINDS[kind].dense:
-            yield Row(f"dense ({kind})", kind, "Causal()", length, 1.0)
+def _candidates(settings: AttentionSettings, length: int) -> Iterator[AttentionTiming]:
+    for kind in IMPLEMENTATIONS if measure.device() == "cuda" else ON_CPU:
+        if IMPLEMENTATIONS[kind].dense:
+            yield AttentionTiming(f"dense ({kind})", kind, "Causal()", length, density=1.0)
             continue
-        for text in settings.patterns:
-            name = text if kind == "ours" else f"{text} ({kind})"
-            yield Row(
-                name, kind, text, length, settings.pattern(text).density(length, settings.kv_heads)
+        for expression in settings.patterns:
+            name = expression if kind == "ours" else f"{expression} ({kind})"
+            density = settings.pattern(expression).density(length, settings.kv_heads)
+            yield AttentionTiming(name, kind, expression, length, density)
+
+
+def _measure(
+    settings: AttentionSettings, timings: list[AttentionTiming], advance: Callable[[int], None]
+) -> None:
+    """Fill in the timings of one length."""
+    calls: dict[str, ForwardBackward] = {}
+
+    def build(timing: AttentionTiming) -> ForwardBackward:
+        if timing.candidate not in calls:
+            implementation = IMPLEMENTATIONS[timing.kind]
+            calls[timing.candidate] = _build(
+                implementation, settings, timing.pattern, timing.length
             )
+        return calls[timing.candidate]
 
+    def peak(timing: AttentionTiming) -> int | None:
+        if measure.device() == "cuda":
+            return measure.cuda_peak(build(timing))
+        return cpu_peak(settings, timing)
 
-def _measure(settings: Settings, rows: list[Row], advance: Callable[[int], None]) -> None:
-    """Fill in the rows of one length."""
-    works: dict[str, Work] = {}
-
-    def make(row: Row) -> Work:
-        if row.candidate not in works:
-            works[row.candidate] = _work(KINDS[row.kind], settings, row.pattern, row.length)
-        return works[row.candidate]
-
-    measure.in_turns(
-        rows,
+    measure.measure_in_turns(
+        timings,
         settings.repeats,
-        make=make,
-        fault=partial(_fault, settings),
-        peak=lambda row: (
-            measure.cuda_peak(make(row)) if measure.device() == "cuda" else cpu_peak(settings, row)
-        ),
-        tensor_bytes=lambda row: _tensor_bytes(settings, row.length),
+        build=build,
+        find_fault=partial(_find_fault, settings),
+        peak=peak,
+        tensor_bytes=lambda timing: _tensor_bytes(settings, timing.length),
         advance=advance,
     )
 
 
-def _work(kind: Kind, settings: Settings, pattern: str, length: int) -> Work:
-    function = kind.make(settings, settings.pattern(pattern), length)
-    *inputs, upstream = _tensors(settings, length)
-    if kind.heads_first:
-        *inputs, upstream = (x.transpose(1, 2).contiguous() for x in (*inputs, upstream))
-    return measure.step_of(function, inputs, upstream)
+def _build(
+    implementation: Implementation, settings: AttentionSettings, pattern: str, length: int
+) -> ForwardBackward:
+    attention = implementation.make(settings, settings.pattern(pattern), length)
+    *inputs, grad_out = _tensors(settings, length)
+    if implementation.heads_first:
+        *inputs, grad_out = (x.transpose(1, 2).contiguous() for x in (*inputs, grad_out))
+    return measure.forward_backward(attention, inputs, grad_out)
 
 
-def _tensors(settings: Settings, length: int) -> list[Tensor]:
-    """``q``, ``k``, ``v`` and the upstream gradient, ``[1, time, heads, dim]``: the same at every call."""
-    device, dtype = measure.device(), getattr(torch, settings.dtype)
-    random = torch.Generator(device).manual_seed(0)
+def _tensors(settings: AttentionSettings, length: int) -> list[Tensor]:
+    """Return q, k, v and the output's gradient, ``[1, time, heads, dim]``, always the same."""
+    device = measure.device()
+    dtype = getattr(torch, settings.dtype)
+    generator = torch.Generator(device).manual_seed(0)
     return [
-        torch.randn(1, length, heads, settings.head_dim, generator=random, device=device).to(dtype)
+        torch.randn(1, length, heads, settings.head_dim, generator=generator, device=device).to(
+            dtype
+        )
         for heads in (settings.heads, settings.kv_heads, settings.kv_heads, settings.heads)
     ]
 
 
-def _tensor_bytes(settings: Settings, length: int) -> int:
-    """Of ``q``, ``k``, ``v``, the output and their gradients."""
+def _tensor_bytes(settings: AttentionSettings, length: int) -> int:
+    """Return the bytes of q, k, v, the output and their gradients."""
     itemsize = getattr(torch, settings.dtype).itemsize
-    return 2 * 2 * (settings.heads + settings.kv_heads) * length * settings.head_dim * itemsize
+    heads = 2 * (settings.heads + settings.kv_heads)  # of q and the output, of k and v
+    return 2 * heads * length * settings.head_dim * itemsize
 
 
-def _fault(settings: Settings, row: Row) -> str | None:
-    """What is wrong with a candidate's output or gradients, compared with the reference."""
-    length = min(row.length, CHECKED_TOKENS)
-    kind = KINDS[row.kind]
-    results = _work(kind, settings, row.pattern, length)()
-    if kind.heads_first:
-        results = [x.transpose(1, 2) for x in results]
-    wanted = _work(REFERENCE, settings, row.pattern, length)()
-    names = "output", "gradient of q", "gradient of k", "gradient of v"
-    return measure.wrong(zip(names, results, wanted, strict=True), settings.dtype)
+def _find_fault(settings: AttentionSettings, timing: AttentionTiming) -> str | None:
+    """Return how the output or gradients differ from the reference, or None if they are right."""
+    length = min(timing.length, CHECKED_TOKENS)
+    implementation = IMPLEMENTATIONS[timing.kind]
+    results = _build(implementation, settings, timing.pattern, length)()
+    if implementation.heads_first:
+        results = tuple(x.transpose(1, 2) for x in results)
+    expected = _build(REFERENCE, settings, timing.pattern, length)()
+
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    triples = zip(names, results, expected, strict=True)
+    return measure.first_fault((Comparison(*triple) for triple in triples), settings.dtype)
 
 
-def cpu_peak(settings: Settings, row: Row) -> int | None:
-    """By how many bytes a fresh process grows while it runs the candidate once; None where that cannot be told."""
-    return measure.fresh_peak(__name__, {"settings": asdict(settings), "row": asdict(row)})
+def cpu_peak(settings: AttentionSettings, timing: AttentionTiming) -> int | None:
+    """Return the growth in bytes of a fresh process that runs the candidate, None if unknown."""
+    candidate = {"settings": asdict(settings), "timing": asdict(timing)}
+    return measure.fresh_process_peak("attention", candidate)
 
 
-def work_of(given: dict, most: int | None = None) -> Work:
-    """In the process of :func:`cpu_peak`, of at most so many tokens."""
-    settings, row = Settings(**given["settings"]), Row(**given["row"])
-    return _work(KINDS[row.kind], settings, row.pattern, min(row.length, most or row.length))
+def build_candidate(candidate: dict, max_tokens: int | None) -> ForwardBackward:
+    """Build the call of a candidate of :func:`cpu_peak`, in its process."""
+    settings = AttentionSettings(**candidate["settings"])
+    timing = AttentionTiming(**candidate["timing"])
+    length = min(timing.length, max_tokens or timing.length)
+    return _build(IMPLEMENTATIONS[timing.kind], settings, timing.pattern, length)
 
 
-def _compare(rows: list[Row]) -> None:
-    """Ratios with dense SDPA at the same length, where both were measured, and their shares of the ideal."""
-    measure.compare(rows)
-    for row in rows:
-        if row.ratio:
-            row.share = {step: ratio / row.ideal for step, ratio in row.ratio.items()}
+def _compare(timings: list[AttentionTiming]) -> None:
+    """Fill in the ratios with dense SDPA of the same length, and their shares of the ideal."""
+    measure.compare_with_dense(timings)
+    for timing in timings:
+        if timing.ratio:
+            timing.share = {name: ratio / timing.ideal for name, ratio in timing.ratio.items()}
 
 
-def _table(rows: list[Row], settings: Settings, machine: dict) -> str:
-    width = max(len("candidate"), *(len(row.candidate) for row in rows))
-    columns = f"{'tokens':>9}  {'candidate':<{width}}"
-    lines = [
-        f"{machine['device']}, {machine['threads']} threads, {settings.dtype}, {settings.heads} heads ({settings.kv_heads} KV) "
-        f"of {settings.head_dim}, backend {settings.backend}; medians of {settings.repeats}",
+def _table(
+    timings: list[AttentionTiming], settings: AttentionSettings, machine: dict[str, Any]
+) -> str:
+    legend = [
+        f"{machine['device']}, {machine['threads']} threads, {settings.dtype}, "
+        f"{settings.heads} heads ({settings.kv_heads} KV) of {settings.head_dim}, "
+        f"backend {settings.backend}; medians of {settings.repeats}",
         "ratio: time of dense (sdpa) / this one's, in brackets the share of the ideal, 1 / density",
-        "peak: growth beside q, k, v and the upstream gradient; x: in units of q, k, v, o and their gradients",
-        f"{columns}  {'forward ms':>10}  {'fwd+bwd ms':>10}  {'ideal':>6}  {'forward ratio':>14}  {'fwd+bwd ratio':>14}  "
-        f"{'peak MiB':>8}  {'x':>5}",
+        "peak: growth beside q, k, v and the upstream gradient; "
+        "x: in units of q, k, v, o and their gradients",
     ]
-    for row in rows:
-        start = f"{row.length:>9,}  {row.candidate:<{width}}"
-        lines.append(f"{start}  {_numbers(row) if row.seconds else row.status}")
-    return "\n".join(lines)
+    columns = {
+        "tokens": Column("right", 9),
+        "candidate": Column("left"),
+        "forward ms": Column("right", 10),
+        "fwd+bwd ms": Column("right", 10),
+        "ideal": Column("right", 6),
+        "forward ratio": Column("right", 14),
+        "fwd+bwd ratio": Column("right", 14),
+        "peak MiB": Column("right", 8),
+        "x": Column("right", 5),
+    }
+    rows: list[list[str]] = [list(columns)]
+    for timing in timings:
+        cells = _number_cells(timing) if timing.median else [timing.status]
+        rows.append([f"{timing.length:,}", timing.candidate, *cells])
+    return "\n".join([*legend, table(rows, list(columns.values()))])
 
 
-def _numbers(row: Row) -> str:
-    times = "  ".join(f"{1e3 * row.median[step]:>10.2f}" for step in STEPS)
-    ratios = [
-        f"{row.ratio[step]:.2f}x ({row.share[step]:.0%})" if row.ratio else "-" for step in STEPS
+def _number_cells(timing: AttentionTiming) -> list[str]:
+    median = timing.median or {}
+    return [
+        *(f"{1e3 * median[name]:.2f}" for name in PASSES),
+        f"{timing.ideal:.2f}x",
+        *(_ratio_cell(timing, name) for name in PASSES),
+        "-" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.1f}",
+        "-" if timing.peak_multiple is None else f"{timing.peak_multiple:.2f}",
     ]
-    peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
-    multiple = "-" if row.peak_multiple is None else f"{row.peak_multiple:.2f}"
-    return (
-        f"{times}  {row.ideal:>5.2f}x  {ratios[0]:>14}  {ratios[1]:>14}  {peak:>8}  {multiple:>5}"
-    )
 
 
-def _draw(rows: list[Row], settings: Settings, path: Path) -> None:
-    """Left the times against the length, right what share of the ideal each pattern reached."""
+def _ratio_cell(timing: AttentionTiming, name: str) -> str:
+    if not timing.ratio or not timing.share:
+        return "-"
+    return f"{timing.ratio[name]:.2f}x ({timing.share[name]:.0%})"
+
+
+def _draw(timings: list[AttentionTiming], settings: AttentionSettings, path: Path) -> None:
+    """Draw times against length to the left, and shares of the ideal speed-up to the right."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    step = "forward+backward"
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
-    measured = [row for row in rows if row.seconds]
-    lines = {row.candidate: {} for row in measured}
-    for row in measured:
-        lines[row.candidate][row.length] = 1e3 * row.median[step]
-    title = f"{step} on {measure.machine()['device']}"
-    measure.plot_against_length(left, lines, settings.lengths, ylabel="milliseconds", title=title)
-    bars = [row for row in measured if not KINDS[row.kind].dense and row.share]
-    names = list(dict.fromkeys(row.candidate for row in bars))
-    width = 0.8 / len(settings.lengths)
-    for i, length in enumerate(settings.lengths):
-        own = [row for row in bars if row.length == length]
-        at = [
-            names.index(row.candidate) + (i - (len(settings.lengths) - 1) / 2) * width
-            for row in own
-        ]
-        right.bar(
-            at, [100 * row.share[step] for row in own], width * 0.9, label=f"{length:,} tokens"
-        )
-    right.axhline(100, color="grey", linestyle="--", linewidth=1)
-    right.set_xticks(
-        range(len(names)), [textwrap.fill(name, 24) for name in names], rotation=15, ha="right"
-    )
-    right.set(ylabel="% of the ideal, 1 / density", title=f"speed-up over dense (sdpa), {step}")
+    _draw_times(left, timings, settings)
+    _draw_shares(right, timings, settings)
     for axes in (left, right):
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+_DRAWN_PASS = "forward+backward"
+
+
+def _draw_times(axes: "Axes", timings: list[AttentionTiming], settings: AttentionSettings) -> None:
+    lines: dict[str, dict[int, float]] = {}
+    for timing in timings:
+        if timing.median:
+            milliseconds = 1e3 * timing.median[_DRAWN_PASS]
+            lines.setdefault(timing.candidate, {})[timing.length] = milliseconds
+    title = f"{_DRAWN_PASS} on {measure.machine()['device']}"
+    measure.plot_against_length(axes, lines, settings.lengths, ylabel="milliseconds", title=title)
+
+
+def _draw_shares(axes: "Axes", timings: list[AttentionTiming], settings: AttentionSettings) -> None:
+    """Draw a group of bars for each candidate that knows its pattern, a bar for each length."""
+    percentages: dict[str, dict[int, float]] = {}  # by candidate and length
+    for timing in timings:
+        if timing.share and not IMPLEMENTATIONS[timing.kind].dense:
+            percentage = 100 * timing.share[_DRAWN_PASS]
+            percentages.setdefault(timing.candidate, {})[timing.length] = percentage
+
+    names = list(percentages)
+    width = 0.8 / len(settings.lengths)
+    for i, length in enumerate(settings.lengths):
+        offset = (i - (len(settings.lengths) - 1) / 2) * width
+        bars = {
+            number + offset: percentages[name][length]
+            for number, name in enumerate(names)
+            if length in percentages[name]
+        }
+        axes.bar(list(bars), list(bars.values()), width * 0.9, label=f"{length:,} tokens")
+
+    axes.axhline(100, color="grey", linestyle="--", linewidth=1)
+    labels = [textwrap.fill(name, 24) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=15, ha="right")
+    axes.set(
+        ylabel="% of the ideal, 1 / density", title=f"speed-up over dense (sdpa), {_DRAWN_PASS}"
+    )

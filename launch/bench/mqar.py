@@ -1,7 +1,8 @@
-"""``longspan bench mqar``: trains recipes of the recall task, each with several learning rates and seeds, and tabulates them.
+"""``longspan bench mqar``: recall of the mixers, over several learning rates and seeds.
 
-Every run is a `longspan train` and a `longspan eval mqar` of its own, in a folder of its own under ``--work``, and leaves its
-result there. Killed at any time, the same command goes on: finished runs are read, begun ones go on from their checkpoints.
+Every training is a ``longspan train`` and a ``longspan eval mqar`` of its own, in a folder of its
+own under ``--work``, and leaves its result there. Killed at any time, the same command continues:
+finished ones are read, others resume from their checkpoints.
 """
 
 import json
@@ -28,19 +29,20 @@ from ...trainer.run.stop import PARENT_PIPE
 from ..options import numbers
 from .mqar_report import MQARReport
 
-_FOLDER_FREE_SECONDS = 60.0  # runs of a command that was killed save and end within that
+_FOLDER_FREE_SECONDS = 60.0  # trainings of a command that was killed save and end within this time
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One training, and where it is."""
 
     path: Path
-    """Of the recipe's file."""
+    """The file of its recipe."""
     lr: float
     seed: int
     overrides: tuple[str, ...]
     recipe: Recipe
+    """Resolved, with the overrides."""
 
     @property
     def name(self) -> str:
@@ -50,72 +52,92 @@ class Run:
     def folder(self) -> RunFolder:
         return RunFolder(self.recipe.run_dir)
 
+    @property
+    def log(self) -> Path:
+        """What its commands print."""
+        return self.folder.path / "log.txt"
+
     def __str__(self) -> str:
         return f"{self.name} lr {self.lr:g} seed {self.seed}"
 
 
 class _StoppedError(Exception):
-    """A run was asked to stop, and can go on."""
+    """A training was asked to stop, and can be resumed."""
 
 
 def bench_mqar(options: Namespace) -> int:
-    """Train what is left, then write ``OUT.json``, ``OUT.png`` and the table in ``OUT.md``; the exit status."""
+    """Train what is left, then write ``OUT.json``, ``OUT.png`` and the table in ``OUT.md``.
+
+    Returns:
+        The exit status.
+    """
     for option in ("jobs", "examples"):
         if getattr(options, option) < 1:
             raise UserError(f"--{option}: must be at least 1, got {getattr(options, option)}")
-    runs = _plan(options)
+
+    trials = _trials(options)
     report = MQARReport(Path(options.out))
-    left = [run for run in runs if _result(run, options.examples) is None]
-    print(
-        f"{len(runs)} runs in {options.work}/, of which {len(runs) - len(left)} are done",
-        flush=True,
-    )
+    left = [trial for trial in trials if _result(trial, options.examples) is None]
+    num_done = len(trials) - len(left)
+    print(f"{len(trials)} runs in {options.work}/, of which {num_done} are done", flush=True)
     try:
         _run_all(left, options.jobs, options.examples)
     except _StoppedError:
-        print("stopped as asked; the same command goes on from there")
+        print("stopped as asked; the same command continues from there")
         return STOPPED
-    results = [_result(run, options.examples) for run in runs]
-    print(report.write({run.name: run.recipe for run in runs}, results))
+
+    results = [_finished_result(trial, options.examples) for trial in trials]
+    print(report.write({trial.name: trial.recipe for trial in trials}, results))
     return 0
 
 
-def _plan(options: Namespace) -> list[Run]:
-    """All the runs; every problem of every recipe is told before the first begins."""
-    lrs, seeds = numbers("--lrs", options.lrs, float, 0), numbers("--seeds", options.seeds, int, 0)
-    shipped = [
-        path
-        for path in shipped_recipes()
-        if path.parent == SHIPPED / "mqar" and path.stem != "base"
-    ]
-    paths = list(dict.fromkeys(find_recipe(name) for name in options.recipes)) or shipped
-    names = [path.stem for path in paths]
-    for path in paths:
-        if names.count(path.stem) > 1:
-            raise UserError(
-                f"RECIPE: two are called {path.stem}; a row of the table needs a name of its own"
-            )
-        if load_recipe(str(path)).data.mqar is None:
-            raise UserError(f"{path}: is no recipe of the recall task; it has no data.mqar")
-    runs = []
-    for path, lr, seed in product(paths, lrs, seeds):
+def _trials(options: Namespace) -> list[Trial]:
+    """Return all the trainings.
+
+    Raises:
+        UserError: if anything is wrong with a recipe, before the first training begins.
+    """
+    lrs = numbers("--lrs", options.lrs, float, 0)
+    seeds = numbers("--seeds", options.seeds, int, 0)
+    trials = []
+    for path, lr, seed in product(_recipe_files(options.recipes), lrs, seeds):
         overrides = [
             "launch.processes=1",
             "launch.threads=1",
             f"optimizer.lr={lr!r}",
             f"training.seed={seed}",
         ]
-        overrides += [] if options.steps is None else [f"training.steps={options.steps}"]
-        recipe = load_recipe(str(path), overrides)
-        folder = (
-            Path(options.work) / path.stem / f"lr-{lr:g}-seed-{seed}-steps-{recipe.training.steps}"
-        )
+        if options.steps is not None:
+            overrides.append(f"training.steps={options.steps}")
+        steps = load_recipe(str(path), overrides).training.steps
+        folder = Path(options.work) / path.stem / f"lr-{lr:g}-seed-{seed}-steps-{steps}"
         overrides.append(f"run_dir={json.dumps(str(folder))}")
-        run = Run(path, lr, seed, tuple(overrides), load_recipe(str(path), overrides))
-        _wait_until_free(run.folder)
-        run.folder.require_usable(run.recipe)
-        runs.append(run)
-    return runs
+
+        trial = Trial(path, lr, seed, tuple(overrides), load_recipe(str(path), overrides))
+        _wait_until_free(trial.folder)
+        trial.folder.require_usable(trial.recipe)
+        trials.append(trial)
+    return trials
+
+
+def _recipe_files(names: list[str]) -> list[Path]:
+    """Return the files of these recipes of the recall task, by default of all that are shipped."""
+    paths = list(dict.fromkeys(find_recipe(name) for name in names))
+    if not paths:
+        folder = SHIPPED / "mqar"
+        paths = [
+            path for path in shipped_recipes() if path.parent == folder and path.stem != "base"
+        ]
+
+    stems = [path.stem for path in paths]
+    for path in paths:
+        if stems.count(path.stem) > 1:
+            raise UserError(
+                f"RECIPE: two are called {path.stem}; each row of the table needs its own name"
+            )
+        if load_recipe(str(path)).data.mqar is None:
+            raise UserError(f"{path}: is not a recipe of the recall task; it has no data.mqar")
+    return paths
 
 
 def _wait_until_free(folder: RunFolder) -> None:
@@ -124,123 +146,152 @@ def _wait_until_free(folder: RunFolder) -> None:
         time.sleep(0.1)
 
 
-def _run_all(runs: list[Run], jobs: int, examples: int) -> None:
-    """So many ``jobs`` at a time; where one fails, or this is interrupted, the others save and stop."""
-    lifeline, held = (
-        os.pipe()
-    )  # see stop.LIFELINE: this process holds the writing end, however it ends
-    with ThreadPoolExecutor(jobs) as pool, track("training", len(runs), of_bytes=False) as advance:
+def _run_all(trials: list[Trial], jobs: int, examples: int) -> None:
+    """Run the trainings, ``jobs`` at a time.
+
+    If one fails, or this process is interrupted, the others save and stop.
+    """
+    # See PARENT_PIPE: this process holds the writing end, and however it ends, the trainings see
+    # the pipe's end.
+    pipe_reading, pipe_writing = os.pipe()
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        track("training", len(trials), of_bytes=False) as advance,
+    ):
         try:
-            for work in as_completed([pool.submit(_run, run, examples, lifeline) for run in runs]):
-                print(work.result(), flush=True)
+            futures = [pool.submit(_run, trial, examples, pipe_reading) for trial in trials]
+            for future in as_completed(futures):
+                print(future.result(), flush=True)
                 advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            os.close(held)
+            os.close(pipe_writing)
             pool.shutdown(wait=True)
-            os.close(lifeline)
+            os.close(pipe_reading)
 
 
-def _run(run: Run, examples: int, lifeline: int) -> str:
-    """Train and evaluate, from wherever it is; a line on what was reached."""
+def _run(trial: Trial, examples: int, parent_pipe: int) -> str:
+    """Train and evaluate, from wherever it is, and return a line about what was reached."""
     started = time.monotonic()
-    status = _longspan(run, lifeline, "train", run.path, *run.overrides)
+    status = _longspan(trial, parent_pipe, "train", trial.path, *trial.overrides)
     if status == STOPPED:
         raise _StoppedError
     if status == NonFiniteError.exit_status:
-        _write_diverged(run, examples)
+        _write_diverged(trial, examples)
     else:
-        _require_success(run, status)
-        _require_success(
-            run, _longspan(run, lifeline, "eval", "mqar", run.folder.path, "--examples", examples)
-        )
-    result = _result(run, examples)
-    hardest = trained_settings(run.recipe)[-1]
-    rows = [
-        row
-        for row in result["settings"]
-        if (row["length"], row["pairs"]) == (hardest.length, hardest.pairs)
-    ]
-    reached = (
-        "diverged"
-        if result["diverged"]
-        else f"{rows[0]['accuracy']:.3f} at {hardest.length}/{hardest.pairs}"
+        _require_success(trial, status)
+        evaluation = ("eval", "mqar", trial.folder.path, "--examples", examples)
+        _require_success(trial, _longspan(trial, parent_pipe, *evaluation))
+
+    result = _finished_result(trial, examples)
+    seconds = time.monotonic() - started
+    return f"{trial}: {_reached(trial, result)}, after {seconds:.0f} s"
+
+
+def _reached(trial: Trial, result: dict) -> str:
+    """Return the accuracy in the hardest setting that was trained."""
+    if result["diverged"]:
+        return "diverged"
+    hardest = trained_settings(trial.recipe)[-1]
+    accuracy = next(
+        setting["accuracy"]
+        for setting in result["settings"]
+        if (setting["length"], setting["pairs"]) == (hardest.length, hardest.pairs)
     )
-    return f"{run}: {reached}, after {time.monotonic() - started:.0f} s"
+    return f"{accuracy:.3f} at {hardest.length}/{hardest.pairs}"
 
 
-def _longspan(run: Run, lifeline: int, *arguments: object) -> int:
-    """The status of a command that writes to the run's log, and asks itself to stop when this process ends."""
-    run.folder.path.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_PIPE: str(lifeline)}
-    with _log(run).open("a") as log:
+def _longspan(trial: Trial, parent_pipe: int, *arguments: object) -> int:
+    """Run a command that writes to the training's log, and return its exit status.
+
+    It stops when this process ends.
+    """
+    trial.folder.path.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", PARENT_PIPE: str(parent_pipe)}
+    with trial.log.open("a") as log:
         return subprocess.run(
             [sys.executable, "-m", "longspan", *map(str, arguments)],
             env=environment,
             stdout=log,
             stderr=log,
-            pass_fds=[lifeline],
-            start_new_session=True,  # Ctrl-C in a terminal comes to it once, by the lifeline
+            pass_fds=[parent_pipe],
+            start_new_session=True,  # Ctrl-C in a terminal comes to it once, by the pipe
             check=False,
         ).returncode
 
 
-def _log(run: Run) -> Path:
-    return run.folder.path / "log.txt"
-
-
-def _require_success(run: Run, status: int) -> None:
+def _require_success(trial: Trial, status: int) -> None:
     if status:
-        last = _log(run).read_text().strip().splitlines()[-1:]
-        raise UserError(f"{_log(run)}: {run} ended with status {status}: {''.join(last)}")
+        last_line = trial.log.read_text().strip().splitlines()[-1:]
+        raise UserError(f"{trial.log}: {trial} ended with status {status}: {''.join(last_line)}")
 
 
-def _write_diverged(run: Run, examples: int) -> None:
-    """A run whose loss became infinite or NaN has learned nothing: it counts as 0."""
-    rows = [{**asdict(setting), "accuracy": 0.0} for setting in default_settings(run.recipe)]
+def _write_diverged(trial: Trial, examples: int) -> None:
+    """Report a training whose loss became infinite or NaN: it has learned nothing, a 0."""
+    settings = [{**asdict(setting), "accuracy": 0.0} for setting in default_settings(trial.recipe)]
     report = {
-        "step": run.recipe.training.steps,
+        "step": trial.recipe.training.steps,
         "examples": examples,
         "diverged": True,
-        "settings": rows,
+        "settings": settings,
     }
-    run.folder.write_evaluation("mqar", report)
+    trial.folder.write_evaluation("mqar", report)
 
 
-def _result(run: Run, examples: int) -> dict | None:
-    """What a finished run has reached, its checkpoints and weights removed; None for one that has not finished."""
-    folder = run.folder
+def _finished_result(trial: Trial, examples: int) -> dict:
+    result = _result(trial, examples)
+    assert result is not None, f"{trial} has no result"
+    return result
+
+
+def _result(trial: Trial, examples: int) -> dict | None:
+    """Return what a finished training has reached, or None for one that has not finished.
+
+    Removes its checkpoints and weights.
+    """
+    folder = trial.folder
     if not folder.evaluation("mqar").is_file():
         return None
-    found = json.loads(folder.evaluation("mqar").read_text())
-    asked = [(row["length"], row["pairs"]) for row in found["settings"]]
-    wanted = [(setting.length, setting.pairs) for setting in default_settings(run.recipe)]
-    if (
-        found["step"] != run.recipe.training.steps or asked != wanted or found.get("seed", 0)
-    ):  # or somebody's own questions
+    report = json.loads(folder.evaluation("mqar").read_text())
+    if not _answers_our_questions(report, trial):
         return None
-    if found["examples"] != examples:
+    if report["examples"] != examples:
         raise UserError(
-            f"--examples: {examples}, but {folder.path} was asked {found['examples']}; use that or another --work"
+            f"--examples: {examples}, but {folder.path} was asked {report['examples']}; "
+            "use that or another --work"
         )
+
     shutil.rmtree(folder.checkpoints, ignore_errors=True)
     folder.weights.unlink(missing_ok=True)
-    seconds = [
+    step_seconds = [
         record["perf/step_time_s"]
         for record in folder.read_metrics()
         if "perf/step_time_s" in record
     ]
-    versions = [
-        line.split(" ", 1) for line in folder.path.joinpath("versions.txt").read_text().splitlines()
-    ]
     return {
-        "recipe": run.name,
-        "lr": run.lr,
-        "seed": run.seed,
-        "steps": found["step"],
+        "recipe": trial.name,
+        "lr": trial.lr,
+        "seed": trial.seed,
+        "steps": report["step"],
         "examples": examples,
-        "diverged": found.get("diverged", False),
-        "step_seconds": statistics.median(seconds),
-        "versions": {name: value for name, value in versions if name != "command"},
-        "settings": found["settings"],
+        "diverged": report.get("diverged", False),
+        "step_seconds": statistics.median(step_seconds),
+        "versions": _versions(folder),
+        "settings": report["settings"],
     }
+
+
+def _answers_our_questions(report: dict, trial: Trial) -> bool:
+    """Return whether an evaluation is of the finished training, in the default settings."""
+    asked = [(setting["length"], setting["pairs"]) for setting in report["settings"]]
+    wanted = [(setting.length, setting.pairs) for setting in default_settings(trial.recipe)]
+    finished = report["step"] == trial.recipe.training.steps
+    return finished and asked == wanted and not report.get("seed", 0)
+
+
+def _versions(folder: RunFolder) -> dict[str, str]:
+    """Return the versions that the training ran with, by package."""
+    lines = folder.path.joinpath("versions.txt").read_text().splitlines()
+    versions = dict(line.split(" ", 1) for line in lines)
+    versions.pop("command", None)
+    return versions

@@ -1,5 +1,6 @@
-"""``longspan doctor``: what this machine has for training, what it lacks and what that costs, and how fast it moves bytes."""
+"""``longspan doctor``: show what this machine has for training, and what it lacks."""
 
+import argparse
 import os
 import platform
 import shutil
@@ -9,101 +10,100 @@ import time
 from pathlib import Path
 
 from ...trainer.versions import version_of
-from ..process import host_memory, process_group
+from ..process import host_memory
 from ..ranks import run_ranks
+from ..table import Column, table
 
-NEEDED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
+REQUIRED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
 OPTIONAL = {
     "flash-attn": "causal attention and windows run on longspan's Triton kernels instead",
-    "flash-linear-attention": "the delta rule and decays of each key run in torch on GPUs, several times slower",
+    "flash-linear-attention": (
+        "the delta rule and per-key decays run in torch on GPUs, several times slower"
+    ),
     "wandb": "metrics.wandb is refused",
     "tensorboard": "metrics.tensorboard is refused",
-    "pyarrow": "data build takes no .parquet",
+    "pyarrow": "data build cannot read .parquet",
 }
-BYTES = 64 * 2**20
-"""That ranks send one another, and that are written to the disk, at a time."""
+"""Packages, and what their absence costs."""
+
+_DISK_BYTES = 64 * 2**20  # that are written to the disk to measure it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--folder", default="runs", metavar="DIR", help="where runs are kept (default runs)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    return doctor(options.folder)
 
 
 def doctor(folder: str) -> int:
-    """Print it, and measure; ``folder`` is where runs are kept. 0 where a recipe can be trained."""
-    lacking = [name for name in NEEDED if version_of(name) is None]
-    print(_lines([(name, version_of(name) or "MISSING") for name in ("python", *NEEDED)]))
-    costs = [(name, version_of(name) or f"not there: {cost}") for name, cost in OPTIONAL.items()]
-    print(f"\n{_lines(costs)}\n")
-    if lacking:
-        print(f"cannot train without {', '.join(lacking)}: pip install {' '.join(lacking)}")
+    """Print what is there, and measure the disk of ``folder`` and the messages between ranks.
+
+    Returns:
+        The exit status: 0 if a recipe can be trained here, else 1.
+    """
+    missing = [name for name in REQUIRED if version_of(name) is None]
+    print(_table([(name, version_of(name) or "MISSING") for name in ("python", *REQUIRED)]))
+    optional = [
+        (name, version_of(name) or f"not installed: {cost}") for name, cost in OPTIONAL.items()
+    ]
+    print(f"\n{_table(optional)}\n")
+    if missing:
+        print(f"cannot train without {', '.join(missing)}: pip install {' '.join(missing)}")
         return 1
+
     import torch
 
-    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    num_gpus = torch.cuda.device_count()
+    print(_table([*_hardware(num_gpus), ("disk", _disk(Path(folder)))]), flush=True)
+
+    num_ranks = num_gpus or min(2, os.cpu_count() or 1)
+    if num_ranks < 2:
+        print("\none device: nothing to measure between ranks")
+        return 0
+    print()
+    return run_ranks([sys.executable, "-m", "longspan.launch.workers.all_to_all"], num_ranks, 1)
+
+
+def _hardware(num_gpus: int) -> list[tuple[str, str]]:
+    import torch
+
     rows = [
         ("cores", f"{os.cpu_count()}, {platform.machine()}"),
         ("memory", f"{host_memory() / 2**30:.1f} GiB"),
     ]
-    rows += [
-        (f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
-        for number, gpu in enumerate(gpus)
-    ]
-    if gpus:
-        rows.append(("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
-    else:
-        rows.append(
-            ("GPU", "none: training runs on the CPU, over gloo, in fp32 (training.dtype: auto)")
-        )
-    rows.append(("disk", _disk(Path(folder))))
-    print(_lines(rows), flush=True)
-    ranks = len(gpus) or min(2, os.cpu_count() or 1)
-    if ranks < 2:
-        print("\none device: nothing to measure between ranks")
-        return 0
-    print()
-    return run_ranks([sys.executable, "-m", "longspan", "doctor", "--between-ranks"], ranks, 1)
+    if not num_gpus:
+        reason = "training runs on the CPU, over gloo, in fp32 (training.dtype: auto)"
+        return [*rows, ("GPU", f"none: {reason}")]
+
+    for number in range(num_gpus):
+        gpu = torch.cuda.get_device_properties(number)
+        rows.append((f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
+    return [*rows, ("NCCL", ".".join(map(str, torch.cuda.nccl.version())))]
 
 
-def between_ranks() -> int:
-    """As one of several ranks: what each sends to all others a second."""
-    with process_group(1):
-        import torch
-        import torch.distributed as dist
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        count = dist.get_world_size()
-        sent = torch.ones(BYTES // 4 // count * count, device=device)
-        received, seconds = torch.empty_like(sent), []
-        for _ in range(6):
-            dist.barrier()
-            began = time.perf_counter()
-            dist.all_to_all_single(received, sent)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        if dist.get_rank() == 0:
-            moved = BYTES * (count - 1) / count
-            speed = moved / sorted(seconds[1:])[2] / 1e9
-            print(
-                f"between {count} ranks over {dist.get_backend()}: {speed:.2f} GB/s out of each, all at once (all-to-all)"
-            )
-    return 0
-
-
-def _lines(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {what}" for name, what in rows)
+def _table(rows: list[tuple[str, str]]) -> str:
+    return table(rows, [Column("left"), Column("left")])
 
 
 def _disk(folder: Path) -> str:
-    """Of the nearest folder that exists: what is free, and how fast a checkpoint would be written."""
-    where = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(where).free
-    if free < 2 * BYTES:
-        return f"{where}: {free / 2**20:,.0f} MiB free, TOO LITTLE"
+    """Return what is free on a folder's disk, and how fast a checkpoint would be written there."""
+    existing = next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()
+    )
+    free = shutil.disk_usage(existing).free
+    if free < 2 * _DISK_BYTES:
+        return f"{existing}: {free / 2**20:,.0f} MiB free, TOO LITTLE"
     try:
-        with tempfile.TemporaryFile(dir=where) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             began = time.perf_counter()
-            file.write(os.urandom(BYTES))
+            file.write(os.urandom(_DISK_BYTES))
             file.flush()
             os.fsync(file.fileno())
-            speed = BYTES / (time.perf_counter() - began) / 1e6
+            speed = _DISK_BYTES / (time.perf_counter() - began) / 1e6
     except OSError as error:
-        return f"{where}: cannot be written: {error.strerror}"
-    return f"{where}: {free / 2**30:,.1f} GiB free, {speed:,.0f} MB/s written through"
+        return f"{existing}: cannot be written: {error.strerror}"
+    return f"{existing}: {free / 2**30:,.1f} GiB free, {speed:,.0f} MB/s written to the disk"

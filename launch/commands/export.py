@@ -1,27 +1,40 @@
-"""``longspan export RUN[@STEP] OUT`` and ``longspan check-export OUT RUN[@STEP]``."""
+"""``longspan export``: write a run's model for transformers."""
 
+import argparse
+import os
 from pathlib import Path
 
 from ..process import process_group
 
 
-def export(run: str, out: str, dtype: str | None, threads: int) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a run's model as a folder that transformers loads: as one of its own architectures "
+        "if the layers match one exactly, else with the code of the model. The logits are compared "
+        "with the run's first."
+    )
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN[@STEP]",
+        help="a run's folder; without a step, its newest checkpoint",
+    )
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="dtype of the weights (default: as trained)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
     """See :func:`longspan.trainer.huggingface.export.export_run`."""
     from ...trainer.huggingface.export import export_run
 
-    with process_group(threads, alone=True):
-        export_run(run, Path(out), dtype, lambda line: print(line, flush=True))
-    print(f"{out}: exported")
-
-
-def check(folder: str, run: str, threads: int) -> None:
-    """See :func:`longspan.trainer.huggingface.check.check_export`."""
-    from ...trainer.errors import UserError
-    from ...trainer.huggingface.check import check_export
-    from ...trainer.huggingface.source import SavedRun
-
-    if not Path(folder, "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; name the folder that longspan export wrote")
-    saved = SavedRun(run)
-    with process_group(threads, alone=True):
-        check_export(Path(folder), saved, lambda line: print(line, flush=True))
+    with process_group(os.cpu_count() or 1, alone=True):
+        export_run(
+            options.run_dir,
+            Path(options.out),
+            options.dtype,
+            lambda line: print(line, flush=True),
+        )
+    print(f"{options.out}: exported")

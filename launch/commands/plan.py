@@ -1,155 +1,243 @@
-"""``longspan plan``: what a recipe will take on a number of GPUs, without one."""
+"""``longspan plan``: predict what a recipe takes on a number of GPUs, without one."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...trainer.errors import UserError, suggest
-from ...trainer.recipe.file import load_recipe
-from ...trainer.recipe.layers.softmax import SoftmaxBlock
-from ...trainer.recipe.schema import Recipe
+from ..options import add_recipe_arguments
 from ..table import table
 
-_ANY_BATCH = 2**4 * 3**2 * 5 * 7  # sequences: as many microbatches of any likely size
+if TYPE_CHECKING:
+    from ...trainer.layers.base import Block
+    from ...trainer.predict.estimate import Device, Estimate
+    from ...trainer.recipe.schema import Recipe
+
+# Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
+# number of them.
+_ANY_BATCH = 2**4 * 3**2 * 5 * 7
+
+_DRAWN_SCHEDULES = ("ring", "gather", "stripes", "heads", "grid")
+_MOST_STAGES = 512
+"""A ring or grid over more ranks is not drawn: its cost, a sum over stages, takes seconds."""
 
 
-def plan(options: argparse.Namespace) -> None:
-    """Print what is predicted, and draw what context-parallel ranks receive against their number."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Predict what a recipe needs on a number of GPUs: memory, arithmetic, messages and time. "
+        "Needs no GPU itself."
+    )
+    add_recipe_arguments(parser, example="parallel.cp=8")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="number of GPUs (default: launch.processes of the recipe)",
+    )
+    parser.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
+    parser.add_argument(
+        "-o",
+        "--out",
+        default="plan.png",
+        metavar="PNG",
+        help="plot of bytes received against ranks (default %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what is predicted, and draw what ranks receive against their number."""
     from ...trainer.data.tokenizer import recipe_vocab_size
-    from ...trainer.predict.estimate import BANDWIDTH, DEVICES, EFFICIENCY, GIB, PER_NODE, estimate
+    from ...trainer.predict.estimate import DEVICES, estimate
 
     if options.device not in DEVICES:
         raise UserError(
-            f"--device: unknown{suggest(options.device, list(DEVICES))}; known: {', '.join(DEVICES)}"
+            f"--device: unknown{suggest(options.device, list(DEVICES))}; "
+            f"known: {', '.join(DEVICES)}"
         )
     device = DEVICES[options.device]
-    recipe = _on(options.recipe, options.overrides, options.gpus)
-    parallel, made = recipe.parallel, estimate(recipe, recipe_vocab_size(recipe), device)
+    recipe = _recipe_on_gpus(options.recipe, options.overrides, options.gpus)
+    predicted = estimate(recipe, recipe_vocab_size(recipe), device)
+
     print(f"predicted for {recipe.launch.processes} x {device.name}; nothing here was measured\n")
-    arrangement = (
-        f"dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}"
-    )
-    tokens = f"{recipe.tokens_per_step:,} tokens a step, {recipe.training.seq_length:,} a sequence"
-    print(f"parameters   {made.parameters:,}\narrangement  {arrangement}; {tokens}")
-    total = sum(made.memory)
-    verdict = "" if total < device.memory_gib * GIB else ": TOO MUCH"
-    print(
-        f"memory       {total / GIB:,.2f} of {device.memory_gib:g} GiB on the GPU that holds most{verdict}\n"
-    )
-    sizes = [
-        (name.replace("_", " "), f"{size / GIB:,.3f} GiB")
-        for name, size in made.memory._asdict().items()
-    ]
-    print(table(sizes), end="\n\n")
-    rows = [
-        (
-            "layers",
-            "mixer",
-            "MFLOP a token",
-            "of its MLP",
-            "MiB received",
-            "work max/mean",
-            "schedule",
-        )
-    ]
-    for kind in made.kinds:
-        schedule = kind.choice.schedule if kind.choice else "states" if kind.received else "-"
-        numbers = kind.mixer_flops / 1e6, kind.mlp_flops / 1e6, kind.received / 2**20, kind.work
-        rows.append(
-            (
-                f"{kind.layers} x {kind.name}",
-                kind.mixer,
-                *(f"{number:,.2f}" for number in numbers),
-                str(schedule),
-            )
-        )
-    rows.append(("output", "", f"{made.head_flops / 1e6:,.2f}", "", "", "", ""))
-    print(table(rows))
-    print(
-        "of one layer: arithmetic forward; bytes a microbatch brings a rank from others of its sequence, forward and\n"
-        "backward; pairs of query and key of the rank with most work, over the mean of all"
-    )
-    for kind in made.kinds:
-        if kind.choice:
-            print(kind.choice)
-    print(
-        f"\nstep         {made.step_s:.3g} s: {made.compute_s:.3g} s of arithmetic, {made.messages_s:.3g} s of messages"
-    )
-    print(f"speed        {made.tokens_per_second:,.0f} tokens a second")
-    print(
-        f"assumed      {EFFICIENCY:.0%} of {device.tflops:g} TFLOP/s; {BANDWIDTH:.0%} of {device.link_gb_s:g} GB/s within "
-        f"{PER_NODE} GPUs, of {device.network_gb_s:g} GB/s beyond; messages not hidden;\n"
-        "             tensor, expert and pipeline parallel messages and bubbles left out"
-    )
-    if any(isinstance(block, SoftmaxBlock) for block in recipe.model.stack):
-        print(f"\n{_draw(recipe, Path(options.out))} shows what ranks receive against their number")
+    _print_sizes(recipe, predicted, device)
+    _print_layers(predicted)
+    _print_speed(predicted, device)
+
+    blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.stack_names}
+    softmax = {name: block for name, block in blocks.items() if block.has_kv_schedule}
+    if softmax:
+        picture = Path(options.out)
+        _draw(recipe, softmax, picture)
+        print(f"\n{picture} shows what ranks receive against their number")
     else:
-        print("\nno layer has a schedule that could be drawn: only states move")
+        print("\nno layer has a schedule to draw: only states move")
 
 
-def _on(name: str, overrides: list[str], gpus: int | None) -> Recipe:
-    """The recipe on that many GPUs; its batch is made as large as they need."""
+def _recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
+    """Load the recipe for this many GPUs, with its batch rounded up to what they need.
+
+    The batch that is asked for does not divide over any number of GPUs, and a recipe with such a
+    batch is refused. So the first recipe has a batch that always divides, only to learn how many
+    ranks are data parallel; the second has no parallelism, only to learn the batch that is asked
+    for.
+    """
+    from ...trainer.recipe.file import load_recipe
+
     if gpus is None:
         return load_recipe(name, overrides)
     if gpus < 1:
         raise UserError(f"--gpus: must be at least 1, got {gpus}")
-    on_them = [*overrides, f"launch.processes={gpus}"]
-    whole = load_recipe(name, [*on_them, f"training.global_batch_size={gpus * _ANY_BATCH}"])
-    least = whole.data_parallel * whole.training.micro_batch_size
-    asked = load_recipe(
-        name, [*overrides, "parallel={}", "launch.processes=1"]
-    ).training.global_batch_size
-    return load_recipe(name, [*on_them, f"training.global_batch_size={-(-asked // least) * least}"])
+
+    on_gpus = [*overrides, f"launch.processes={gpus}"]
+    any_batch = load_recipe(name, [*on_gpus, f"training.global_batch_size={gpus * _ANY_BATCH}"])
+    batch_unit = any_batch.data_parallel * any_batch.training.micro_batch_size
+
+    alone = load_recipe(name, [*overrides, "parallel={}", "launch.processes=1"])
+    batch = -(-alone.training.global_batch_size // batch_unit) * batch_unit
+    return load_recipe(name, [*on_gpus, f"training.global_batch_size={batch}"])
 
 
-def _draw(recipe: Recipe, out: Path) -> Path:
-    """For each block with softmax attention a panel, with a line for each schedule."""
+def _print_sizes(recipe: "Recipe", predicted: "Estimate", device: "Device") -> None:
+    from ...trainer.predict.estimate import GIB
+
+    parallel = recipe.parallel
+    print(f"parameters   {predicted.parameters:,}")
+    print(
+        f"arrangement  dp {recipe.data_parallel} x cp {parallel.cp} x pp {parallel.pp} "
+        f"x tp {parallel.tp}; {recipe.tokens_per_step:,} tokens a step, "
+        f"{recipe.training.seq_length:,} a sequence"
+    )
+
+    total = sum(predicted.memory)
+    verdict = "" if total < device.memory_gib * GIB else ": TOO MUCH"
+    print(
+        f"memory       {total / GIB:,.2f} of {device.memory_gib:g} GiB on the GPU that holds most"
+        f"{verdict}\n"
+    )
+    sizes = [
+        (name.replace("_", " "), f"{size / GIB:,.3f} GiB")
+        for name, size in predicted.memory._asdict().items()
+    ]
+    print(table(sizes), end="\n\n")
+
+
+def _print_layers(predicted: "Estimate") -> None:
+    header = (
+        "layers",
+        "mixer",
+        "MFLOP a token",
+        "of its MLP",
+        "MiB received",
+        "work max/mean",
+        "schedule",
+    )
+    rows = [header]
+    for kind in predicted.kinds:
+        schedule = "states" if kind.received else "-"
+        if kind.choice:
+            schedule = str(kind.choice.schedule)
+        rows.append(
+            (
+                f"{kind.layers} x {kind.name}",
+                kind.mixer,
+                f"{kind.mixer_flops / 1e6:,.2f}",
+                f"{kind.mlp_flops / 1e6:,.2f}",
+                f"{kind.received / 2**20:,.2f}",
+                f"{kind.work:,.2f}",
+                schedule,
+            )
+        )
+    rows.append(("output", "", f"{predicted.head_flops / 1e6:,.2f}", "", "", "", ""))
+    print(table(rows))
+    print(
+        "for one layer: forward arithmetic; bytes that a rank receives from the others of its "
+        "sequence in a microbatch's\n"
+        "forward and backward; pairs of query and key on the rank with most, over the mean of all"
+    )
+    for kind in predicted.kinds:
+        if kind.choice:
+            print(kind.choice)
+
+
+def _print_speed(predicted: "Estimate", device: "Device") -> None:
+    from ...trainer.predict.estimate import BANDWIDTH, EFFICIENCY, PER_NODE
+
+    print(
+        f"\nstep         {predicted.step_s:.3g} s: {predicted.compute_s:.3g} s of arithmetic, "
+        f"{predicted.messages_s:.3g} s of messages"
+    )
+    print(f"speed        {predicted.tokens_per_second:,.0f} tokens a second")
+    print(
+        f"assumed      {EFFICIENCY:.0%} of {device.tflops:g} TFLOP/s; "
+        f"{BANDWIDTH:.0%} of {device.link_gb_s:g} GB/s within {PER_NODE} GPUs, "
+        f"of {device.network_gb_s:g} GB/s beyond; messages not hidden;\n"
+        "             tensor, expert and pipeline parallel messages and bubbles left out"
+    )
+
+
+def _draw(recipe: "Recipe", blocks: dict[str, "Block"], path: Path) -> None:
+    """Draw a panel for each block of softmax attention, with a line for each KV schedule."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure, panels = plt.subplots(
+        1, len(blocks), figsize=(6 * len(blocks), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, (name, block) in zip(panels[0], blocks.items(), strict=True):
+        for schedule, mebibytes in _received(recipe, block).items():
+            axes.plot(
+                mebibytes.keys(), mebibytes.values(), marker="o", markersize=3, label=schedule
+            )
+        pattern = block.attention_pattern(recipe.model.kv_heads)
+        axes.set(xlabel="context-parallel ranks", title=f"{name}: {pattern!r}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:,g}")
+        axes.set_ylabel("MiB received, forward and backward\n(predicted; the rank with most)")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _received(recipe: "Recipe", block: "Block") -> dict[str, dict[int, float]]:
+    """Return the MiB that the rank with most receives, by KV schedule and number of ranks.
+
+    A schedule that cannot compute the block over a number of ranks has no value there.
+    """
     from ...parallel import Layout
     from ...parallel.schedules.choose import cost
     from ...parallel.schedules.names import named, unsupported_reason
 
-    model, length = recipe.model, recipe.training.seq_length
-    softmax = {name: model.layers.blocks[name] for name in dict.fromkeys(model.stack_names)}
-    softmax = {name: block for name, block in softmax.items() if isinstance(block, SoftmaxBlock)}
-    heads, dims = (
-        (model.num_attention_heads, model.kv_heads),
-        (model.kv_channels, model.kv_channels),
-    )
-    figure, panels = plt.subplots(
-        1, len(softmax), figsize=(6 * len(softmax), 4.2), layout="constrained", squeeze=False
-    )
-    for panel, (name, block) in zip(panels[0], softmax.items(), strict=True):
-        pattern, lines = block.attention_pattern(model.kv_heads), {}
-        for ranks in [2**n for n in range(1, 13) if 2**n * 2 <= length // model.document_alignment]:
-            layout = Layout.zigzag(length, ranks, model.document_alignment)
-            for way in ("ring", "gather", "stripes", "heads", "grid"):
-                if way in ("ring", "grid") and ranks > 512:  # as many stages: a second each
-                    continue
-                able = [
-                    one
-                    for one in named(way, ranks)
-                    if not unsupported_reason(one, ranks, pattern, *heads)
-                ]
-                if able:
-                    least = min(cost(one, layout, pattern, *heads, dims).received for one in able)
-                    lines.setdefault(way, []).append(
-                        (ranks, 2 * least * recipe.training.micro_batch_size / 2**20)
-                    )
-        for way, points in lines.items():
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=way)
-        panel.set(xlabel="context-parallel ranks", title=f"{name}: {pattern!r}")
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter("{x:,g}")
-        panel.set_ylabel("MiB received, forward and backward\n(predicted; the rank with most)")
-        panel.grid(alpha=0.3)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    plt.close(figure)
-    return out
+    model = recipe.model
+    length = recipe.training.seq_length
+    heads = (model.num_attention_heads, model.kv_heads)
+    head_dims = (model.kv_channels, model.kv_channels)
+    pattern = block.attention_pattern(model.kv_heads)
+
+    received: dict[str, dict[int, float]] = {}
+    for exponent in range(1, 13):
+        ranks = 2**exponent
+        if 2 * ranks > length // model.document_alignment:
+            break
+        layout = Layout.zigzag(length, ranks, model.document_alignment)
+        for name in _DRAWN_SCHEDULES:
+            if name in ("ring", "grid") and ranks > _MOST_STAGES:
+                continue
+            supported = [
+                schedule
+                for schedule in named(name, ranks)
+                if not unsupported_reason(schedule, ranks, pattern, *heads)
+            ]
+            if supported:
+                forward = min(
+                    cost(schedule, layout, pattern, *heads, head_dims).received
+                    for schedule in supported
+                )
+                both = 2 * forward * recipe.training.micro_batch_size
+                received.setdefault(name, {})[ranks] = both / 2**20
+    return received

@@ -1,45 +1,57 @@
-"""``longspan verify``: a recipe's layers over context-parallel ranks against one rank, in a table."""
+"""``longspan verify``: check a recipe's layers over context-parallel ranks against one rank."""
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...trainer.errors import UserError
-from ...trainer.recipe.file import load_recipe
-from ...trainer.recipe.schema import Recipe
-from ..process import process_group
+from ..options import add_recipe_arguments
 from ..ranks import run_ranks
 from ..table import table
 
+if TYPE_CHECKING:
+    from ...trainer.recipe.schema import Recipe
 
-def verify(options: argparse.Namespace) -> int:
-    """Print the table; 0 where all is as on one rank, else 1. With --seen this process is a rank that looks."""
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, see "
+        "which positions change, and compare loss and gradients over context-parallel ranks with "
+        "those on one rank."
+    )
+    add_recipe_arguments(parser, example="parallel.schedule=ring")
+    parser.add_argument(
+        "--cp", type=int, metavar="N", help="ranks (default: those of the recipe, at least 2)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table; the exit status is 0 if all layers do what they do on one rank, else 1."""
+    from ...trainer.recipe.file import load_recipe
+
     recipe = load_recipe(options.recipe, options.overrides)
     cp = max(2, recipe.parallel.cp) if options.cp is None else options.cp
     if cp < 2:
         raise UserError(
             f"--cp: must be at least 2, got {cp}: there is nothing to compare with one rank"
         )
-    if options.seen:
-        _look(recipe, cp, Path(options.seen))
-        return 0
     _check(recipe, options, cp)
     with tempfile.TemporaryDirectory() as folder:
         files = {ranks: Path(folder, f"{ranks}.pt") for ranks in (1, cp)}
         for ranks, file in files.items():
-            again = [options.recipe, *options.overrides, "--cp", str(cp), "--seen", str(file)]
-            command = [sys.executable, "-u", "-m", "longspan", "verify", *again]
-            if status := run_ranks(command, ranks, 1):
+            worker = [sys.executable, "-u", "-m", "longspan.launch.workers.verify"]
+            arguments = [f"--cp={cp}", f"--out={file}", "--", options.recipe, *options.overrides]
+            if status := run_ranks([*worker, *arguments], ranks, threads=1):
                 return status
         return _report(recipe, cp, files)
 
 
-def _check(recipe: Recipe, options: argparse.Namespace, cp: int) -> None:
+def _check(recipe: "Recipe", options: argparse.Namespace, cp: int) -> None:
     """Refuse schedules that cannot do it before any process starts."""
-    from ...trainer.predict.communication import schedule_problems
+    from ...trainer.recipe.kv_schedules import schedule_problems
 
     parallel = recipe.parallel.model_copy(update={"cp": cp, "tp": 1})
     if problems := [
@@ -49,32 +61,7 @@ def _check(recipe: Recipe, options: argparse.Namespace, cp: int) -> None:
         raise UserError("\n".join(problems))
 
 
-def _look(recipe: Recipe, cp: int, file: Path) -> None:
-    """As one of ``cp`` ranks, or the only one: write down what each case does."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # exactness is shown in fp32, which GPUs do not add up in one order
-    )
-    import torch
-    import torch.distributed as dist
-
-    from ...trainer.evaluation.parity import cases, documents_of, measure_ranks, probes_of, shrink
-
-    shrunk = shrink(recipe, cp)
-    with process_group(1):
-        seen = {}
-        documents = documents_of(shrunk)
-        probes = probes_of(shrunk, documents)
-        for name, case in cases(shrunk):
-            if dist.get_world_size() == 1:
-                case = case.model_copy(
-                    update={"parallel": case.parallel.model_copy(update={"cp": 1})}
-                )
-            seen[name] = measure_ranks(case, documents, probes)
-        if dist.get_rank() == 0:
-            torch.save(seen, file)
-
-
-def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
+def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
     import torch
 
     from ...trainer.evaluation.parity import (
@@ -105,10 +92,9 @@ def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
         worst = max(gradients, key=lambda key: (math.isnan(gradients[key]), gradients[key]))
         good = not reason and loss <= LOSS and gradients[worst] <= GRADIENT
         if not good:
-            wrong.append(
-                f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
-            )
-        mixer = "" if name == STACK else case.model.stack[0].mixer
+            far = f"loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank"
+            wrong.append(f"{name}: {reason or far}")
+        mixer = "" if name == STACK else case.model.stack[0].kind()
         rows.append(
             (
                 name,
@@ -122,10 +108,12 @@ def _report(recipe: Recipe, cp: int, files: dict[int, Path]) -> int:
         )
     tokens, ends = shrunk.training.seq_length, int(documents.max()) + 1
     print(
-        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: {tokens:,} tokens in {ends} documents,"
+        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: "
+        f"{tokens:,} tokens in {ends} documents,"
     )
     print(
-        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; differences are relative\n"
+        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; "
+        "differences are relative\n"
     )
     print(table(rows))
     for line in wrong:

@@ -1,8 +1,11 @@
+"""The command line: what it imports, and what it says of bad input."""
+
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
-from longspan.launch.cli import main
+from longspan.launch.cli import COMMANDS, Group, main
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -11,13 +14,21 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return ended.value.code, *capsys.readouterr()
 
 
-def imported_by(arguments: list[str], status: int) -> set[str]:
-    """What a command that ends with ``status`` has imported by then."""
-    code = (
-        "import sys\nfrom longspan.launch.cli import main\n"
-        f"try: main({arguments})\nexcept SystemExit as ended: assert ended.code == {status}\n"
-        "print('\\n' + ' '.join(sys.modules))"
-    )
+HEAVY = {"torch", "numpy", "pydantic", "yaml", "rich", "matplotlib"}
+
+
+def imported_by(*command_lines: list[str], status: int) -> set[str]:
+    """Return what commands that end with ``status`` have imported, all in one process."""
+    code = f"""
+import sys
+from longspan.launch.cli import main
+for arguments in {command_lines}:
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        assert ended.code == {status}, (arguments, ended.code)
+print("\\n" + " ".join(sys.modules))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
@@ -28,8 +39,15 @@ def imported_by(arguments: list[str], status: int) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+def command_names(commands=COMMANDS, *groups: str) -> Iterator[list[str]]:
+    for name, command in commands.items():
+        yield [*groups, name]
+        if isinstance(command, Group):
+            yield from command_names(command.commands, *groups, name)
+
+
 def test_a_bad_recipe_is_refused_without_torch(tiny_recipe):
-    assert "torch" not in imported_by(["train", str(tiny_recipe), "training.stpes=1"], 2)
+    assert "torch" not in imported_by(["train", str(tiny_recipe), "training.stpes=1"], status=2)
 
 
 def test_an_unknown_option_is_not_taken_for_an_override(capsys):
@@ -38,10 +56,15 @@ def test_an_unknown_option_is_not_taken_for_an_override(capsys):
     assert "unrecognized arguments" in err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
-def test_help_imports_nothing_heavy(arguments):
-    heavy = {"torch", "numpy", "pydantic", "yaml", "rich"} & imported_by(arguments, 0)
+def test_help_imports_nothing_heavy():
+    of_commands = [[*names, "--help"] for names in command_names()]
+    heavy = HEAVY & imported_by(["--help"], ["--version"], *of_commands, status=0)
     assert not heavy, heavy
+
+
+def test_the_help_of_all_commands_imports_only_the_table():
+    imported = imported_by(["--help"], status=0)
+    assert not {name for name in imported if name.startswith("longspan.launch.commands.")}
 
 
 def test_recipes_are_listed_one_line_each(capsys):

@@ -10,8 +10,8 @@ import time
 import pytest
 
 
-def _heed_ctrl_c():
-    """A shell's background jobs ignore it, and so would what they start."""
+def _accept_ctrl_c():
+    """Undo what a shell does for background jobs: they, and what they start, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -21,19 +21,12 @@ def start(tiny_recipe, tmp_path):
     processes = []
 
     def run(*overrides):
-        command = [
-            sys.executable,
-            "-m",
-            "longspan",
-            "train",
-            tiny_recipe,
-            "launch.processes=2",
-            "training.steps=100000",
-        ]
+        train = [sys.executable, "-m", "longspan", "train", tiny_recipe]
+        command = [*train, "launch.processes=2", "training.steps=100000"]
         log = (tmp_path / "log").open("w")
         processes.append(
             subprocess.Popen(
-                [*command, *overrides], stdout=log, stderr=log, preexec_fn=_heed_ctrl_c
+                [*command, *overrides], stdout=log, stderr=log, preexec_fn=_accept_ctrl_c
             )
         )
         deadline = time.monotonic() + 120
@@ -66,7 +59,7 @@ def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number)
 
 def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "STOP").touch()  # of before
+    (tmp_path / "run" / "STOP").touch()  # from an earlier run
     process = start()
     assert "running: process " in longspan("status", tmp_path / "run").stdout
     second = longspan("train", tiny_recipe, "training.steps=100000")
@@ -126,7 +119,7 @@ def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path):
     hangs = """
 import ctypes, os, sys
-from longspan.trainer.stop import StopRequest
+from longspan.trainer.run.stop import StopRequest
 with StopRequest(sys.argv[1]):
     mutex = ctypes.create_string_buffer(256)
     ctypes.CDLL(None).pthread_mutex_lock(mutex)
@@ -147,17 +140,15 @@ with StopRequest(sys.argv[1]):
 def test_what_was_started_to_ignore_a_signal_ignores_it(tmp_path):
     ignores = """
 import os, signal, sys
-from longspan.trainer.stop import StopRequest
+from longspan.trainer.run.stop import StopRequest
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
 with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     os.kill(os.getpid(), signal.SIGINT)
     __import__("time").sleep(0.2)
-    sys.exit(stop.asked())
+    sys.exit(stop.is_requested())
 """
-    assert (
-        subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False).returncode
-        == 0
-    )
+    done = subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False)
+    assert done.returncode == 0
 
 
 def test_the_first_rank_does_not_outlive_another_that_failed(monkeypatch, capfd):

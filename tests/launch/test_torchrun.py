@@ -19,7 +19,7 @@ OPTIONS = ["training.steps=60", "metrics.log_interval=1", "parallel.cp=2", "chec
 
 @pytest.fixture
 def torchrun(tiny_recipe):
-    """``torchrun(*options)`` starts an agent that trains the tiny recipe, or runs another ``script``."""
+    """``torchrun(*options)``: start an agent that trains the tiny recipe, or runs a script."""
     started = []
 
     def start(
@@ -50,11 +50,8 @@ def alone(longspan, tiny_recipe, tmp_path) -> dict[int, float]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    lines = (
-        run.joinpath("metrics.jsonl").read_text().splitlines()
-        if run.joinpath("metrics.jsonl").exists()
-        else []
-    )
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
 
@@ -64,8 +61,8 @@ def two_machines() -> list[str]:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", "test"]
-    return ["--nnodes", "2", "--nproc-per-node", "1", *where]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
+    return ["--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-id", "test"]
 
 
 def test_two_agents_are_one_run(torchrun, alone, tmp_path):
@@ -78,8 +75,9 @@ def test_two_agents_are_one_run(torchrun, alone, tmp_path):
 
 
 def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_path):
-    """As with NCCL, whose ranks do not fail with another: their agents restart them without counting it."""
-    script, options = tmp_path / "script.py", [*two_machines(), "--max-restarts", "1"]
+    """As with NCCL, whose ranks do not fail with another: agents restart them without counting."""
+    script = tmp_path / "script.py"
+    options = [*two_machines(), "--max-restarts", "1"]
     script.write_text(WAITS)
     agents = [torchrun(*options, script=(script, tmp_path / "died")) for _ in range(2)]
     for agent in agents:
@@ -124,10 +122,10 @@ def test_a_request_to_stop_outlives_the_ranks(torchrun, tmp_path):
     agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     _kill(agent, 1, tmp_path / "run", 6)
     (tmp_path / "run" / "STOP").touch()
-    said, errors = agent.communicate(timeout=200)
+    out, errors = agent.communicate(timeout=200)
     assert agent.returncode == 0, errors
     (step,) = re.findall(
-        rf"stopped after step (\d+) of 60, as asked by {tmp_path}/run/STOP, now removed", said
+        rf"stopped after step (\d+) of 60, as asked by {tmp_path}/run/STOP, now removed", out
     )
     assert int(step) == max(losses(tmp_path / "run")) < 60
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:0>8}").is_dir()
@@ -141,17 +139,18 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
         (
             True,
             1,
-            f"stopped after step 1 of 60, as asked by {file}, now removed; the same command goes on from there",
+            f"stopped after step 1 of 60, as asked by {file}, now removed; "
+            "the same command resumes from there",
         ),
-        (False, 60, "going on from step 1"),
+        (False, 60, "resuming from step 1"),
         (True, 60, "all 60 steps are done"),
     ):
         if stale:
             file.touch()
         agent = torchrun("--standalone", "--nproc-per-node", "2")
-        said, errors = agent.communicate(timeout=200)
+        out, errors = agent.communicate(timeout=200)
         assert agent.returncode == 0, errors
-        assert line in said
+        assert line in out
         assert max(losses(tmp_path / "run")) == step
         assert not file.exists()
 
@@ -159,27 +158,28 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
 def _kill(
     agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()
 ) -> int:
-    """A rank that this agent started, once the run has reached a step; which process it was, none of ``but``."""
+    """Kill a rank of this agent once the run has reached a step; not one of the processes ``but``.
+
+    Returns the process.
+    """
     for _ in range(600):
         if (
             max(losses(run), default=0) >= step
-            and (found := _process(agent.pid, rank))
-            and found not in but
+            and (process := _process(agent.pid, rank))
+            and process not in but
         ):
-            os.kill(found, signal.SIGKILL)
-            return found
+            os.kill(process, signal.SIGKILL)
+            return process
         time.sleep(0.1)
     pytest.fail(f"step {step} was not reached")
 
 
 def _process(parent: int, rank: int) -> int | None:
-    """Of the rank that this agent started."""
+    """Return the process of a rank that this agent started, if it is there."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            status, environment = (
-                (entry / "status").read_text(),
-                (entry / "environ").read_bytes().split(b"\0"),
-            )
+            status = (entry / "status").read_text()
+            environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
         if f"PPid:\t{parent}\n" in status and b"RANK=%d" % rank in environment:

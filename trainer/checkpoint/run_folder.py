@@ -1,14 +1,12 @@
-"""The files of a run."""
+"""The folder of a run: where its files are, and what they say."""
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
-import socket
 import sys
 from collections.abc import Iterator
-from functools import cached_property, reduce
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,34 +14,23 @@ from ..errors import UserError
 from ..recipe.file import load_recipe, to_yaml
 from ..recipe.schema import Recipe
 from ..versions import version_of
+from .atomic import replace_file
 from .files import checkpoints
+from .lock import FolderLock, LockedError
+from .resume_rules import forbidden_changes
+from .weights_file import weights_step, write_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What may differ between the runs that share a folder, one going on where the other stopped: nothing that was learned from.
-_MAY_CHANGE = (
-    "description",
-    "run_dir",
-    "training.steps",
-    "training.micro_batch_size",
-    "training.on_nonfinite",
-    "training.max_skipped_steps",
-    "parallel",
-    "engine",
-    "memory",
-    "checkpoint",
-    "evaluation",
-    "metrics",
-    "launch",
-)
-
 
 class RunFolder:
-    """``recipe.yaml`` (resolved), ``versions.txt``, ``metrics.jsonl``, ``checkpoints/``, ``weights.safetensors``, ``plots/``,
-    and ``eval/`` where the run was measured.
+    """The files of a run, and the rules for starting another one among them.
 
-    ``lock`` is held while a run trains; ``STOP``, where someone makes it, asks that run to stop.
+    ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
+    ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
+
+    ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """
 
     def __init__(self, path: str | Path):
@@ -56,170 +43,126 @@ class RunFolder:
         self.nonfinite = self.path / "nonfinite"
         self.stop_file = self.path / "STOP"
         self._data_file = self.path / "data.json"
-        self._lock_file = self.path / "lock"
+        self._lock = FolderLock(self.path / "lock")
 
     def require_usable(self, recipe: Recipe) -> None:
-        """Refuse a folder that cannot be made or written, is in use, or holds a run that ``recipe`` cannot go on with."""
-        parent = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError(
-                f"run_dir: {self.path} cannot be made or written; choose another run_dir"
-            )
+        """Check that a run of ``recipe`` can use the folder.
+
+        It must be writable, not in use, and hold no run that the recipe cannot continue.
+
+        Raises:
+            UserError: naming every key that is in the way.
+        """
+        self._require_writable()
         if not self.recipe_file.exists():
             return
         with self.lock():
             pass
         try:
-            before = self.recipe
+            old_recipe = self.recipe
         except UserError as error:
             raise UserError(
-                f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be read; choose another run_dir"
+                f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be read; "
+                "choose another run_dir"
             ) from None
-        done = max((checkpoint.step for checkpoint in checkpoints(self.checkpoints)), default=0)
+
+        steps_done = max(
+            (checkpoint.step for checkpoint in checkpoints(self.checkpoints)), default=0
+        )
         problems = [
-            f"{key}: is {new!r}, but the run in {self.path} has {old!r}; set it back, or choose another run_dir"
-            for key, old, new in _differences(
-                _learned_from(before, done), _learned_from(recipe, done)
-            )
+            f"{key}: is {new!r}, but the run in {self.path} has {old!r}; "
+            "set it back, or choose another run_dir"
+            for key, old, new in forbidden_changes(old_recipe, recipe, steps_done)
         ]
-        if done > recipe.training.steps:
-            steps = recipe.training.steps
+        steps = recipe.training.steps
+        if steps_done > steps:
             problems.append(
-                f"training.steps: {steps}, but the run in {self.path} has done {done}; raise it"
+                f"training.steps: {steps}, but the run in {self.path} has done {steps_done}; "
+                "raise it"
             )
         if problems:
             raise UserError("\n".join(problems))
 
-    def require_same_data(self, data: dict[str, str]) -> None:
-        """Refuse data that is not that with which the run in this folder began; ``data`` has its fingerprints by name."""
+    def require_same_data(self, fingerprints: dict[str, str]) -> None:
+        """Check that the data, by the fingerprint of each part, are those with which the run began.
+
+        Raises:
+            UserError: naming the part that has changed.
+        """
         if not self._data_file.exists():
             return
         try:
-            before = dict(json.loads(self._data_file.read_text()))
+            old_fingerprints = dict(json.loads(self._data_file.read_text()))
         except (ValueError, TypeError):
             raise UserError(
                 f"{self._data_file}: is damaged; remove it if the data is the same"
             ) from None
-        for name in data:
-            if before.get(name, data[name]) != data[name]:
+        for name, fingerprint in fingerprints.items():
+            if old_fingerprints.get(name, fingerprint) != fingerprint:
                 changed = f"data: {name}: is not what the run in {self.path} began with"
-                raise UserError(f"{changed}; bring that back, or choose another run_dir")
+                raise UserError(f"{changed}; restore it, or choose another run_dir")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one run; the lock goes with the process, however it ends."""
+        """Hold the folder for one run.
+
+        Raises:
+            UserError: another process holds it.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._lock_file.open("a+") as file:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(self._lock.hold())
+            except LockedError:
                 raise UserError(
-                    f"run_dir: {self.path} is in use by {self.user}; wait for it, or choose another run_dir"
+                    f"run_dir: {self.path} is in use by {self.user}; "
+                    "wait for it, or choose another run_dir"
                 ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             yield
 
     @property
     def user(self) -> str:
-        """Who holds the lock, or held it last."""
-        return self._lock_file.read_text() or "another process"
+        """The process that holds the folder, or held it last."""
+        return self._lock.holder
 
     def in_use(self) -> bool:
-        """Whether a run holds the folder."""
-        if not self._lock_file.exists():
-            return False
-        with self._lock_file.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        """Return whether a run holds the folder."""
+        return self._lock.is_held()
 
-    def begin(self, recipe: Recipe, step: int, data: dict[str, str]) -> None:
-        """Write what describes a run from ``step`` on, and forget metrics of later steps, which are about to be made again.
+    def begin(self, recipe: Recipe, step: int, fingerprints: dict[str, str]) -> None:
+        """Write what describes a run from ``step`` on: recipe, data and versions.
 
-        ``data`` has its fingerprints, for :meth:`require_same_data`.
+        Metrics of later steps are removed, because these steps are about to be made again. The
+        ``fingerprints`` of the data are for :meth:`require_same_data`.
         """
         self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         replace_file(self.recipe_file, to_yaml(recipe))
-        replace_file(self._data_file, json.dumps(data, indent=1))
-        packages = ("longspan", "torch", "megatron-core", "deepspeed", "numpy", "python")
-        lines = [
-            f"{package} {version_of(package) or '(not installed as a package)'}"
-            for package in packages
-        ]
-        lines += [f"platform {platform.platform()}", f"command {' '.join(sys.argv)}"]
-        replace_file(self.path / "versions.txt", "\n".join(lines) + "\n")
+        replace_file(self._data_file, json.dumps(fingerprints, indent=1))
+        replace_file(self.path / "versions.txt", _versions())
         if self.metrics.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
-        """Of the run after ``step``, whole or not at all."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        partial = self.weights.with_suffix(".partial")
-        try:
-            save_file(weights, partial, {"step": str(step)})
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.rename(self.weights)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            again = "the checkpoint is whole: the same command writes it again"
-            raise UserError(f"{self.weights}: could not be written: {error}; {again}") from None
-
-    def evaluation(self, name: str) -> Path:
-        """The file with what ``longspan eval NAME`` found."""
-        return self.path / "eval" / f"{name}.json"
-
-    def require_evaluation(self, name: str) -> None:
-        """Refuse what :meth:`write_evaluation` could not write."""
-        file = self.evaluation(name)
-        if not os.access(file.parent if file.parent.exists() else self.path, os.W_OK | os.X_OK):
-            raise UserError(f"{file}: cannot be written")
-
-    def require_weights(self) -> None:
-        """Refuse a run that has none."""
-        if not self.weights.is_file():
-            raise UserError(f"{self.path}: has no weights.safetensors; the run has not finished")
-
-    def weights_recipe(self) -> Recipe:
-        """Of the stage that the weights are of, which is not the last where a run was lengthened and stopped."""
-        return self.recipe.at(max(0, (self.weights_step() or self.recipe.training.steps) - 1))
-
-    def write_evaluation(self, name: str, report: dict) -> None:
-        """What the model of this run's weights was found to do."""
-        file = self.evaluation(name)
-        file.parent.mkdir(exist_ok=True)
-        replace_file(
-            file,
-            json.dumps({"step": self.weights_step(), **report}, indent=1, allow_nan=False) + "\n",
-        )
-
-    def weights_step(self) -> int | None:
-        """The step that the weights are of; None where there are none."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.weights, "pt") as file:
-                return int(file.metadata()["step"])
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError):
-            return None
-
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe of a run that exists."""
+        """The recipe of a run that exists.
+
+        Raises:
+            UserError: there is no run, or its recipe cannot be read.
+        """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path}: not the folder of a run (it has no recipe.yaml)")
         return load_recipe(str(self.recipe_file))
 
     def read_metrics(self) -> list[dict]:
-        """The records of metrics.jsonl, but for lines that a full disk or a killed run cut short."""
+        """Return the records of ``metrics.jsonl``.
+
+        Lines that a full disk or a killed run cut short are left out.
+
+        Raises:
+            UserError: there are none.
+        """
         if not self.metrics.is_file():
             raise UserError(f"{self.metrics}: no such file; the run has logged nothing yet")
         records = []
@@ -228,36 +171,59 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
+    def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
+        """Write the run's weights after ``step``; see :func:`.weights_file.write_weights`."""
+        write_weights(self.weights, weights, step)
 
-def _learned_from(recipe: Recipe, done: int) -> dict:
-    """What of a recipe must stay as it is in a run that has done so many steps."""
-    moe, content = recipe.model.moe, recipe.model_dump(mode="json")
-    balanced = (
-        moe is not None and moe.router_aux_loss_coef > 0
-    )  # over the sequences of a microbatch
-    for key in _MAY_CHANGE:
-        if key != "training.micro_batch_size" or not balanced:
-            *sections, name = key.split(".")
-            reduce(dict.__getitem__, sections, content).pop(name)
-    content["stages"] = [stage for stage in content["stages"] if stage["from_step"] < done]
-    return content
+    def weights_step(self) -> int | None:
+        """Return the step that the run's weights are of, or None if it has none."""
+        return weights_step(self.weights)
+
+    def require_weights(self) -> None:
+        """Raise UserError if the run has no weights."""
+        if not self.weights.is_file():
+            raise UserError(f"{self.path}: has no weights.safetensors; the run has not finished")
+
+    def weights_recipe(self) -> Recipe:
+        """Return the recipe of the stage that the weights are of.
+
+        That is not the last stage if the run was given more steps and then stopped.
+        """
+        step = self.weights_step() or self.recipe.training.steps
+        return self.recipe.at_step(max(0, step - 1))
+
+    def evaluation(self, name: str) -> Path:
+        """Return the path of the report of ``longspan eval NAME``."""
+        return self.path / "eval" / f"{name}.json"
+
+    def require_evaluation(self, name: str) -> None:
+        """Raise UserError if :meth:`write_evaluation` could not write."""
+        file = self.evaluation(name)
+        folder = file.parent if file.parent.exists() else self.path
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{file}: cannot be written")
+
+    def write_evaluation(self, name: str, report: dict) -> None:
+        """Write what an evaluation of the run's weights found."""
+        file = self.evaluation(name)
+        file.parent.mkdir(exist_ok=True)
+        content = {"step": self.weights_step(), **report}
+        replace_file(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def _require_writable(self) -> None:
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(
+                f"run_dir: {self.path} cannot be made or written; choose another run_dir"
+            )
 
 
-def _differences(old: object, new: object, key: str = "") -> Iterator[tuple[str, object, object]]:
-    """(dotted key, old, new) of all that differs between two nested mappings."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in dict.fromkeys([*old, *new]):
-            yield from _differences(old.get(name), new.get(name), f"{key}.{name}".removeprefix("."))
-    elif old != new:
-        yield key, old, new
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole: a run that is killed here leaves the old one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+def _versions() -> str:
+    """Return the contents of ``versions.txt``: what is installed, where, and the command."""
+    packages = ("longspan", "torch", "megatron-core", "deepspeed", "numpy", "python")
+    lines = [
+        f"{package} {version_of(package) or '(not installed as a package)'}" for package in packages
+    ]
+    lines.append(f"platform {platform.platform()}")
+    lines.append(f"command {' '.join(sys.argv)}")
+    return "\n".join(lines) + "\n"

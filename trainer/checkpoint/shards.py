@@ -1,8 +1,9 @@
 """Parts of whole tensors, as torch's distributed checkpoint (DCP) saves and loads them.
 
-A rank holds boxes of a tensor anywhere in it: its tensor-parallel slice, and of that the flat range that a distributed
-optimizer gave it. DCP writes every box once and, when loading, copies from the saved boxes whatever overlaps those asked for,
-so a checkpoint knows nothing of the ranks that wrote it.
+A rank holds boxes of a tensor anywhere in it: its tensor-parallel slice, and of that the flat range
+that a distributed optimizer gave it. DCP writes every box once and, when loading, copies from the
+saved boxes whatever overlaps those asked for, so a checkpoint knows nothing of the ranks that wrote
+it.
 """
 
 from collections.abc import Iterator
@@ -17,43 +18,45 @@ from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     TensorProperties,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 
 class Box(NamedTuple):
-    """``data`` stands at ``offsets`` of the whole tensor."""
+    """A rectangular part of a whole tensor."""
 
     offsets: tuple[int, ...]
+    """Where ``data`` begins in the whole, along every dim."""
     data: Tensor
 
 
 @dataclass(frozen=True)
 class Shards:
-    """This rank's boxes of a whole tensor.
-
-    ``owner`` is False where another rank saves the same boxes: they are then only loaded.
-    """
+    """This rank's boxes of a whole tensor."""
 
     shape: torch.Size
+    """Shape of the whole tensor."""
     boxes: list[Box]
     owner: bool = True
+    """False if another rank saves the same boxes: here they are only loaded."""
 
     @classmethod
     def whole(cls, data: Tensor, owner: bool = True) -> "Shards":
+        """Return a tensor that this rank has whole."""
         return cls(data.shape, [Box((0,) * data.ndim, data)], owner)
 
     def snapshot(self) -> "Shards":
-        """A copy on the CPU of what this rank saves, which further training does not touch."""
+        """Return a copy on the CPU of what this rank saves, out of reach of further training."""
         boxes = self.boxes if self.owner else []
         return Shards(
-            self.shape, [Box(at, data.detach().to("cpu", copy=True)) for at, data in boxes]
+            self.shape,
+            [Box(offsets, data.detach().to("cpu", copy=True)) for offsets, data in boxes],
         )
 
-    def __create_write_items__(
-        self, name: str, _: object
-    ) -> list[WriteItem]:  # what DCP asks of what it saves
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        """Return what DCP is to save; DCP calls this by its name."""
         return [
             WriteItem(
                 index=MetadataIndex(name, torch.Size(offsets)),
@@ -66,7 +69,10 @@ class Shards:
         ]
 
     def box(self, index: MetadataIndex) -> Tensor:
-        return next(data.detach() for offsets, data in self.boxes if offsets == tuple(index.offset))
+        """Return the data of the box at the index's offsets."""
+        assert index.offset is not None, "every box is saved and loaded by its offsets"
+        wanted = tuple(index.offset)
+        return next(data.detach() for offsets, data in self.boxes if offsets == wanted)
 
 
 def flat_range_boxes(
@@ -78,49 +84,73 @@ def flat_range_boxes(
     rank: int,
     ranks: int,
 ) -> tuple[torch.Size, list[Box]]:
-    """Where a flat range of a rank's slice of a tensor lies in the whole.
+    """Return where a flat range of a rank's slice of a tensor lies in the whole.
 
     Args:
         flat: the elements ``start, start + 1, ...`` of the slice, laid out row by row.
         shape: of the slice, a vector or a matrix.
-        split_dim: along which the whole is split over ``ranks``, of which this is ``rank``; None where it is not.
-        stride: how many matrices stand one above the other in the whole, each split on its own ([gate; up] is 2).
+        split_dim: the dim along which the whole is split over ``ranks``, of which this is ``rank``;
+            None if it is not split.
+        stride: how many matrices stand one above the other in the whole, each split on its own
+            ([gate; up] is 2).
 
     Returns:
         The whole tensor's shape, and views of ``flat``.
 
     Raises:
-        ValueError: for a tensor of more dims.
+        ValueError: the tensor has more dims.
     """
     if len(shape) > 2:
         raise ValueError(f"a parameter must be a vector or a matrix, got shape {tuple(shape)}")
-    whole = [size * ranks if dim == split_dim else size for dim, size in enumerate(shape)]
-    slab = shape[0] // (stride if split_dim == 0 else 1)
-    boxes, at = [], 0
-    for row, column, rows, columns in _rectangles(
-        start, start + flat.numel(), shape[1] if len(shape) > 1 else 1, slab
-    ):
-        offsets = (row + (row // slab * (ranks - 1) + rank) * slab if split_dim == 0 else row,)
-        size = (rows,)
-        if len(shape) > 1:
-            offsets, size = (*offsets, column + rank * shape[1] * (split_dim == 1)), (rows, columns)
-        boxes.append(Box(offsets, flat[at : at + rows * columns].view(size)))
-        at += rows * columns
-    return torch.Size(whole), boxes
+    whole_shape = [size * ranks if dim == split_dim else size for dim, size in enumerate(shape)]
+    is_matrix = len(shape) == 2
+    num_columns = shape[1] if is_matrix else 1
+    # A slab is this rank's rows of one of the stacked matrices. In the whole, the slabs of all
+    # ranks of one matrix come before those of the next.
+    slab_rows = shape[0] // (stride if split_dim == 0 else 1)
+
+    boxes = []
+    position = 0
+    for rectangle in _rectangles(start, start + flat.numel(), num_columns, slab_rows):
+        row = rectangle.row
+        if split_dim == 0:
+            slab = rectangle.row // slab_rows
+            row += (slab * (ranks - 1) + rank) * slab_rows
+        column = rectangle.column
+        if split_dim == 1:
+            column += rank * num_columns
+
+        data = flat[position : position + rectangle.rows * rectangle.columns]
+        position += rectangle.rows * rectangle.columns
+        if is_matrix:
+            boxes.append(Box((row, column), data.view(rectangle.rows, rectangle.columns)))
+        else:
+            boxes.append(Box((row,), data.view(rectangle.rows)))
+    return torch.Size(whole_shape), boxes
 
 
-def _rectangles(
-    start: int, stop: int, columns: int, slab: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """(row, column, rows, columns) of the elements ``start:stop`` of a matrix, none across an edge between slabs of rows."""
+class _Rectangle(NamedTuple):
+    """Consecutive elements of a matrix that form a rectangle, from (row, column) on."""
+
+    row: int
+    column: int
+    rows: int
+    columns: int
+
+
+def _rectangles(start: int, stop: int, columns: int, slab_rows: int) -> Iterator[_Rectangle]:
+    """Yield the elements ``start:stop`` of a matrix as rectangles, each within a slab of rows."""
     while start < stop:
         row, column = divmod(start, columns)
         if column or stop - start < columns:
-            part = (row, column, 1, min(stop - start, columns - column))
+            # A part of a row: up to its end or the end of the range.
+            rectangle = _Rectangle(row, column, 1, min(stop - start, columns - column))
         else:
-            part = (row, 0, min((stop - start) // columns, slab - row % slab), columns)
-        yield part
-        start += part[2] * part[3]
+            # Whole rows, up to the end of the slab or of the range.
+            rows = min((stop - start) // columns, slab_rows - row % slab_rows)
+            rectangle = _Rectangle(row, 0, rows, columns)
+        yield rectangle
+        start += rectangle.rows * rectangle.columns
 
 
 def _chunk(offsets: tuple[int, ...], data: Tensor) -> ChunkStorageMetadata:
@@ -145,19 +175,28 @@ class LoadPlanner(DefaultLoadPlanner):
         state_dict: dict[str, Shards],
         metadata: Metadata | None = None,
         is_coordinator: bool = False,
-    ):
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+    ) -> None:
+        self.state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
-        saved, items = self.metadata.state_dict_metadata, []
+        """Return what this rank reads.
+
+        Raises:
+            ValueError: a tensor is missing in the checkpoint, or has another shape.
+        """
+        assert self.metadata is not None, "DCP sets up a planner with the checkpoint's metadata"
+        items = []
         for name, shards in self.state_dict.items():
-            if name not in saved or saved[name].size != shards.shape:
-                found = tuple(saved[name].size) if name in saved else "nothing"
-                raise ValueError(
-                    f"{name} is {tuple(shards.shape)} in the model, and {found} in the checkpoint"
-                )
+            saved = self.metadata.state_dict_metadata.get(name)
+            in_model = f"{name} is {tuple(shards.shape)} in the model"
+            if not isinstance(saved, TensorStorageMetadata):
+                raise ValueError(f"{in_model}, and nothing in the checkpoint")
+            if saved.size != shards.shape:
+                raise ValueError(f"{in_model}, and {tuple(saved.size)} in the checkpoint")
             chunks = [_chunk(offsets, data) for offsets, data in shards.boxes]
-            items += create_read_items_for_chunk_list(name, saved[name], chunks)
+            items += create_read_items_for_chunk_list(name, saved, chunks)
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

@@ -1,6 +1,7 @@
-"""This rank's part of a Megatron-core model, among Megatron's process groups: what all engines begin with."""
+"""What both engines begin with: this rank's part of a Megatron-core model and its groups."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,52 +13,60 @@ from torch import Tensor
 from ...parallel import Sequence
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
+from ..layers.mixer import Mixer
 from ..model import weights
 from ..model.cpu import megatron_on_cpu
 from ..model.model import build_model, expert_tensor_parallel
 from ..model.moe import BalancedRouter
 from ..predict.flops import parameter_count
 from ..recipe.schema import Recipe
+from .engine import Engine
 from .engine_state import EngineState
 
 
-class EngineBase:
-    """Base of the engines (:class:`~longspan.trainer.engines.engine.Engine`). One per process: Megatron's groups are global."""
+class EngineBase(Engine):
+    """Base of the engines. One per process, because Megatron's groups are global.
+
+    An engine adds its optimizer, ``_state``, and the methods ``step``, ``evaluate``, ``gradients``
+    and ``weights``.
+    """
 
     _state: EngineState
-    """Of the engine's optimizer."""
+    """The fp32 weights and Adam's moments that the engine's optimizer keeps on this rank."""
 
     def __init__(self, recipe: Recipe, vocab_size: int):
+        parallel = recipe.parallel
         self.recipe = recipe
         self.resources = contextlib.ExitStack()
+        """What :meth:`close` gives back, the last first."""
         self.resources.enter_context(megatron_on_cpu())
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=recipe.parallel.tp,
-            pipeline_model_parallel_size=recipe.parallel.pp,
-            context_parallel_size=recipe.parallel.cp,
-            expert_model_parallel_size=recipe.parallel.ep,
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=expert_tensor_parallel(recipe),
         )
         self.resources.callback(parallel_state.destroy_model_parallel)
         model_parallel_cuda_manual_seed(recipe.training.seed)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-        degrees = recipe.parallel
-        self.ranks = f"{self.device.type} dp {recipe.data_parallel} cp {degrees.cp} pp {degrees.pp} tp {degrees.tp}"
+
+        self.device = _device()
+        self.dtype = _dtype(recipe)
         self.num_parameters = parameter_count(recipe.model, vocab_size)
-        self.share = BatchShard(
+        self.rank_layout = (
+            f"{self.device.type} dp {recipe.data_parallel} cp {parallel.cp} "
+            f"pp {parallel.pp} tp {parallel.tp}"
+        )
+        self.batch_shard = BatchShard(
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             parallel_state.get_context_parallel_rank(),
         )
-        self.dtype = _dtype(recipe)
-        self.model = build_model(recipe, vocab_size, self.dtype)
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        """The ranks that have the same weights and other tokens."""
-        weights.initialise(
+        """The ranks with the same weights and other tokens, of other sequences or of the same."""
+
+        self.model = build_model(recipe, vocab_size, self.dtype)
+        weights.initialize(
             self.model,
             recipe.training.seed,
             recipe.model.initializer_range,
@@ -67,22 +76,22 @@ class EngineBase:
     def begin_stage(self, recipe: Recipe) -> None:
         self.recipe = recipe
         for module in self.model.modules():
-            if hasattr(module, "rope_theta"):
+            if isinstance(module, Mixer):
                 module.rope_theta = recipe.model.rope_theta
 
     def state(self) -> dict[str, Shards]:
         return self._state.shards()
 
-    def restored(self, state: dict[str, Shards]) -> None:
-        self._state.restored(state)
+    def load_state(self, state: dict[str, Shards]) -> None:
+        self._state.load(state)
 
-    def load_weights(self, whole: dict[str, Tensor]) -> None:
-        self._state.load_weights(whole)
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        self._state.load_weights(weights)
 
-    def summed(
+    def sum_over_ranks(
         self, *numbers: Tensor | float, group: dist.ProcessGroup | None = None
     ) -> list[float]:
-        """Over the ranks of :attr:`data_group` or another."""
+        """Sum each number in fp64 over the ranks of :attr:`data_group` or of another group."""
         totals = torch.stack(
             [torch.as_tensor(number, device=self.device).double() for number in numbers]
         )
@@ -90,8 +99,11 @@ class EngineBase:
         return totals.tolist()
 
     def balance_loss(self) -> float | None:
-        """Over all ranks, layers and microbatches since the last call; None where experts are not balanced by a loss."""
-        moe, degrees = self.recipe.model.moe, self.recipe.parallel
+        """Return the mean balance loss of all ranks, layers and microbatches since the last call.
+
+        None if experts are not balanced by a loss.
+        """
+        moe = self.recipe.model.moe
         if moe is None or not moe.router_aux_loss_coef:
             return None
         losses = [
@@ -99,33 +111,38 @@ class EngineBase:
             for module in self.model.modules()
             if isinstance(module, BalancedRouter)
         ]
-        loss, routers = self.summed(sum(losses), len(losses), group=dist.group.WORLD)
-        return loss / routers * degrees.cp * degrees.tp  # whose ranks have a part each
+        loss, num_routers = self.sum_over_ranks(sum(losses), len(losses), group=dist.group.WORLD)
+        # Context- and tensor-parallel ranks have a part of each loss.
+        return loss / num_routers * self.recipe.parallel.cp * self.recipe.parallel.tp
 
     def logits(self, tokens: Tensor) -> Tensor:
-        return self._output(tokens)[:, : tokens.shape[1], : self.model.real_vocab_size].float()
+        logits = self._output(tokens)
+        return logits[:, : tokens.shape[1], : self.model.real_vocab_size].float()
 
     def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        losses, likeliest = self._output(tokens, labels)
-        return losses[:, : tokens.shape[1]], likeliest[:, : tokens.shape[1]]
+        losses, is_likeliest = self._output(tokens, labels)
+        return losses[:, : tokens.shape[1]], is_likeliest[:, : tokens.shape[1]]
 
     @torch.no_grad()
-    def _output(
-        self, tokens: Tensor, labels: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Of the model, with sequences filled up to whole blocks. What lies behind a token does not change what it sees, except
-        in ``moba``, where all queries of a block choose together.
+    def _output(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+        """Return the model's output for sequences filled up to whole blocks.
+
+        Without labels that is the logits, with labels what :class:`HybridModel` computes of them.
+
+        What comes after a token does not change what the token sees, except in ``moba``, where all
+        queries of a block choose their keys together.
         """
-        more = -tokens.shape[1] % self.recipe.model.document_alignment
-        tokens, labels = (
-            each if each is None else F.pad(each, (0, more)) for each in (tokens, labels)
-        )
+        batch, length = tokens.shape
+        fill = -length % self.recipe.model.document_alignment
+        tokens = F.pad(tokens, (0, fill))
+        if labels is not None:
+            labels = F.pad(labels, (0, fill))
         return self.model(
             tokens,
             None,
             None,
             labels=labels,
-            packed_seq_params=Sequence.single(*tokens.shape, tokens.device),
+            packed_seq_params=Sequence.single(batch, length + fill, tokens.device),
         )
 
     def close(self) -> None:
@@ -133,7 +150,10 @@ class EngineBase:
 
 
 def forward(model: torch.nn.Module, batch: Microbatch) -> Tensor:
-    """Of this rank's labels; on a pipeline stage that is not the last, what the next one takes."""
+    """Run the model on this rank's tokens and return the sum of its token losses.
+
+    On a pipeline stage that is not the last, return what the next stage takes.
+    """
     return model(
         batch.tokens,
         None,
@@ -142,6 +162,12 @@ def forward(model: torch.nn.Module, batch: Microbatch) -> Tensor:
         loss_mask=batch.weights,
         packed_seq_params=batch.sequence,
     )
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

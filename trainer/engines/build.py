@@ -27,7 +27,7 @@ ENGINES: "dict[str, Callable[[], type[EngineBase]]]" = {
     "megatron": _megatron,
     "deepspeed": _deepspeed,
 }
-"""Every engine's class by its name in a recipe (``engine.name``), imported only when it is asked for."""
+"""The class of every engine by its name in a recipe (``engine.name``), imported when called."""
 
 
 def build_engine(recipe: Recipe, vocab_size: int | None = None) -> Engine:
@@ -36,7 +36,8 @@ def build_engine(recipe: Recipe, vocab_size: int | None = None) -> Engine:
     Needs the default process group; every rank calls it.
 
     Args:
-        vocab_size: number of token ids before padding; None to derive it from the recipe, which reads the tokenizer.
+        vocab_size: number of token ids before padding; None to derive it from the recipe, which
+            reads the tokenizer.
     """
     if vocab_size is None:
         vocab_size = recipe_vocab_size(recipe)

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine. Megatron-core is one; the model, data and loop know no more than this."""
+"""What the trainer asks of an engine: the data and the loop know no more about one than this."""
 
 from typing import NamedTuple, Protocol
 
@@ -11,7 +11,7 @@ from ..recipe.schema import Recipe
 
 
 class StepResult(NamedTuple):
-    """Over all ranks; the same on every rank."""
+    """What a step did, over all ranks; the same on every rank."""
 
     loss_sum: float
     """Sum of the token losses, in nats."""
@@ -22,71 +22,104 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Before clipping."""
     updated: bool = True
-    """False where the loss or the gradient norm was not finite: the model and its optimizer are as before, bit by bit."""
+    """False if the loss or the gradient norm was not finite.
+
+    The model and its optimizer are then as before, bit by bit.
+    """
     balance_loss: float | None = None
-    """Of the routers of experts, without its weight: 1 where all experts are used alike, up to experts / experts per token."""
+    """Balance loss of the experts' routers, without its weight: 1 if all experts are used alike, at
+    most experts / experts per token. None if experts are not balanced by a loss.
+    """
 
     @property
     def loss(self) -> float:
+        """Mean loss of a token, in nats."""
         return self.loss_sum / max(1, self.tokens)
 
 
+class EvaluationResult(NamedTuple):
+    """Losses of a batch, over all ranks; the same on every rank."""
+
+    loss_sum: float
+    """Sum of the token losses, in nats."""
+    tokens: int
+    """Labels that counted."""
+
+
 class Engine(Protocol):
-    """A model, its optimizer and how they are spread over the ranks."""
+    """A model, its optimizer and how they are spread over the ranks.
+
+    Every method but :meth:`close` is a collective of all ranks.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    """Of weights and activations."""
+    """The dtype of weights and activations."""
     num_parameters: int
-    """Of the whole model."""
-    ranks: str
-    """How they are arranged; random states fit no other arrangement."""
-    share: BatchShard
-    """Of a global batch, on this rank."""
+    """Number of parameters of the whole model."""
+    rank_layout: str
+    """How the ranks are arranged; random states fit no other arrangement."""
+    batch_shard: BatchShard
+    """This rank's part of a global batch."""
 
     def begin_stage(self, recipe: Recipe) -> None:
-        """Go on as this recipe says, which is that of a stage of the run."""
+        """Continue as this recipe says, which is that of a stage of the run."""
         ...
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
-        """One update, if all is finite; the loss is the mean over the global batch's labels, wherever they are."""
-        ...
+        """Make one update, if all is finite.
 
-    def state(self) -> dict[str, Shards]:
-        """All that a checkpoint keeps, by global name, to save from and to load into.
-
-        ``model.*`` and ``optimizer.*`` are for any number of ranks, ``rng.*`` only for as many as there are.
+        The loss is the mean over the labels of the global batch, on whatever ranks they are.
         """
         ...
 
-    def restored(self, state: dict[str, Shards]) -> None:
-        """Take over what has been loaded into :meth:`state`'s shards."""
+    def state(self) -> dict[str, Shards]:
+        """Return everything that a checkpoint keeps, by global name, to save from and to load into.
+
+        ``model.*`` and ``optimizer.*`` fit any number of ranks, ``rng.*`` only the
+        :attr:`rank_layout` that wrote them.
+        """
         ...
 
-    def evaluate(self, batch: Microbatch) -> tuple[float, int]:
-        """(sum of token losses, labels) over all ranks, without an update."""
+    def load_state(self, state: dict[str, Shards]) -> None:
+        """Take over what has been loaded into the shards of :meth:`state`."""
+        ...
+
+    def evaluate(self, batch: Microbatch) -> EvaluationResult:
+        """Return the losses of a batch, without an update."""
         ...
 
     def gradients(self, batches: list[Microbatch]) -> dict[str, Tensor] | None:
-        """Whole gradients of the mean loss by global name, on rank 0; nothing is updated."""
+        """Return the whole gradients of the mean loss by global name on rank 0, None on the others.
+
+        Nothing is updated.
+        """
         ...
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Whole weights by global name, on rank 0."""
+        """Return the whole weights by global name on rank 0, None on the others."""
         ...
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None: ...
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over whole weights by global name, all or some; every rank is given the same."""
+        ...
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """``[batch, time, vocab]`` for ``tokens`` ``[batch, time]``, one document a row; on a single model rank."""
+        """Return logits ``[batch, time, vocab]`` for tokens ``[batch, time]``, one document a row.
+
+        Needs a single model rank.
+        """
         ...
 
     def token_losses(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each of the ``labels`` ``[batch, time]`` the loss in nats, and whether it is the likeliest token; as ``logits``,
-        but with those of a tile of tokens alone in memory.
+        """Return the loss of each label in nats, and whether it is the likeliest token.
+
+        All tensors are ``[batch, time]``.
+
+        Like :meth:`logits`, but only the logits of one tile of tokens are in memory at a time.
         """
         ...
 
     def close(self) -> None:
-        """Give back what is the process's, so that another engine may follow."""
+        """Release what belongs to the process, so that another engine may follow."""
         ...

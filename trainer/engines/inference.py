@@ -12,7 +12,13 @@ from .engine import Engine
 
 
 def load_for_inference(folder: RunFolder) -> Engine:
-    """The run's model with its weights, whole in this process whatever it was trained on; needs a process group of one."""
+    """Return the run's model with its weights, whole in this process whatever it was trained on.
+
+    Needs a process group of one.
+
+    Raises:
+        UserError: the run has no weights, or their file is damaged.
+    """
     folder.require_weights()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -25,14 +31,17 @@ def load_for_inference(folder: RunFolder) -> Engine:
 
 
 def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:
-    """The recipe's model, whole in this process, with weights by global name; needs a process group of one."""
-    alone = {
+    """Return the recipe's model, whole in this process, with weights by global name.
+
+    Needs a process group of one.
+    """
+    one_process = {
         "parallel": ParallelConfig(),
         "engine": MegatronConfig(),
         "memory": MemoryConfig(),
         "launch": LaunchConfig(),
     }
-    engine = build_engine(recipe.model_copy(update=alone))
+    engine = build_engine(recipe.model_copy(update=one_process))
     engine.load_weights(weights)
     return engine
 
@@ -40,27 +49,31 @@ def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:
 def generate(
     folder: RunFolder, engine: Engine, prompt: str, tokens: int, temperature: float, seed: int
 ) -> str:
-    """``prompt`` and what the model goes on with: up to ``tokens`` tokens, or to the document's end.
+    """Return ``prompt`` and its continuation: up to ``tokens`` tokens, or to the document's end.
 
-    Each token is drawn from the softmax at ``temperature`` (0: the likeliest) after a full forward pass.
+    Each token is drawn from the softmax at ``temperature`` (0: the likeliest) after a full forward
+    pass.
     """
     tokenizer = recipe_tokenizer(folder.recipe)
-    ids = list(tokenizer.encode(prompt.encode()))
+    token_ids = list(tokenizer.encode(prompt.encode()))
     if temperature < 0:
         raise UserError(f"--temperature: must not be negative, got {temperature}")
-    if not ids:
-        raise UserError("--prompt: is empty; the model needs something to go on from")
+    if not token_ids:
+        raise UserError("--prompt: is empty; the model needs something to continue")
+
     generator = torch.Generator().manual_seed(seed)
     for _ in range(tokens):
-        context = torch.tensor([ids], device=engine.device)
-        logits = engine.logits(context)[0, -1].cpu()
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = int(
-                torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            )
+        context = torch.tensor([token_ids], device=engine.device)  # [1, time]
+        logits = engine.logits(context)[0, -1].cpu()  # [vocab]
+        token = _draw(logits, temperature, generator)
         if token == tokenizer.end_of_document:
             break
-        ids.append(token)
-    return tokenizer.decode(ids)
+        token_ids.append(token)
+    return tokenizer.decode(token_ids)
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = (logits / temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))

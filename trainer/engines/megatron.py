@@ -1,6 +1,40 @@
-"""The engine on Megatron-core: DDP with its distributed optimizer, and tensor, pipeline and context parallelism.
+"""The engine on Megatron-core: DDP with its distributed optimizer, and all of its parallelism.
 
-Gloo on CPU, NCCL on GPUs.
+Tensor, pipeline, expert and context parallelism; gloo on CPU, NCCL on GPUs.
+
+Where gradients are summed: in Megatron's ``finalize_model_grads``, after the last microbatch's
+backward. DDP reduce-scatters them over the ranks that have other tokens
+(:attr:`EngineBase.data_group`; for experts, fewer); then what each tensor-parallel rank has a part
+of is summed over these, the tied embedding over the first and last pipeline stage, and all is
+divided by the number of labels on all ranks.
+
+**What Megatron-core 0.16.1 needs from us, and cannot be seen from the code that does it:**
+
+- The loss function of a forward step returns three values (sum, number of labels, record) because
+  ``calculate_per_token_loss=True``: only then do unequal numbers of labels on the ranks weigh what
+  they should.
+- Norms of queries and keys are called ``q_layernorm`` and ``k_layernorm``: ``finalize_model_grads``
+  sums their gradients over tensor-parallel ranks because of these *names* (and of
+  ``config.qk_layernorm``). The DeepSpeed engine, which has no such function, tests the same names.
+- A parameter of which each tensor-parallel rank has only its tokens' part of the gradient carries
+  the attribute ``sequence_parallel`` (our ``RMSNorm`` sets it); one that is split carries
+  ``tensor_model_parallel``, ``partition_dim`` and ``partition_stride``; one that belongs to an
+  expert carries ``allreduce = False``.
+- First values that are not those of every matrix or vector are an attribute ``initial`` of the
+  parameter, which ``trainer/model/weights.py`` asks for: Megatron builds modules and would
+  initialize them depending on the ranks.
+- Documents and positions reach the mixers as ``packed_seq_params``, the only argument that Megatron
+  hands through to layers untouched, under pipeline parallelism and full recomputation too.
+- ``rope_theta`` of a mixer changes with a stage of the run: :meth:`EngineBase.begin_stage` finds
+  the mixers and sets it, because the modules in between are Megatron's.
+- ``moe_utils.te_general_gemm`` must exist without Transformer Engine (``trainer/model/moe.py``),
+  ``torch.cuda`` must answer on a CPU (``trainer/model/cpu.py``).
+- Its config keeps functions of the DDP and the optimizer: :meth:`MegatronEngine.close` takes them
+  out, or weights stay in memory.
+- Its optimizer keeps the learning rate of its config, and no multiplier of weight decay, unless a
+  scheduler writes them into the parameter groups: :meth:`MegatronEngine.step` does.
+- Its own checkpoints cannot resume its distributed optimizer without Apex or Transformer Engine:
+  :mod:`.megatron_state` reads the optimizer's ranges instead.
 """
 
 import math
@@ -13,7 +47,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -23,84 +57,62 @@ from ..data.batches import Microbatch
 from ..model import weights
 from ..recipe.schema import Recipe
 from .base import EngineBase, forward
-from .engine import StepResult
+from .engine import EvaluationResult, StepResult
 from .megatron_state import MegatronState
 
 
 class MegatronEngine(EngineBase):
     """See :class:`~longspan.trainer.engines.engine.Engine`."""
 
+    _state: MegatronState
+
     def __init__(self, recipe: Recipe, vocab_size: int):
         super().__init__(recipe, vocab_size)
         config = self.model.config
-        inner = Float16Module(config, self.model) if config.bf16 else self.model
         self._ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-            inner,
+            Float16Module(config, self.model) if config.bf16 else self.model,
         )
-        for buckets in self._ddp.bucket_groups + self._ddp.expert_parallel_bucket_groups:
-            if (
-                buckets.intra_distributed_optimizer_instance_size == 1
-            ):  # gloo would copy all through new memory, each step
-                buckets.start_grad_sync = buckets.start_param_sync = _nothing_to_share
-        config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = self._ddp.no_sync
-        chosen = recipe.optimizer
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=chosen.lr,
-                weight_decay=chosen.weight_decay,
-                adam_beta1=chosen.betas[0],
-                adam_beta2=chosen.betas[1],
-                adam_eps=chosen.eps,
-                bf16=config.bf16,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=True,
-            ),
-            [self._ddp],
-        )
-        config.grad_scale_func = self._optimizer.scale_loss
+        _skip_collectives_of_one_rank(self._ddp)
+        self._optimizer = self._build_optimizer()
         self._state = MegatronState(self.model, self._ddp, self._optimizer)
         for optimizer in self._state.optimizers:
             for group in optimizer.optimizer.param_groups:
-                group["fused"] = True  # which Megatron does not ask of torch's AdamW
-        self._forward_backward = get_forward_backward_func()
+                group["fused"] = True  # Megatron does not ask torch's AdamW for its fused kernel
+
+        # Megatron's schedules look for these functions in the config.
+        config.finalize_model_grads_func = finalize_model_grads
+        config.no_sync_func = self._ddp.no_sync
+        config.grad_scale_func = self._optimizer.scale_loss
+        self._schedule = get_forward_backward_func()
 
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss_sum, tokens, padding = self._run(batches)
+        loss_sum, tokens, padding = self._forward_backward(batches)
+
         self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
-        updated = math.isfinite(loss_sum) and math.isfinite(grad_norm)  # of all ranks: they agree
+        # Both are those of all ranks, so the ranks agree.
+        updated = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         result = StepResult(loss_sum, tokens, padding, grad_norm, updated, self.balance_loss())
-        if not updated:
-            return result
-        for group in (
-            self._optimizer.param_groups
-        ):  # Megatron's scheduler, not its optimizer, applies the multipliers
-            group["lr"] = lr
-            group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
-        if most := self.recipe.training.max_grad_norm:
-            for optimizer in self._state.optimizers:
-                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), most, grad_norm)
-        self._optimizer.step_with_ready_grads()
+        if updated:
+            self._update(lr, grad_norm)
         return result
 
-    def evaluate(self, batch: Microbatch) -> tuple[float, int]:
+    def evaluate(self, batch: Microbatch) -> EvaluationResult:
         self._ddp.eval()
         with torch.no_grad():
-            loss_sum, tokens, _ = self._run([batch], forward_only=True)
+            loss_sum, tokens, _ = self._forward_backward([batch], forward_only=True)
         self._ddp.train()
-        return loss_sum, tokens
+        return EvaluationResult(loss_sum, tokens)
 
     def gradients(self, batches: list[Microbatch]) -> dict[str, Tensor] | None:
         self._ddp.zero_grad_buffer()
         # All-reduced rather than reduce-scattered, so that each rank has its gradients whole.
-        self._run(batches, force_all_reduce=True)
-        gradients = weights.gather(self.model, lambda parameter: parameter.main_grad)
+        self._forward_backward(batches, force_all_reduce=True)
+        gradients = weights.gather(self.model, _main_grad)
         self._ddp.zero_grad_buffer()
         return gradients
 
@@ -108,49 +120,111 @@ class MegatronEngine(EngineBase):
         return weights.gather(self.model)
 
     def close(self) -> None:
-        # Megatron keeps configs, and with them would stay all weights, and the threads of all process groups.
+        # Megatron keeps configs, and these functions would keep all weights, and the threads of all
+        # process groups.
         config = self.model.config
-        config.finalize_model_grads_func = config.no_sync_func = config.grad_scale_func = None
+        config.finalize_model_grads_func = None
+        config.no_sync_func = None
+        config.grad_scale_func = None
         super().close()
 
-    def _run(self, batches: list[Microbatch], **options) -> tuple[float, int, int]:
-        """Forward (and backward) over the microbatches; (sum of token losses, labels, padding) over all ranks."""
-        outputs = self._forward_backward(
+    def _build_optimizer(self) -> MegatronOptimizer:
+        optimizer = self.recipe.optimizer
+        return get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.lr,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.betas[0],
+                adam_beta2=optimizer.betas[1],
+                adam_eps=optimizer.eps,
+                bf16=self.model.config.bf16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=True,
+            ),
+            [self._ddp],
+        )
+
+    def _update(self, lr: float, grad_norm: float) -> None:
+        """Clip the gradients, which are ready, and update the weights."""
+        # Megatron's scheduler, not its optimizer, applies the multipliers of weight decay.
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = self.recipe.optimizer.weight_decay * group["wd_mult"]
+        max_grad_norm = self.recipe.training.max_grad_norm
+        if max_grad_norm:
+            for optimizer in self._state.optimizers:
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), max_grad_norm, grad_norm)
+        self._optimizer.step_with_ready_grads()
+
+    def _forward_backward(
+        self, batches: list[Microbatch], forward_only: bool = False, **options
+    ) -> tuple[float, int, int]:
+        """Run Megatron's schedule over the microbatches.
+
+        Args:
+            options: of Megatron's schedule.
+
+        Returns:
+            Sum of token losses, labels, and padding, over all ranks.
+        """
+        records = self._schedule(
             forward_step_func=_forward_step,
             data_iterator=iter(batches),
             model=[self._ddp],
             num_microbatches=len(batches),
             seq_length=batches[0].sequence.layout.length,
             micro_batch_size=len(batches[0].tokens),
-            **{"forward_only": False, **options},
+            forward_only=forward_only,
+            **options,
         )
-        # Only the last pipeline stage has any.
-        loss_sum, tokens, padding = (
-            self.summed(*torch.stack(outputs).sum(0)) if outputs else self.summed(0, 0, 0)
-        )
+        # Only the last pipeline stage has records, [3] for each microbatch; it tells the others.
+        totals = torch.stack(records).sum(0) if records else (0, 0, 0)
+        loss_sum, tokens, padding = self.sum_over_ranks(*totals)
         if self.recipe.parallel.pp > 1:
-            totals = torch.tensor(
+            numbers = torch.tensor(
                 [loss_sum, tokens, padding], dtype=torch.float64, device=self.device
             )
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(
-                totals, src=last, group=parallel_state.get_pipeline_model_parallel_group()
+                numbers,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
             )
-            loss_sum, tokens, padding = totals.tolist()
+            loss_sum, tokens, padding = numbers.tolist()
         return loss_sum, int(tokens), int(padding)
 
 
-def _nothing_to_share(**options) -> None:
-    """In place of a collective of one rank."""
+def _skip_collectives_of_one_rank(ddp: DistributedDataParallel) -> None:
+    """Let buckets of a group of one rank start no collectives.
+
+    Gloo would copy them through new memory at each step.
+    """
+    for buckets in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
+        if buckets.intra_distributed_optimizer_instance_size == 1:
+            buckets.start_grad_sync = _no_collective
+            buckets.start_param_sync = _no_collective
+
+
+def _no_collective(**options) -> None:
+    """Do nothing, in place of a collective of one rank."""
 
 
 def _forward_step(batches, model):
-    """Megatron's forward step: the output, and the function that makes (loss sum, labels, record) of it."""
+    """Return the output of a microbatch, and the function that makes Megatron's three values of it.
+
+    Those are the loss sum, the number of labels and a record, ``[3]``.
+    """
     batch: Microbatch = next(batches)
 
     def loss(loss_sum: Tensor):
         tokens = batch.weights.sum()
         padding = torch.full_like(loss_sum, batch.padding)
-        return loss_sum, tokens.int(), torch.stack([loss_sum.detach(), tokens, padding]).double()
+        record = torch.stack([loss_sum.detach(), tokens, padding]).double()
+        return loss_sum, tokens.int(), record
 
     return forward(model, batch), loss
+
+
+def _main_grad(parameter) -> Tensor:
+    """Return the gradient that DDP keeps beside a parameter, in fp32."""
+    return parameter.main_grad

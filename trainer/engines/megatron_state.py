@@ -1,5 +1,7 @@
-"""The state of the Megatron engine. (Megatron-core 0.16.1's own checkpoints cannot resume its distributed optimizer without
-Apex or Transformer Engine.)
+"""The state of the Megatron engine.
+
+Megatron-core 0.16.1's own checkpoints cannot resume its distributed optimizer without Apex or
+Transformer Engine.
 """
 
 import torch
@@ -8,37 +10,43 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.nn import Parameter
 
-from .engine_state import MOMENTS, EngineState, Part, fresh
+from .engine_state import MOMENTS, EngineState, ParameterPart, init_adam_state
 
 
 class MegatronState(EngineState):
-    """Of the distributed optimizer: each data- and context-parallel rank has a range of every parameter, or nothing of it."""
+    """The state of Megatron's distributed optimizer.
+
+    Each data- and context-parallel rank has a range of every parameter, or nothing.
+    """
 
     def __init__(self, model: GPTModel, ddp: DistributedDataParallel, optimizer: MegatronOptimizer):
         super().__init__(model)
         self._ddp = ddp
         self.optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
-        """One, or two where experts have their own."""
-        for each in self.optimizers:
-            if not isinstance(each.optimizer, torch.optim.AdamW):
-                kind = f"{type(each.optimizer).__module__}.{type(each.optimizer).__name__}"
+        """One, or two if experts have their own."""
+        for chained in self.optimizers:
+            adam = chained.optimizer
+            if not isinstance(adam, torch.optim.AdamW):
+                kind = f"{type(adam).__module__}.{type(adam).__name__}"
                 raise RuntimeError(
-                    f"Megatron chose {kind}, whose state is not known here: remove Transformer Engine and Apex"
+                    f"Megatron chose {kind}, whose state is not known here: "
+                    "remove Transformer Engine and Apex"
                 )
 
-    def part(self, parameter: Parameter) -> Part | None:
+    def part(self, parameter: Parameter) -> ParameterPart | None:
         for optimizer in self.optimizers:
-            if parameter in optimizer.model_param_group_index_map:
-                start = optimizer._get_model_param_range_map(parameter)["param"].start
-                group, place = optimizer.model_param_group_index_map[parameter]
-                main = optimizer.optimizer.param_groups[group]["params"][place]
-                state = fresh(
-                    optimizer.optimizer.state[main], main, torch.zeros((), device=main.device)
-                )
-                return Part(start, main.detach(), {key: state[key] for key in MOMENTS})
+            if parameter not in optimizer.model_param_group_index_map:
+                continue
+            start = optimizer._get_model_param_range_map(parameter)["param"].start
+            group, index = optimizer.model_param_group_index_map[parameter]
+            adam = optimizer.optimizer
+            main = adam.param_groups[group]["params"][index]
+            step = torch.zeros((), device=main.device)
+            state = init_adam_state(adam.state[main], main, step)
+            return ParameterPart(start, main.detach(), {key: state[key] for key in MOMENTS})
         return None
 
-    def states(self) -> list[dict]:
+    def optimizer_states(self) -> list[dict]:
         return [
             state
             for optimizer in self.optimizers
@@ -46,7 +54,7 @@ class MegatronState(EngineState):
             if state
         ]
 
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         for optimizer in self.optimizers:
             optimizer._copy_main_params_to_model_params()
         self._ddp.start_param_sync()

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...attention.patterns import ClosedFormPattern
 from ...parallel import Sequence
-from ..data.batches import Microbatch, recipe_layout
+from ..data.batches import Microbatch
 from ..engines.megatron import MegatronEngine
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
-from ..recipe.layers.softmax import SoftmaxBlock
+from ..errors import UserError
+from ..predict.communication import recipe_layout
+from ..recipe.check import check_recipe
 from ..recipe.schema import Recipe
 
 VOCABULARY = 256
@@ -29,14 +29,8 @@ def shrink(recipe: Recipe, cp: int) -> Recipe:
     """The same layers, heads and patterns with fewer channels, over as few tokens as show the patterns' structure."""
     content = recipe.model_dump(mode="json")
     model, training = content["model"], content["training"]
-    length, heads = _LEAST, recipe.model.kv_heads
-    for block in recipe.model.stack:
-        pattern = block.attention_pattern(heads) if isinstance(block, SoftmaxBlock) else None
-        if isinstance(pattern, ClosedFormPattern):
-            rules = [rule for head in range(heads) for rule in pattern.rules(head)]
-            length = max(
-                [length, *(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)]
-            )
+    telling = [block.telling_length(recipe.model.kv_heads) for block in recipe.model.stack]
+    length = max([_LEAST, *telling])
     unit = 4 * cp * recipe.model.document_alignment
     training |= {
         "seq_length": -(-length // unit) * unit,
@@ -58,12 +52,13 @@ def shrink(recipe: Recipe, cp: int) -> Recipe:
     for hidden in sizes:
         for dim in dims:
             try:
-                return Recipe.model_validate(
-                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}}
+                return check_recipe(
+                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}},
+                    "verify",
                 )
-            except ValueError:  # the last sizes are the recipe's own
+            except UserError:  # the last sizes are the recipe's own
                 continue
-    return Recipe.model_validate(content)
+    return check_recipe(content, "verify")
 
 
 def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -87,7 +82,7 @@ def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
 def documents_of(recipe: Recipe) -> Tensor:
     """Ids int32 ``[1, time]``: a document that ends where a rank's part does, one inside a part, and one over all others."""
     length, align = recipe.training.seq_length, recipe.model.document_alignment
-    edge = recipe_layout(recipe).in_order[0][1]
+    edge = recipe_layout(recipe).segments_in_order[0].stop
     starts = edge, edge + align
     ids = np.zeros((1, length), np.int32)
     for start in starts:
@@ -113,7 +108,7 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
     )
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
-        layout, rank = recipe_layout(recipe), engine.share.context_rank
+        layout, rank = recipe_layout(recipe), engine.batch_shard.context_rank
 
         def batch(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
@@ -142,7 +137,7 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
 
 def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
     """Positions to replace: documents' first and last tokens, either side of the edges between ranks, some in between."""
-    edges = [start for start, *_ in recipe_layout(recipe).in_order][1:]
+    edges = [segment.start for segment in recipe_layout(recipe).segments_in_order][1:]
     begins = (documents[0].diff() != 0).nonzero().flatten().tolist()
     length = documents.shape[1]
     wanted = {
@@ -159,28 +154,16 @@ def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
 
 def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
     """Which positions may see token ``probe``, and which surely do: bool ``[time]``."""
-    length, ids = documents.shape[1], documents[0]
-    at = torch.arange(length)
-    may = (ids == ids[probe]) & (at >= probe)
-    if len(recipe.model.stack) > 1:
-        return may, at == probe
-    (block,) = recipe.model.stack
-    pattern = (
-        block.attention_pattern(recipe.model.kv_heads) if isinstance(block, SoftmaxBlock) else None
-    )
-    if isinstance(block, ConvolutionBlock):
-        seen = may & (at < probe + block.conv_kernel)
-        return seen, seen
-    if isinstance(block, LinearAttentionBlock):  # what a state keeps fades
-        return may, may & (at <= probe + 1)
-    if not isinstance(pattern, ClosedFormPattern):  # chosen from the content
-        return may, at == probe
-    start = int((ids == ids[probe]).nonzero()[0])
-    seen = pattern.mask(
-        (at - start).clamp(min=0), torch.tensor([probe - start]), recipe.model.kv_heads
-    ).any(0)[:, 0]
-    seen = (seen & may) | (at == probe)
-    return seen, seen
+    ids = documents[0].numpy()
+    positions = np.arange(len(ids))
+    may = (ids == ids[probe]) & (positions >= probe)
+    must = positions == probe  # by the residual stream
+    if len(recipe.model.stack) == 1:
+        (block,) = recipe.model.stack
+        start = int((ids == ids[probe]).argmax())
+        visible = block.visibility(recipe.model, positions - start, probe - start)
+        may, must = may & visible.may, may & visible.must
+    return torch.from_numpy(may), torch.from_numpy(must)
 
 
 def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..recipe.layers.softmax import SoftmaxBlock
+from ..layers.softmax import SoftmaxBlock
 from .folder import listed, load_folder, loading
 from .native import ModelToExport
 from .source import SavedRun

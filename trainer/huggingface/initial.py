@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.tokenizer import recipe_vocab_size
 from ..errors import UserError
-from ..recipe.layers.linear import LightningBlock
+from ..layers.linear import LightningBlock
 from ..recipe.schema import InitialConfig, Recipe
 from .folder import Loaded, listed, load_folder
 from .native import NATIVES, ModelToExport, NativeTarget
@@ -193,7 +193,7 @@ def _parameters(loaded: Loaded, native: NativeTarget) -> "dict[str, Tensor]":
 
 
 def _require_same_decays(built: "nn.Module", native: NativeTarget, path: str) -> None:
-    from ..model.mixers.decay import FIXED
+    from ..layers.decay import FIXED
 
     for number, (block, layer) in enumerate(zip(native.stack, built.model.layers, strict=True)):
         slopes = getattr(getattr(layer, "self_attn", None), "slope_rate", None)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock, LinearDesign
-from ..recipe.layers.softmax import Block
+from ..layers.base import Block
+from ..layers.convolution import ConvolutionBlock
+from ..layers.linear import LinearAttentionBlock, LinearDesign
 from ..recipe.schema import ModelConfig, MoEConfig
 from .tensor_map import TensorMap, parts_of
 

@@ -9,8 +9,9 @@ from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from ...attention.patterns import Causal, Window
-from ..recipe.layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
-from ..recipe.layers.softmax import Block, SoftmaxBlock
+from ..layers.base import Block
+from ..layers.linear import GatedDeltaNetBlock, LightningBlock, LinearDesign, Mamba2Block
+from ..layers.softmax import SoftmaxBlock
 from ..recipe.schema import ModelConfig
 from . import naming
 from .tensor_map import TensorMap
@@ -336,7 +337,7 @@ class MiniMax(NativeTarget):
     def finish(self, built: "nn.Module") -> None:
         import torch
 
-        from ..model.mixers.decay import FIXED
+        from ..layers.decay import FIXED
 
         layers = self.model.num_hidden_layers
         for number, (block, layer) in enumerate(zip(self.stack, built.model.layers, strict=True)):

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...attention.patterns import ClosedFormPattern
 from ..errors import UserError
-from ..recipe.layers.linear import ConvolutionBlock, LinearAttentionBlock
-from ..recipe.layers.softmax import Block, SoftmaxBlock
+from ..layers.base import Block
+from ..layers.convolution import ConvolutionBlock
+from ..layers.linear import LinearAttentionBlock
+from ..layers.softmax import SoftmaxBlock
 from . import naming
 from .native import ModelToExport, native_target
 from .tensor_map import TensorMap
@@ -62,7 +64,7 @@ class CustomTarget:
         if isinstance(block, ConvolutionBlock):
             return {"kind": "convolution", "conv_kernel": block.conv_kernel}
         if isinstance(block, LinearAttentionBlock):
-            from ..model.mixers.decay import FIXED
+            from ..layers.decay import FIXED
 
             design = block.design(self.model, number)
             fixed = FIXED.get(design.decay)

@@ -1,118 +1,90 @@
-"""What a recipe's context parallelism comes to: whether its schedules can do its layers, and what they move. Without torch
-until it is reckoned.
-"""
+"""What a recipe's context parallelism moves: which rank holds which tokens, and the KV schedules."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from ...attention.patterns import Pattern, Selector
+from ...parallel import Layout
+from ...parallel.schedules.balance import balance
+from ...parallel.schedules.choose import choose_schedule, cost
 from ...parallel.schedules.names import Schedule, named, unsupported_reason
-from ..errors import suggest
-from ..recipe.layers.softmax import SoftmaxBlock
-
-if TYPE_CHECKING:
-    from ..recipe.schema import ModelConfig, ParallelConfig, Recipe
+from ..recipe.schema import Recipe
 
 
-def schedule_problems(
-    model: "ModelConfig", parallel: "ParallelConfig"
-) -> Iterator[tuple[str, str]]:
-    """(key, reason and fix) of every schedule that is no name, or cannot do the layers that it is for."""
-    blocks = model.layers.blocks
-    for name in parallel.schedules:
-        if name not in blocks:
-            yield (
-                f"parallel.schedules.{name}",
-                f"names no block{suggest(name, list(blocks))}; known: {', '.join(blocks)}",
-            )
-        elif not isinstance(blocks[name], SoftmaxBlock):
-            yield (
-                f"parallel.schedules.{name}",
-                f"is for softmax attention, but the block is {blocks[name].mixer}; remove it",
-            )
-    chosen = {"schedule": parallel.schedule} | {
-        f"schedules.{name}": schedule for name, schedule in parallel.schedules.items()
-    }
-    faulty = set()
-    for key, schedule in chosen.items():
-        try:
-            named(schedule, parallel.cp)
-        except ValueError as error:
-            faulty.add(schedule)
-            yield f"parallel.{key}", str(error)
-    for name, block in blocks.items() if parallel.cp > 1 else ():
-        schedule = parallel.schedule_of(name)
-        if not isinstance(block, SoftmaxBlock) or schedule in faulty:
-            continue
-        try:
-            pattern = block.attention_pattern(model.kv_heads)
-        except ValueError:  # a problem of the model
-            continue
-        heads = (
-            max(1, model.num_attention_heads // parallel.tp),
-            max(1, model.kv_heads // parallel.tp),
-        )
-        reasons = [
-            unsupported_reason(one, parallel.cp, pattern, *heads)
-            for one in named(schedule, parallel.cp)
-        ]
-        if all(reasons):
-            key = f"schedules.{name}" if name in parallel.schedules else "schedule"
-            reason = next(iter(reasons), f"parallel.cp {parallel.cp} is no grid; take ring")
-            yield f"parallel.{key}", f"{schedule} cannot do model.layers.blocks.{name}: {reason}"
+def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
+    """Return which context-parallel rank holds which tokens of a sequence of ``length`` tokens, or
+    of the recipe's length.
+    """
+    make = Layout.zigzag if recipe.parallel.layout == "zigzag" else Layout.contiguous
+    return make(length or recipe.training.seq_length, recipe.parallel.cp)
 
 
 class Choice(NamedTuple):
-    """The schedule of a block, and what it and the others that can do it take."""
+    """The KV schedule of a block, and what it and the others that can do the block cost."""
 
     block: str
     schedule: Schedule
     received: dict[Schedule, int]
-    """Bytes a layer, forward and backward, that the rank which receives most receives."""
+    """Bytes that the rank which receives most receives in one layer, forward and backward."""
     work: dict[Schedule, float]
-    """That of the rank with most, over the mean."""
+    """Work of the rank with most, over the mean of all."""
     buffer: int
     """Bytes of others' keys and values that a rank holds at a time."""
 
     def __str__(self) -> str:
-        taken = {
-            one: f"{self.received[one] / 2**20:,.1f} MiB"
-            for one in sorted(self.received, key=self.received.__getitem__)
-        }
-        taken = {
-            one: f"{text}, work x {self.work[one]:.2f}" if self.work[one] > 1.02 else text
-            for one, text in taken.items()
-        }
-        others = "; ".join(f"{one} {text}" for one, text in taken.items() if one != self.schedule)
-        return f"{self.block}: schedule {self.schedule}, {taken[self.schedule]} a layer and rank (others: {others or 'none'})"
+        by_bytes = sorted(self.received, key=self.received.__getitem__)
+        rivals = [f"{each} {self._cost(each)}" for each in by_bytes if each != self.schedule]
+        return (
+            f"{self.block}: schedule {self.schedule}, {self._cost(self.schedule)} "
+            f"a layer and rank (others: {'; '.join(rivals) or 'none'})"
+        )
+
+    def _cost(self, schedule: Schedule) -> str:
+        text = f"{self.received[schedule] / 2**20:,.1f} MiB"
+        work = self.work[schedule]
+        return f"{text}, work x {work:.2f}" if work > 1.02 else text
 
 
-def choices(recipe: "Recipe", bytes_per_number: int) -> list[Choice]:
-    """Of every block with softmax attention that the model has."""
-    from ...parallel.schedules.balance import balance
-    from ...parallel.schedules.choose import choose_schedule, cost
-    from ..data.batches import recipe_layout
+def choices(recipe: Recipe, bytes_per_number: int) -> list[Choice]:
+    """Return the choice for every block with softmax attention that the model has."""
+    patterns = {
+        name: recipe.model.layers.blocks[name].attention_pattern(recipe.model.kv_heads)
+        for name in dict.fromkeys(recipe.model.stack_names)
+    }
+    return [
+        _choice(recipe, name, pattern, bytes_per_number)
+        for name, pattern in patterns.items()
+        if pattern is not None
+    ]
 
-    model, parallel, found = recipe.model, recipe.parallel, []
-    layout, heads, kv_heads = (
-        recipe_layout(recipe),
-        model.num_attention_heads // parallel.tp,
-        model.kv_heads // parallel.tp,
+
+def _choice(
+    recipe: Recipe, name: str, pattern: Pattern | Selector, bytes_per_number: int
+) -> Choice:
+    model, parallel = recipe.model, recipe.parallel
+    layout = recipe_layout(recipe)
+    heads, kv_heads = model.num_attention_heads // parallel.tp, model.kv_heads // parallel.tp
+    head_dims = model.kv_channels, model.kv_channels  # of keys and of values
+    chosen = choose_schedule(
+        parallel.schedule_of(name), layout, pattern, heads, kv_heads, head_dims
     )
-    dims = model.kv_channels, model.kv_channels
-    for name in dict.fromkeys(model.stack_names):
-        block = model.layers.blocks[name]
-        if not isinstance(block, SoftmaxBlock):
-            continue
-        pattern = block.attention_pattern(model.kv_heads)
-        chosen = choose_schedule(parallel.schedule_of(name), layout, pattern, heads, kv_heads, dims)
-        able = [
-            one
-            for one in named("auto", parallel.cp)
-            if not unsupported_reason(one, parallel.cp, pattern, heads, kv_heads)
-        ]
-        bytes_of = bytes_per_number * recipe.training.micro_batch_size
-        costs = {one: cost(one, layout, pattern, heads, kv_heads, dims) for one in {chosen, *able}}
-        moved = {one: each.received * bytes_of for one, each in costs.items()}
-        work = {one: balance(one, layout, pattern, heads, kv_heads) for one in costs}
-        found.append(Choice(name, chosen, moved, work, costs[chosen].buffer * bytes_of))
-    return found
+    able = [
+        schedule
+        for schedule in named("auto", parallel.cp)
+        if not unsupported_reason(schedule, parallel.cp, pattern, heads, kv_heads)
+    ]
+    # A set's order would differ from run to run.
+    schedules = list(dict.fromkeys([chosen, *able]))
+    costs = {
+        schedule: cost(schedule, layout, pattern, heads, kv_heads, head_dims)
+        for schedule in schedules
+    }
+    bytes_each = bytes_per_number * recipe.training.micro_batch_size
+    return Choice(
+        block=name,
+        schedule=chosen,
+        received={schedule: each.received * bytes_each for schedule, each in costs.items()},
+        work={
+            schedule: balance(schedule, layout, pattern, heads, kv_heads) for schedule in schedules
+        },
+        buffer=costs[chosen].buffer * bytes_each,
+    )

@@ -5,71 +5,87 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import UserError, suggest
-from .schema import CombinationError, Recipe
+from .combinations import combination_problems
+from .problem import Problem
+from .schema import Recipe
 
-# Divisible by whatever a recipe divides by; stands in for a required number, or as text for a string, that is faulty.
-_STAND_IN = 2**16 * 3**3 * 5 * 7
+# For required keys that are faulty. Both are divisible by whatever a recipe divides by; a problem
+# that is not the same with either one speaks of a number that the recipe does not have.
+_STAND_INS = (2**16 * 3**3 * 5 * 7, 2**17 * 3**3 * 5 * 7)
+_STAND_IN_ROUNDS = 3  # a stand-in for a section shows that its keys are missing, and so on
 
 
 def check_recipe(content: dict, source: str) -> Recipe:
-    """The recipe that ``content`` describes; ``source`` names it in errors."""
+    """Return the recipe that ``content`` describes.
+
+    Args:
+        source: the recipe's name in messages.
+
+    Raises:
+        UserError: with every problem, one a line.
+    """
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
+        problems = list(combination_problems(recipe))
+        if not problems:
+            return recipe
     except ValidationError as error:
-        problems = _problems(error)
-    problems += _combination_problems(content, {key for key, _ in problems})
+        problems = _schema_problems(error)
+    problems += _other_combination_problems(content, {problem.key for problem in problems})
     raise UserError("\n".join(f"{source}: {key}: {reason}" for key, reason in problems))
 
 
-def _is_combination(error: ValidationError) -> bool:
-    return isinstance(error.errors()[0].get("ctx", {}).get("error"), CombinationError)
+def _schema_problems(error: ValidationError) -> list[Problem]:
+    return [Problem(_key(item["loc"]), _reason(item)) for item in error.errors()]
 
 
-def _problems(error: ValidationError) -> list[tuple[str, str]]:
-    """(key, reason and fix) of everything that is wrong."""
-    if _is_combination(error):
-        return error.errors()[0]["ctx"]["error"].problems
-    return [(_key(item["loc"]), _reason(item)) for item in error.errors()]
+def _other_combination_problems(content: dict, faulty: set[str]) -> list[Problem]:
+    """Return the impossible combinations of keys that are not faulty, to report all at once."""
+    first, second = (_combination_problems_with(content, faulty, number) for number in _STAND_INS)
+    stack_is_unknown = any(
+        key.startswith(("model.layers", "model.num_key_value_heads")) for key in faulty
+    )
+    return [
+        problem
+        for problem in first
+        if problem in second
+        and problem.key not in faulty
+        and not (stack_is_unknown and problem.key.startswith("model.layers"))
+    ]
 
 
-def _combination_problems(content: dict, faulty: set[str]) -> list[tuple[str, str]]:
-    """Impossible combinations of the keys that are not faulty, so that all problems are told at once."""
+def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -> list[Problem]:
+    """Return the impossible combinations of ``content`` where faulty keys have their defaults, or
+    ``stand_in`` if they are required.
+    """
     content = _without(content, faulty)
-    for _ in range(3):
+    for _ in range(_STAND_IN_ROUNDS):
         try:
-            Recipe.model_validate(content)
+            return list(combination_problems(Recipe.model_validate(content)))
         except ValidationError as error:
-            if _is_combination(error):
-                unknown_stack = any(
-                    key.startswith(("model.layers", "model.num_key_value_heads")) for key in faulty
-                )
-                return [
-                    (key, reason)
-                    for key, reason in _problems(error)
-                    if str(_STAND_IN) not in reason
-                    and key not in faulty
-                    and not (unknown_stack and key.startswith("model.layers"))
-                ]
             for item in error.errors():
-                *sections, last = _key(item["loc"]).split(".")
-                if (
-                    ".".join((*sections, last)) in faulty
-                    and (section := _at(content, sections)) is not None
-                ):
-                    section[last] = str(_STAND_IN) if item["type"] == "string_type" else _STAND_IN
+                key = _key(item["loc"])
+                *parents, last = key.split(".")
+                section = _section_at(content, parents)
+                if key in faulty and section is not None:
+                    is_text = item["type"] == "string_type"
+                    section[last] = str(stand_in) if is_text else stand_in
     return []
 
 
-def _at(content: Any, path: list[str]) -> dict | None:
-    for part in path:
+def _section_at(content: Any, path: list[str]) -> dict | None:
+    """Return the mapping at a dotted path, also through lists, or None if there is none."""
+    for name in path:
         if isinstance(content, list):
-            content = dict(zip(map(str, range(len(content))), content, strict=True))
-        content = content.get(part) if isinstance(content, dict) else None
+            content = {str(number): value for number, value in enumerate(content)}
+        content = content.get(name) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else None
 
 
 def _key(loc: tuple) -> str:
-    """The dotted key of an error; pydantic's location also names the chosen kind of a block or engine, which is no key."""
+    """Return the dotted key of an error; pydantic's location also names the chosen kind of a block
+    or engine, which is no key.
+    """
     if loc[:3] == ("model", "layers", "blocks"):  # and then a block's name and its kind
         loc = (*loc[:4], *loc[5:])
     if loc[0] == "engine":
@@ -77,56 +93,63 @@ def _key(loc: tuple) -> str:
     return ".".join(map(str, loc))
 
 
-def _reason(item: dict) -> str:
-    if item["type"] == "extra_forbidden":
-        fields = _fields(item["loc"][:-1])
-        return f"unknown key{suggest(item['loc'][-1], fields)}; known here: {', '.join(fields)}"
-    if item["type"] == "missing":
-        return "is required"
-    if item["type"] == "union_tag_invalid":
-        kinds, what = (
-            item["ctx"]["expected_tags"].replace("'", ""),
-            item["ctx"]["discriminator"].strip("'"),
-        )
-        return f"unknown {what} {item['ctx']['tag']!r}{suggest(item['ctx']['tag'], kinds.split(', '))}; known: {kinds}"
-    if item["type"] == "union_tag_not_found":
-        what = item["ctx"]["discriminator"].strip("'")
-        return f"has no {what}; as in {{{what}: {'full' if what == 'mixer' else 'deepspeed'}}}"
+def _reason(item: Any) -> str:
+    """Return what pydantic found wrong, in our words."""
+    match item["type"]:
+        case "extra_forbidden":
+            known = _keys_at(item["loc"][:-1])
+            suggestion = suggest(item["loc"][-1], known)
+            return f"unknown key{suggestion}; known here: {', '.join(known)}"
+        case "missing":
+            return "is required"
+        case "union_tag_invalid":
+            tag = item["ctx"]["tag"]
+            kinds = item["ctx"]["expected_tags"].replace("'", "")
+            suggestion = suggest(tag, kinds.split(", "))
+            return f"unknown {_discriminator(item)} {tag!r}{suggestion}; known: {kinds}"
+        case "union_tag_not_found":
+            key = _discriminator(item)
+            example = {"mixer": "full", "name": "deepspeed"}[key]
+            return f"has no {key}; as in {{{key}: {example}}}"
     reason = item["msg"].removeprefix("Input ")
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 
 
-def _fields(loc: tuple) -> list[str]:
-    """Keys of the section at that location, from the schema."""
+def _discriminator(item: Any) -> str:
+    """Return the key that chooses among the kinds of a section: ``mixer`` or ``name``."""
+    return item["ctx"]["discriminator"].strip("'")
+
+
+def _keys_at(loc: tuple) -> list[str]:
+    """Return the keys of the section at pydantic's location, from the schema."""
     schema = Recipe.model_json_schema()
 
-    def followed(node: dict) -> dict:
-        node = next(
-            (kind for kind in node.get("anyOf", ()) if "$ref" in kind), node
-        )  # a section that may be left out
+    def resolved(node: dict) -> dict:
+        optional = [kind for kind in node.get("anyOf", ()) if "$ref" in kind]
+        node = optional[0] if optional else node
         return schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
     node = schema
-    for part in loc:
-        if part in node.get("properties", {}):
-            node = followed(node["properties"][part])
-        elif isinstance(part, int):
-            node = followed(node.get("items", {}))
+    for name in loc:
+        if name in node.get("properties", {}):
+            node = resolved(node["properties"][name])
+        elif isinstance(name, int):
+            node = resolved(node.get("items", {}))
         elif "discriminator" in node:
-            node = followed({"$ref": node["discriminator"]["mapping"][part]})
+            node = resolved({"$ref": node["discriminator"]["mapping"][name]})
         else:
-            node = followed(node.get("additionalProperties", {}))
+            node = resolved(node.get("additionalProperties", {}))
     return list(node.get("properties", {}))
 
 
 def _without(content: Any, keys: set[str], prefix: str = "") -> Any:
-    """A copy of nested mappings, in lists as well, without those dotted keys."""
+    """Return a copy of nested mappings, also within lists, without those dotted keys."""
     if isinstance(content, list):
-        return [_without(value, keys, f"{prefix}{place}.") for place, value in enumerate(content)]
+        return [_without(value, keys, f"{prefix}{index}.") for index, value in enumerate(content)]
     if not isinstance(content, dict):
         return content
     return {
-        k: _without(v, keys, f"{prefix}{k}.")
-        for k, v in content.items()
-        if f"{prefix}{k}" not in keys
+        name: _without(value, keys, f"{prefix}{name}.")
+        for name, value in content.items()
+        if f"{prefix}{name}" not in keys
     }

@@ -2,60 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from .checks import impossible
-from .layers.linear import (
-    BasedBlock,
-    ConvolutionBlock,
-    DeltaNetBlock,
-    GatedDeltaNetBlock,
-    GLABlock,
-    HedgehogBlock,
-    KDABlock,
-    LightningBlock,
-    LinearBlock,
-    Mamba2Block,
-    RetentionBlock,
-    SimpleGLABlock,
-)
-from .layers.softmax import (
-    Block,
-    Fraction,
-    FullBlock,
-    MoBABlock,
-    Momentum,
-    PatternBlock,
-    Positive,
-    S2Block,
-    Section,
-    SoftmaxBlock,
-    StreamingBlock,
-    WindowBlock,
-)
-from .learning_rate import learning_rate
-
-AnyBlock = Annotated[
-    FullBlock
-    | S2Block
-    | WindowBlock
-    | StreamingBlock
-    | PatternBlock
-    | MoBABlock
-    | LinearBlock
-    | LightningBlock
-    | RetentionBlock
-    | SimpleGLABlock
-    | GLABlock
-    | BasedBlock
-    | HedgehogBlock
-    | Mamba2Block
-    | DeltaNetBlock
-    | GatedDeltaNetBlock
-    | KDABlock
-    | ConvolutionBlock,
-    Field(discriminator="mixer"),
-]
+from ..layers.base import Block, Momentum, Positive, Section
+from ..layers.registry import AnyBlock
+from .engine_config import AnyEngine, MegatronConfig
+from .learning_rate import LRSchedulerConfig
 
 
 class LayersConfig(Section):
@@ -83,6 +35,17 @@ class MoEConfig(Section):
     router_aux_loss_coef: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the loss that asks for equally many tokens at each expert (Switch Transformer, arXiv 2101.03961), reckoned over
     a microbatch."""
+
+    def parameter_count(self, hidden_size: int, default_width: int, per_token: bool = False) -> int:
+        """Count the parameters of a layer's router and experts; ``per_token`` those alone that a
+        token meets. ``default_width`` is the model's ``intermediate_size``.
+        """
+        width = self.intermediate_size or default_width
+        experts = self.num_experts_per_tok if per_token else self.num_experts
+        router = self.num_experts * hidden_size
+        shared = 3 * hidden_size * (self.shared_expert_intermediate_size or 0)
+        shared_gate = hidden_size if self.shared_expert_gate else 0
+        return experts * 3 * hidden_size * width + router + shared + shared_gate
 
 
 class ModelConfig(Section):
@@ -133,11 +96,8 @@ class ModelConfig(Section):
     @property
     def document_alignment(self) -> int:
         """Documents start at multiples of this: the largest block of the sparse patterns in use."""
-        used = [self.layers.blocks[name] for name in self.layers.pattern[: self.num_hidden_layers]]
-        softmax = [block for block in used if isinstance(block, SoftmaxBlock)]
-        return max(
-            (block.attention_pattern(self.kv_heads).alignment for block in softmax), default=1
-        )
+        names = self.layers.pattern[: self.num_hidden_layers]
+        return max(self.layers.blocks[name].document_alignment(self.kv_heads) for name in names)
 
 
 class MQARConfig(Section):
@@ -228,17 +188,6 @@ class OptimizerConfig(Section):
     """Of matrices; vectors (norms) are not decayed."""
 
 
-class LRSchedulerConfig(Section):
-    name: Literal["cosine", "wsd"] = "cosine"
-    """wsd: warmup, stable, then linear decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the learning rate rises to its peak."""
-    decay_ratio: Fraction = 0.2
-    """wsd: share of all steps in the final decay."""
-    min_lr_factor: Fraction = 0.1
-    """Share of the learning rate that is left at the end."""
-
-
 class ParallelConfig(Section):
     tp: Positive = 1
     """Tensor parallel: heads and MLP columns."""
@@ -289,27 +238,6 @@ class MemoryConfig(Section):
     def recompute_of(self, block: str) -> str:
         """That of the block of that name."""
         return self.recompute_blocks.get(block, self.recompute)
-
-
-class MegatronConfig(Section):
-    """Megatron-core's DDP and distributed optimizer."""
-
-    name: Literal["megatron"] = "megatron"
-    """All degrees of parallel."""
-
-
-class DeepSpeedConfig(Section):
-    """DeepSpeed's ZeRO; context and tensor parallel, no pipeline."""
-
-    name: Literal["deepspeed"]
-    """tp, cp and data parallel."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
-    config: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
-
-
-AnyEngine = Annotated[MegatronConfig | DeepSpeedConfig, Field(discriminator="name")]
 
 
 class InitialConfig(Section):
@@ -400,6 +328,11 @@ class StageConfig(Section):
         return bool(self.data or self.training.seq_length or self.training.global_batch_size)
 
 
+def _changed(section: Section, change: Section) -> Section:
+    """Return the section with the keys that ``change`` sets."""
+    return section.model_copy(update=change.model_dump(exclude_none=True))
+
+
 def _path_alone(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
@@ -431,53 +364,29 @@ class Recipe(Section):
         """The step (from 0) at which each stage begins, the recipe's own before all."""
         return [0, *(stage.from_step for stage in self.stages)]
 
-    def at(self, step: int) -> "Recipe":
-        """The recipe of the stage that step ``step`` (from 0) is in."""
-        now = self
+    def at_step(self, step: int) -> "Recipe":
+        """Return the recipe of the stage that step ``step`` (from 0) is in."""
+        recipe = self
         for number, stage in enumerate(self.stages, 1):
             if stage.from_step <= step:
-                changed = {
-                    name: getattr(now, name).model_copy(
-                        update=getattr(stage, name).model_dump(exclude_none=True)
-                    )
-                    for name in ("training", "model", "optimizer")
-                }
-                if stage.changes_data:  # its data begin anew, and must not be those of step 0
-                    changed["training"] = changed["training"].model_copy(
-                        update={"seed": self.training.seed + number}
-                    )
-                whole = {
-                    name: value
-                    for name in ("data", "lr_scheduler")
-                    if (value := getattr(stage, name))
-                }
-                now = now.model_copy(update=changed | whole)
-        return now
+                recipe = recipe._with_stage(stage, number, self.training.seed)
+        return recipe
 
-    def data_start(self, step: int) -> int:
-        """The step (from 0) at which the data of step ``step`` begin: where a stage last changed them."""
-        return max(
-            [
-                0,
-                *(
-                    stage.from_step
-                    for stage in self.stages
-                    if stage.from_step <= step and stage.changes_data
-                ),
-            ]
-        )
-
-    def learning_rate(self, step: int) -> float:
-        """Of step ``step`` (from 0)."""
-        now, starts = (
-            self.at(step),
-            [0, *(stage.from_step for stage in self.stages if stage.lr_scheduler)],
-        )
-        first, last = (
-            max(s for s in starts if s <= step),
-            min((s for s in starts if s > step), default=self.training.steps),
-        )
-        return learning_rate(step - first, last - first, now.optimizer.lr, now.lr_scheduler)
+    def _with_stage(self, stage: StageConfig, number: int, first_seed: int) -> "Recipe":
+        """Return this recipe with the keys that a stage changes."""
+        sections: dict[str, Section] = {
+            "training": _changed(self.training, stage.training),
+            "model": _changed(self.model, stage.model),
+            "optimizer": _changed(self.optimizer, stage.optimizer),
+        }
+        if stage.changes_data:  # its data begin anew, and must not be those of step 0
+            seed = {"seed": first_seed + number}
+            sections["training"] = sections["training"].model_copy(update=seed)
+        if stage.data:
+            sections["data"] = stage.data
+        if stage.lr_scheduler:
+            sections["lr_scheduler"] = stage.lr_scheduler
+        return self.model_copy(update=sections)
 
     @property
     def data_parallel(self) -> int:
@@ -487,18 +396,3 @@ class Recipe(Section):
     @property
     def tokens_per_step(self) -> int:
         return self.training.global_batch_size * self.training.seq_length
-
-    @model_validator(mode="after")
-    def _combinations(self) -> "Recipe":
-        problems = list(impossible(self))
-        if problems:
-            raise CombinationError(problems)
-        return self
-
-
-class CombinationError(ValueError):
-    """Keys that are each legal and together impossible: ``(key, reason and fix)`` pairs."""
-
-    def __init__(self, problems: list[tuple[str, str]]):
-        super().__init__(problems)
-        self.problems = problems

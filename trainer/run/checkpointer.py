@@ -1,4 +1,13 @@
-"""Checkpoints across ranks: written in the background while training goes on, restored on whatever ranks there are."""
+"""Checkpoints across ranks: written in the background, restored on whatever ranks there are.
+
+How a save survives ``kill -9``, a full disk or a lost rank: all files are written to
+``step-N.partial/``, and only when every rank has written its own does rank 0 add the manifest,
+flush everything to the disk and rename the folder to ``step-N/``. The rename is the moment from
+which the checkpoint exists. A process killed before it leaves a ``.partial`` folder, which the next
+start removes, and resumes from the checkpoint before; one killed after it, while old checkpoints
+are pruned, leaves at worst a ``.partial`` folder again. See
+:mod:`longspan.trainer.checkpoint.files`.
+"""
 
 import datetime
 import shutil
@@ -6,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from traceback import StackSummary
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -15,6 +25,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader, 
 from ..checkpoint.files import (
     Checkpoint,
     DamagedError,
+    FileEntry,
     Manifest,
     checkpoints,
     clean_up,
@@ -28,120 +39,152 @@ from ..checkpoint.shards import LoadPlanner, SavePlanner, Shards
 from ..engines.engine import Engine
 from ..ranks import RankGroup
 
+T = TypeVar("T")
 
-class Saved(NamedTuple):
-    """What became of a save; on every rank a success, or on every rank an error."""
+
+class SaveOutcome(NamedTuple):
+    """How a save ended: well on every rank, or with an error on every rank."""
 
     step: int
     seconds: float
     error: str | None
     warning: str | None = None
-    """Of the first rank: the checkpoint is whole, but old ones could not be removed."""
+    """On rank 0 only: the checkpoint is whole, but old ones could not be removed."""
 
 
 class Checkpointer:
-    """A context manager; every rank has one and calls it at the same steps.
+    """Saves and restores the state of an engine.
+
+    A context manager; every rank has one and calls it at the same steps.
 
     Args:
-        folder: of the checkpoints of a run, on a disk that all ranks share.
-        keep: how many to keep, the newest; 0 for all.
+        folder: of the run's checkpoints, on a disk that all ranks share.
+        keep: how many checkpoints to keep, the newest; 0 for all.
     """
 
     def __init__(self, folder: Path, keep: int, ranks: RankGroup):
-        self.folder, self._keep, self._ranks = folder, keep, ranks
-        self._first = dist.get_rank() == 0
-        self._group = dist.new_group(backend="gloo")  # of the background thread alone
+        self.folder = folder
+        self._keep = keep
+        self._ranks = ranks
+        # The background thread's own group: its collectives must not mix with those of the main
+        # thread.
+        self._group = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
-        self._saved: Saved | None = None
+        self._outcome: SaveOutcome | None = None
         self.last_step = 0
-        """Of the newest whole checkpoint that is known."""
+        """Step of the newest checkpoint known to be whole; 0 if there is none."""
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_) -> None:
-        """Let a save come to its end also where an error ends the run; not for ever, as ranks may have died."""
+        """Let a save end, even after an error; but not forever, as other ranks may have died."""
         if self._thread:
             self._thread.join(60)
 
     def restore(self, engine: Engine, say: Callable[[str], None]) -> Manifest | None:
-        """Load the newest whole checkpoint, the same one on every rank; None where there is none at all.
+        """Load the newest whole checkpoint, the same on every rank, and return its manifest.
 
-        A damaged one is named through ``say`` (of the first rank) and set aside, and the one before it is tried.
+        Returns None if there is no checkpoint. A damaged one is set aside and named through ``say``
+        (on rank 0), and the one before it is tried.
 
         Raises:
-            UserError: where there are checkpoints and all are damaged, or one is of a newer format.
+            UserError: there are checkpoints and all are damaged, or one has a newer format.
         """
-        if self._first:
+        if self._ranks.is_first:
             clean_up(self.folder)
-        damaged: list[tuple[Checkpoint, str]] = []
+
+        damage: dict[Checkpoint, str] = {}
         for checkpoint in self._ranks.broadcast(checkpoints(self.folder)):
-            manifest, damage = self._check(checkpoint)
-            if damage:
-                damaged.append((checkpoint, damage))
+            try:
+                manifest = self._intact_manifest(checkpoint)
+            except DamagedError as error:
+                damage[checkpoint] = str(error)
                 continue
-            for bad, reason in damaged if self._first else ():
-                aside = quarantine(bad).name
-                say(
-                    f"warning: {bad.path}: {reason}; set aside as {aside}, going on from step {manifest.step}"
-                )
+            if self._ranks.is_first:
+                _set_aside(damage, manifest.step, say)
             self._load(checkpoint, engine, manifest)
             self.last_step = manifest.step
             return manifest
-        if damaged:
-            lines = [f"{checkpoint.path}: {reason}" for checkpoint, reason in damaged]
+
+        if damage:
+            lines = [f"{checkpoint.path}: {reason}" for checkpoint, reason in damage.items()]
             lines.append(
                 f"{self.folder}: holds no whole checkpoint; remove the folder to train from step 0"
             )
             raise self._ranks.failure("\n".join(lines))
         return None
 
-    def save(self, engine: Engine, step: int, tokens: int) -> Saved | None:
-        """Copy the state and write it in the background, after a save that is still under way, whose end is returned."""
-        before = self.poll(wait=True)
+    def save(self, engine: Engine, step: int, tokens: int) -> SaveOutcome | None:
+        """Copy the state to the CPU and write it in the background, while training continues.
+
+        Waits for a save that is still under way, and returns how that one ended. A step that is
+        saved already is not saved again.
+        """
+        previous = self.poll(wait=True)
         if step != self.last_step:
             state = {name: shards.snapshot() for name, shards in engine.state().items()}
-            self._saved = None
-            work = (state, step, tokens, engine.ranks)
+            self._outcome = None
             self._thread = threading.Thread(
-                target=self._write, args=work, daemon=True, name="checkpoint"
+                target=self._write,
+                args=(state, step, tokens, engine.rank_layout),
+                daemon=True,
+                name="checkpoint",
             )
             self._thread.start()
-        return before
+        return previous
 
-    def poll(self, wait: bool = False) -> Saved | None:
-        """What became of the last save, once: when it has ended on every rank, for which ``wait`` waits."""
-        if not self._thread or (not wait and self._ranks.any(self._thread.is_alive())):
+    def poll(self, wait: bool = False) -> SaveOutcome | None:
+        """Return how the last save ended, once and only when it has on every rank; else None.
+
+        ``wait`` waits for that end.
+        """
+        if not self._thread:
+            return None
+        if not wait and self._ranks.any(self._thread.is_alive()):
             return None
         self._thread.join()
         self._thread = None
-        assert self._saved is not None, (
+        assert self._outcome is not None, (
             "the thread that writes checkpoints died; its error is above"
         )
-        if not self._saved.error:
-            self.last_step = self._saved.step
-        return self._saved
+        if not self._outcome.error:
+            self.last_step = self._outcome.step
+        return self._outcome
 
-    def _check(self, checkpoint: Checkpoint) -> tuple[Manifest | None, str | None]:
-        """The manifest, and what is wrong with the checkpoint: each rank reads its share of the files."""
+    def _intact_manifest(self, checkpoint: Checkpoint) -> Manifest:
+        """Return the checkpoint's manifest if its files are what the manifest says.
+
+        Each rank reads and hashes some of the files.
+
+        Raises:
+            DamagedError: the same on every rank.
+            UserError: see :meth:`Checkpoint.manifest`.
+        """
         manifest = damage = None
         with self._ranks.raise_on_all():
-            if self._first:
+            if self._ranks.is_first:
                 try:
                     manifest = checkpoint.manifest()
                 except DamagedError as error:
                     damage = str(error)
         manifest, damage = self._ranks.broadcast((manifest, damage))
-        if damage is None:
-            shares = self._ranks.gather(
-                checkpoint.damage(manifest, dist.get_rank(), dist.get_world_size())
-            )
-            damage = next(filter(None, shares), None)
-        return manifest, damage
+        if manifest is None:
+            raise DamagedError(damage)
+
+        damage_by_rank = self._ranks.gather(
+            checkpoint.damage(manifest, dist.get_rank(), dist.get_world_size())
+        )
+        for damage in damage_by_rank:
+            if damage:
+                raise DamagedError(damage)
+        return manifest
 
     def _load(self, checkpoint: Checkpoint, engine: Engine, manifest: Manifest) -> None:
         state = engine.state()
-        if manifest.ranks != engine.ranks:  # other ranks draw other random numbers
+        if manifest.ranks != engine.rank_layout:
+            # Random states belong to a rank. Other ranks keep those of the seed, and draw other
+            # random numbers.
             state = {name: shards for name, shards in state.items() if not name.startswith("rng.")}
         reader = FileSystemReader(checkpoint.path)
         try:
@@ -150,59 +193,91 @@ class Checkpointer:
             raise self._ranks.failure(
                 f"{checkpoint.path}: cannot be loaded: {_first_failure(failed)}"
             ) from None
-        engine.restored(state)
+        engine.load_state(state)
 
-    def _write(self, state: dict[str, Shards], step: int, tokens: int, ranks: str) -> None:
-        """In the thread: all ranks write their boxes, the first commits."""
-        began, partial, rank = time.monotonic(), partial_path(self.folder, step), dist.get_rank()
+    def _write(self, state: dict[str, Shards], step: int, tokens: int, rank_layout: str) -> None:
+        """Write a checkpoint, in the background thread of every rank, and note how that ended."""
+        began = time.monotonic()
+        partial = partial_path(self.folder, step)
         error = warning = None
         try:
-            dcp.save(
-                state,
-                storage_writer=FileSystemWriter(partial),
-                planner=SavePlanner(),
-                process_group=self._group,
-            )
-            mine = [*partial.glob(f"__{rank}_*"), *([partial / ".metadata"] if self._first else [])]
-            parts = self._agree(
-                lambda: {path.name: (path.stat().st_size, sha256(path)) for path in mine}
-            )
-            files = {name: entry for part in parts for name, entry in part.items()}
-            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-            self._agree(
-                lambda: (
-                    commit(partial, Manifest(step, tokens, ranks, now, files))
-                    if self._first
-                    else None
-                )
-            )
+            files = self._write_files(state, partial)
+            saved_at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            manifest = Manifest(step, tokens, rank_layout, saved_at, files)
+            self._on_all_ranks(lambda: commit(partial, manifest) if self._ranks.is_first else None)
         except CheckpointException as failed:
-            # Torch says no more of a full disk than that its file has not the length it should have.
+            # On a full disk torch says only that its file has not the length it should have: add
+            # the space that is left.
             error = f"{_first_failure(failed)} ({_free_space(self.folder)})"
-            if self._first:
+            if self._ranks.is_first:
                 shutil.rmtree(partial, ignore_errors=True)
-        if self._first and not error:
+
+        # Old checkpoints go only now: a whole one exists at any time.
+        if self._ranks.is_first and not error:
             try:
                 prune(self.folder, self._keep)
             except OSError as failed:
                 warning = f"old checkpoints cannot be removed: {failed}"
-        self._saved = Saved(step, time.monotonic() - began, error, warning)
+        self._outcome = SaveOutcome(step, time.monotonic() - began, error, warning)
 
-    def _agree(self, work: Callable[[], object]) -> list:
-        """Every rank's result; where it fails on some, all of them raise what DCP raises then."""
+    def _write_files(self, state: dict[str, Shards], partial: Path) -> dict[str, FileEntry]:
+        """Write this rank's boxes; return the size and SHA-256 of the files of all ranks.
+
+        Raises:
+            CheckpointException: on every rank, if any of them failed.
+        """
+        dcp.save(
+            state,
+            storage_writer=FileSystemWriter(partial),
+            planner=SavePlanner(),
+            process_group=self._group,
+        )
+        own_files = list(partial.glob(f"__{self._ranks.rank}_*"))
+        if self._ranks.is_first:
+            own_files.append(partial / ".metadata")
+        entries_by_rank = self._on_all_ranks(
+            lambda: {path.name: FileEntry(path.stat().st_size, sha256(path)) for path in own_files}
+        )
+        return {name: entry for entries in entries_by_rank for name, entry in entries.items()}
+
+    def _on_all_ranks(self, work: Callable[[], T]) -> list[T]:
+        """Do the work on every rank and return all results, in rank order.
+
+        For the background thread.
+
+        Raises:
+            CheckpointException: on every rank, if any of them failed; what DCP raises then, too.
+        """
+        result: T | None = None
+        error: Exception | None = None
         try:
-            outcome = work(), None
+            result = work()
         except Exception as caught:
-            outcome = None, caught
+            error = caught
         outcomes: list = [None] * dist.get_world_size()
-        dist.all_gather_object(outcomes, outcome, group=self._group)
-        failures = {rank: (caught, None) for rank, (_, caught) in enumerate(outcomes) if caught}
+        dist.all_gather_object(outcomes, (result, error), group=self._group)
+
+        failures = {
+            rank: (failure, StackSummary())
+            for rank, (_, failure) in enumerate(outcomes)
+            if failure is not None
+        }
         if failures:
             raise CheckpointException("save", failures)
         return [result for result, _ in outcomes]
 
 
+def _set_aside(damage: dict[Checkpoint, str], step: int, say: Callable[[str], None]) -> None:
+    """Rename damaged checkpoints, given with their damage; that of ``step`` is used instead."""
+    for checkpoint, reason in damage.items():
+        aside = quarantine(checkpoint).name
+        say(
+            f"warning: {checkpoint.path}: {reason}; set aside as {aside}, resuming from step {step}"
+        )
+
+
 def _first_failure(failed: CheckpointException) -> str:
+    """Return one line about the first rank that failed."""
     rank, (error, _) = next(iter(failed.failures.items()))
     return f"rank {rank}: {(str(error) or repr(error)).splitlines()[0]}"
 
@@ -211,4 +286,4 @@ def _free_space(folder: Path) -> str:
     try:
         return f"the disk has {shutil.disk_usage(folder).free / 2**20:,.0f} MiB left"
     except OSError as error:
-        return f"the disk does not say how much is left: {error.strerror}"
+        return f"the space left on the disk is not known: {error.strerror}"

@@ -1,33 +1,29 @@
-"""The training loop."""
+"""The training loop: set up, step, report."""
 
 import contextlib
-import math
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, partial
-
-import torch
-import torch.distributed as dist
+from typing import NoReturn
 
 from ..checkpoint.run_folder import RunFolder
 from ..data.batches import Batches, Microbatch
+from ..data.derived import DerivedRecipe
 from ..data.prepare import PreparedData
-from ..data.tokenizer import recipe_vocab_size
 from ..engines.build import build_engine
-from ..engines.engine import Engine
+from ..engines.engine import Engine, StepResult
 from ..errors import NonFiniteError, UserError
 from ..huggingface.initial import load_initial
-from ..predict.communication import choices
-from ..predict.estimate import DEVICES
 from ..predict.flops import training_flops
 from ..ranks import RankGroup
-from ..recipe.layers.softmax import SoftmaxBlock
 from ..recipe.schema import Recipe
-from .checkpointer import Checkpointer, Saved
-from .display import Display
-from .metrics import MetricsLog
+from ..recipe.stages import Stage
+from .checkpointer import Checkpointer, SaveOutcome
+from .evaluation import agreed_batches, bits_per_byte, evaluate
 from .nonfinite import NonFinitePolicy
+from .performance import PerformanceMeter
 from .plot import plot_loss
+from .report import Report, train_metrics
 from .stop import StopRequest
 from .watchdog import Watchdog
 
@@ -35,257 +31,280 @@ from .watchdog import Watchdog
 def train(recipe: Recipe, data: PreparedData, ranks: RankGroup) -> bool:
     """Train from the newest checkpoint, or from step 0, to the last step; every rank calls it.
 
+    Steps count from 1 here and from 0 in recipes, data and schedules.
+
     Returns:
-        False where it was asked to stop before the end: the state is saved, and the same call goes on with it.
+        Whether the last step was reached. False if the run was asked to stop before: its state is
+        saved, and the same call resumes it.
 
     Raises:
         NonFiniteError: see :mod:`.nonfinite`.
-        UserError: where the state at the end or at a stop cannot be written.
+        UserError: the state at the end or at a stop cannot be written.
     """
-    folder, steps, rank = RunFolder(recipe.run_dir), recipe.training.steps, dist.get_rank()
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(folder.stop_file))
-        watchdog = stack.enter_context(Watchdog(recipe.launch.hang_timeout_s))
-        engine = build_engine(recipe)
-        stack.callback(engine.close)
-        checkpointer = stack.enter_context(
-            Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, ranks)
-        )
-        restored = checkpointer.restore(engine, print)
-        done, tokens = (restored.step, restored.tokens) if restored else (0, 0)
-        begun = load_initial(engine, recipe, ranks) if recipe.initial and not restored else []
-        policy = NonFinitePolicy(recipe.training, folder.nonfinite)
-        display = log = None
-        if rank == 0:
-            folder.begin(recipe, done, data.fingerprints)
-            log = stack.enter_context(MetricsLog(folder, recipe))
-            display = stack.enter_context(Display(steps, recipe.metrics.log_interval, done))
-            display.say(
-                f"{engine.num_parameters:,} parameters; {recipe.tokens_per_step:,} tokens a step; {folder.path}/"
-            )
-            for line in begun:
-                display.say(line)
-            if done:
-                display.say(
-                    f"going on from step {done}"
-                    if done < steps
-                    else f"all {steps} steps are done; raise training.steps"
-                )
-            for choice in choices(recipe, engine.dtype.itemsize) if recipe.parallel.cp > 1 else ():
-                display.say(str(choice))
-            for line in _warnings(recipe):
-                display.say(f"warning: {line}")
-
-        def report(step: int, saved: Saved | None) -> None:
-            if saved and display:
-                if saved.error:
-                    kept = (
-                        f"step {checkpointer.last_step} is the last"
-                        if checkpointer.last_step
-                        else "there is none yet"
-                    )
-                    display.say(
-                        f"ALERT: the checkpoint of step {saved.step} could not be written: {saved.error}; {kept}"
-                    )
-                else:
-                    log.log(step, {"checkpoint/save_s": saved.seconds})
-                    if saved.warning:
-                        display.say(f"ALERT: {saved.warning}")
-
-        def save_and_wait(step: int) -> None:
-            report(step, checkpointer.save(engine, step, tokens))
-            saved = checkpointer.poll(wait=True)
-            if saved and saved.error:
-                raise ranks.failure(
-                    f"{folder.checkpoints}: step {step} is not saved: {saved.error}"
-                )
-            report(step, saved)
-
-        now, batches, pace = recipe, None, _Pace(done)
-        for step in range(done + 1, steps + 1):
-            lr = recipe.learning_rate(step - 1)
-            if batches is None or step - 1 in recipe.stage_starts:
-                now, first = recipe.at(step - 1), recipe.data_start(step - 1)
-                batches = Batches(
-                    now, data, recipe_vocab_size(recipe), engine.share, engine.device, first
-                )
-                engine.begin_stage(now)
-                flops = cache(
-                    partial(training_flops, now.model, vocab_size=recipe_vocab_size(recipe))
-                )
-                if log and step - 1 in recipe.stage_starts:
-                    log.log(
-                        step,
-                        {
-                            f"flops/{name}": part
-                            for name, part in flops(length=now.training.seq_length).items()
-                        },
-                    )
-                if display and now != recipe:
-                    display.say(f"step {step}: {_stage(now)}")
-                pace = _Pace(step - 1)  # packing takes its time
-            watchdog.phase(f"the data of step {step}")
-            began = time.monotonic()
-            taken = list(_agreed(ranks, batches.step(step - 1)))
-            pace.waited += time.monotonic() - began
-            watchdog.phase(f"step {step}")
-            result = engine.step(taken, lr)
-            if policy.must_stop(result):
-                message = policy.write_batches(step, result, taken, rank)
-                try:
-                    save_and_wait(step - 1)
-                except UserError as unsaved:
-                    message += f"\n{unsaved}"
-                raise ranks.failure(message, NonFiniteError)
-            tokens += result.tokens
-            last = step == steps
-            pace.flops += now.tokens_per_step * sum(flops(length=batches.length(step - 1)).values())
-            if display:
-                seconds = pace.step_seconds(step)
-                speed = now.tokens_per_step / seconds
-                display.step(
-                    step,
-                    result.loss,
-                    _bits_per_byte(result.loss, batches.training.bytes_per_token),
-                    speed,
-                )
-                if not result.updated:
-                    what = f"loss {result.loss}, gradient norm {result.grad_norm}"
-                    display.say(f"step {step}: {what}: skipped, without an update")
-                    log.log(step, {"train/skipped": 1})
-            if result.updated and (step % recipe.metrics.log_interval == 0 or step == 1 or last):
-                if log:
-                    log.log(
-                        step,
-                        {
-                            "train/loss": result.loss,
-                            "train/grad_norm": result.grad_norm,
-                            "train/lr": lr,
-                            "train/tokens": tokens,
-                            **(
-                                {}
-                                if result.balance_loss is None
-                                else {"train/balance_loss": result.balance_loss}
-                            ),
-                            "data/padding_ratio": result.padding / now.tokens_per_step,
-                            "perf/step_time_s": seconds,
-                            "perf/data_time_s": pace.waited / (step - pace.step),
-                            "perf/tokens_per_sec_per_device": speed / dist.get_world_size(),
-                            **_arithmetic(
-                                pace.flops / (step - pace.step) / seconds / dist.get_world_size()
-                            ),
-                            **_memory(),
-                        },
-                    )
-                pace = _Pace(step)
-            if batches.held_out and (
-                last or (recipe.evaluation.interval and step % recipe.evaluation.interval == 0)
-            ):
-                sequences = None if last else recipe.evaluation.sequences
-                held_out = _agreed(ranks, batches.evaluation(sequences))
-                watchdog.phase(f"the evaluation after step {step}")
-                evaluated = evaluate(engine, held_out, batches.held_out.bytes_per_token)
-                if log:
-                    log.log(step, evaluated)
-                    summary = "  ".join(f"{name} {value:.4f}" for name, value in evaluated.items())
-                    display.say(f"step {step}: {summary}")
-                pace = _Pace(step)
-            watchdog.phase(f"the end of step {step}")
-            report(step, checkpointer.poll())
-            if ranks.any(stop.asked()) and not last:
-                save_and_wait(step)
-                if display:
-                    by = f" by {folder.stop_file}, now removed" if folder.stop_file.exists() else ""
-                    folder.stop_file.unlink(missing_ok=True)
-                    display.say(
-                        f"stopped after step {step} of {steps}, as asked{by}; the same command goes on from there"
-                    )
+    with contextlib.ExitStack() as resources:
+        trainer = _start(recipe, data, ranks, resources)
+        for step in range(trainer.steps_done + 1, recipe.training.steps + 1):
+            trainer.enter_stage(step)
+            trainer.train_step(step)
+            trainer.evaluate_if_due(step)
+            if trainer.stop_or_save(step):
                 return False
-            if recipe.checkpoint.interval and step % recipe.checkpoint.interval == 0 and not last:
-                report(step, checkpointer.save(engine, step, tokens))
-
-        watchdog.phase("the last checkpoint")
-        save_and_wait(steps)
-        if display:
-            folder.stop_file.unlink(missing_ok=True)  # nothing is left to stop
-        if ranks.any(rank == 0 and folder.weights_step() != steps):
-            weights = engine.weights()
-            with ranks.raise_on_all():
-                if rank == 0:
-                    folder.write_weights(weights, steps)
-                    plot_loss(folder)
+        trainer.finish()
         return True
 
 
-def _stage(recipe: Recipe) -> str:
-    training, rotary = recipe.training, recipe.model.rope_theta
-    return (
-        f"a stage of {training.global_batch_size} sequences of {training.seq_length:,} tokens a step, rope_theta {rotary:g}, "
-        f"lr {recipe.optimizer.lr:g}"
+def _start(
+    recipe: Recipe, data: PreparedData, ranks: RankGroup, resources: contextlib.ExitStack
+) -> "Trainer":
+    """Build what lives as long as the run, restore the newest checkpoint and say what begins.
+
+    ``resources`` closes it all, the last first.
+    """
+    derived = DerivedRecipe(recipe)
+    folder = RunFolder(recipe.run_dir)
+    stop = resources.enter_context(StopRequest(folder.stop_file))
+    watchdog = resources.enter_context(Watchdog(recipe.launch.hang_timeout_s))
+    engine = build_engine(recipe, derived.vocab_size)
+    resources.callback(engine.close)
+    checkpointer = resources.enter_context(
+        Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, ranks)
+    )
+
+    # A run begins where its checkpoint is, else with the weights that `initial` names, else with
+    # those of its seed.
+    manifest = checkpointer.restore(engine, print)
+    initial_lines = []
+    if recipe.initial and not manifest:
+        initial_lines = load_initial(engine, recipe, ranks)
+    steps_done = manifest.step if manifest else 0
+
+    if ranks.is_first:
+        folder.begin(recipe, steps_done, data.fingerprints)
+    report = resources.enter_context(Report(recipe, folder, steps_done, ranks.is_first))
+    report.start(engine, initial_lines)
+    return Trainer(
+        derived=derived,
+        data=data,
+        ranks=ranks,
+        folder=folder,
+        stop=stop,
+        watchdog=watchdog,
+        engine=engine,
+        checkpointer=checkpointer,
+        nonfinite=NonFinitePolicy(recipe.training, folder.nonfinite),
+        report=report,
+        steps_done=steps_done,
+        tokens=manifest.tokens if manifest else 0,
     )
 
 
-def _warnings(recipe: Recipe) -> Iterator[str]:
-    model = recipe.model
-    for name, block in model.layers.blocks.items():
-        if isinstance(block, SoftmaxBlock) and block.leaves_gaps(model.kv_heads):
-            yield (
-                f"model.layers.blocks.{name}: the stripes of {model.kv_heads} KV heads leave gaps, which are seen from nearby "
-                f"alone. Use a stride of at most {model.kv_heads}, or a full layer beside it"
-            )
+@dataclass(frozen=True)
+class ActiveStage:
+    """The stage in force, with its batches and the arithmetic of its sequences."""
+
+    stage: Stage
+    batches: Batches
+    flops: Callable[..., dict[str, float]]
+    """``flops(length=...)``: FLOPs of a token in a training step, by part of the model."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.stage.recipe
 
 
-def evaluate(
-    engine: Engine, batches: Iterable[Microbatch], bytes_per_token: float | None
-) -> dict[str, float]:
-    """``eval/loss`` over held-out batches, of which every rank has equally many, and ``eval/bits_per_byte`` if known."""
-    results = [engine.evaluate(batch) for batch in batches]
-    loss = sum(loss_sum for loss_sum, _ in results) / max(1, sum(tokens for _, tokens in results))
-    bits = _bits_per_byte(loss, bytes_per_token)
-    return {"eval/loss": loss} | ({} if bits is None else {"eval/bits_per_byte": bits})
+@dataclass
+class Trainer:
+    """One rank's side of a run: what lives as long as the run, and what a step does with it."""
 
+    derived: DerivedRecipe
+    data: PreparedData
+    ranks: RankGroup
+    folder: RunFolder
+    stop: StopRequest
+    watchdog: Watchdog
+    engine: Engine
+    checkpointer: Checkpointer
+    nonfinite: NonFinitePolicy
+    report: Report
 
-def _agreed(ranks: RankGroup, batches: Iterator[Microbatch]) -> Iterator[Microbatch]:
-    """The batches, of which every rank has equally many; bad data on one rank stops all at the same batch."""
-    while True:
-        with ranks.raise_on_all():
-            batch = next(batches, None)
-        if batch is None:
+    steps_done: int
+    """Steps that were done when the run was resumed."""
+    tokens: int
+    """Labels trained on since step 0; grows with every step."""
+    meter: PerformanceMeter = field(default_factory=PerformanceMeter)
+    active: ActiveStage = field(init=False)
+    """Set by :meth:`enter_stage`."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe; that of the stage in force is ``self.active.recipe``."""
+        return self.derived.recipe
+
+    def enter_stage(self, step: int) -> None:
+        """Change to the stage that begins with this step, or in which a run is resumed."""
+        stage = self.derived.stages.at(step - 1)
+        is_first_step = step == self.steps_done + 1
+        if step - 1 != stage.start and not is_first_step:
             return
-        yield batch
 
+        vocab_size = self.derived.vocab_size
+        self.active = ActiveStage(
+            stage,
+            Batches(
+                stage.recipe,
+                self.data,
+                vocab_size,
+                self.engine.batch_shard,
+                self.engine.device,
+                stage.data_start,
+            ),
+            cache(partial(training_flops, stage.recipe.model, vocab_size=vocab_size)),
+        )
+        self.engine.begin_stage(stage.recipe)
+        self.report.begin_stage(
+            step, stage, self.active.flops(length=stage.recipe.training.seq_length)
+        )
+        self.meter.restart(step - 1)  # packing a corpus takes its time, and is no part of a step
 
-def _bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
-    return loss / math.log(2) / bytes_per_token if bytes_per_token else None
+    def train_step(self, step: int) -> None:
+        """Make one update, and report it."""
+        active = self.active
+        lr = active.stage.learning_rate(step - 1)
 
+        self.watchdog.phase(f"the data of step {step}")
+        with self.meter.waiting_for_data():
+            batches = list(agreed_batches(self.ranks, active.batches.step(step - 1)))
 
-class _Pace:
-    """How long steps take, from after a ``step`` on."""
+        self.watchdog.phase(f"step {step}")
+        result = self.engine.step(batches, lr)
+        if self.nonfinite.must_stop(result):
+            self._stop_nonfinite(step, result, batches)
 
-    def __init__(self, step: int):
-        self.began, self.step = time.monotonic(), step
-        self.waited = 0.0
-        """Seconds, for data."""
-        self.flops = 0.0
-        """Of all ranks."""
+        self.tokens += result.tokens
+        flops_per_token = active.flops(length=active.batches.length(step - 1))
+        self.meter.add_flops(active.recipe.tokens_per_step * sum(flops_per_token.values()))
+        self._report_step(step, result, lr)
 
-    def step_seconds(self, step: int) -> float:
-        return (time.monotonic() - self.began) / (step - self.step)
+    def evaluate_if_due(self, step: int) -> None:
+        """Evaluate at the interval on a part of the held-out data, after the last step on all."""
+        batches = self.active.batches
+        if not batches.held_out or not self._is_due(step, self.recipe.evaluation.interval):
+            return
 
+        sequences = None if self._is_last(step) else self.recipe.evaluation.sequences
+        held_out = agreed_batches(self.ranks, batches.evaluation(sequences))
+        self.watchdog.phase(f"the evaluation after step {step}")
+        metrics = evaluate(self.engine, held_out, batches.held_out.bytes_per_token)
+        self.report.evaluation(step, metrics)
+        self.meter.restart(step)
 
-def _arithmetic(flops: float) -> dict[str, float]:
-    """Of each device a second, and on GPUs of a known peak the share of it (MFU)."""
-    found = {"perf/tflops_per_device": flops / 1e12}
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    for device in DEVICES.values():
-        if device.name in name:
-            found["perf/mfu"] = found["perf/tflops_per_device"] / device.tflops
-    return found
+    def stop_or_save(self, step: int) -> bool:
+        """Stop here if any rank was asked to, or begin a checkpoint if it is time.
 
+        The last step does neither: :meth:`finish` saves that.
 
-def _memory() -> dict[str, float]:
-    if torch.cuda.is_available():
-        return {"memory/max_reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
-    import resource
+        Returns:
+            Whether the run stops; its state is saved then.
+        """
+        self.watchdog.phase(f"the end of step {step}")
+        self._report_save(step, self.checkpointer.poll())
 
-    return {"memory/max_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        # This is where a stop is decided: a signal may have reached one rank only, and all must
+        # stop after the same step.
+        if self.ranks.any(self.stop.is_requested()) and not self._is_last(step):
+            self._save_and_wait(step)
+            by_stop_file = self._remove_stop_file()
+            self.report.stopped(step, by_stop_file)
+            return True
+
+        interval = self.recipe.checkpoint.interval
+        if interval and step % interval == 0 and not self._is_last(step):
+            self._save(step)
+        return False
+
+    def finish(self) -> None:
+        """Save the state after the last step; rank 0 writes the weights and the loss curve."""
+        steps = self.recipe.training.steps
+        self.watchdog.phase("the last checkpoint")
+        self._save_and_wait(steps)
+        self._remove_stop_file()  # nothing is left to stop
+
+        # A finished run that is started again has its weights already.
+        if self.ranks.any(self.ranks.is_first and self.folder.weights_step() != steps):
+            weights = self.engine.weights()
+            with self.ranks.raise_on_all():
+                if weights is not None:
+                    self.folder.write_weights(weights, steps)
+                    plot_loss(self.folder)
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.recipe.training.steps
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        """Return whether what is done every ``interval`` steps and after the last is due.
+
+        An ``interval`` of 0 leaves only the last step.
+        """
+        return self._is_last(step) or bool(interval and step % interval == 0)
+
+    def _report_step(self, step: int, result: StepResult, lr: float) -> None:
+        """Show the step; at the interval, after the first step and after the last, record it."""
+        active = self.active
+        tokens_per_step = active.recipe.tokens_per_step
+        step_seconds = self.meter.seconds_per_step(step)
+        tokens_per_second = tokens_per_step / step_seconds
+
+        bits = bits_per_byte(result.loss, active.batches.training.bytes_per_token)
+        self.report.step(step, result, bits, tokens_per_second)
+        if not result.updated:
+            return
+        if step == 1 or self._is_due(step, self.recipe.metrics.log_interval):
+            learning = train_metrics(result, lr, self.tokens, tokens_per_step)
+            performance = self.meter.metrics(step, step_seconds, tokens_per_second)
+            self.report.record(step, learning | performance)
+            self.meter.restart(step)
+
+    def _save(self, step: int) -> None:
+        """Begin to write the state after this step, once the save before it has ended."""
+        previous = self.checkpointer.save(self.engine, step, self.tokens)
+        self._report_save(step, previous)
+
+    def _save_and_wait(self, step: int) -> None:
+        """Write the state after this step.
+
+        Raises:
+            UserError: on all ranks, if it cannot be written.
+        """
+        self._save(step)
+        outcome = self.checkpointer.poll(wait=True)
+        if outcome and outcome.error:
+            raise self.ranks.failure(
+                f"{self.folder.checkpoints}: step {step} is not saved: {outcome.error}"
+            )
+        self._report_save(step, outcome)
+
+    def _report_save(self, step: int, outcome: SaveOutcome | None) -> None:
+        """Report what became of a save; None if none has ended."""
+        if outcome:
+            self.report.save(step, outcome, self.checkpointer.last_step)
+
+    def _stop_nonfinite(self, step: int, result: StepResult, batches: list[Microbatch]) -> NoReturn:
+        """End the run because of a step without an update; keep its batches and the state before.
+
+        Raises:
+            NonFiniteError: on all ranks.
+        """
+        message = self.nonfinite.write_batches(step, result, batches, self.ranks.rank)
+        try:
+            self._save_and_wait(step - 1)
+        except UserError as unsaved:
+            message += f"\n{unsaved}"
+        raise self.ranks.failure(message, NonFiniteError)
+
+    def _remove_stop_file(self) -> bool:
+        """Remove the file that asks the run to stop, on rank 0; return whether it was there."""
+        if not self.ranks.is_first:
+            return False
+        was_there = self.folder.stop_file.exists()
+        self.folder.stop_file.unlink(missing_ok=True)
+        return was_there

@@ -18,7 +18,7 @@ class NonFinitePolicy:
     """
 
     def __init__(self, training: TrainingConfig, folder: Path):
-        """``folder`` is where :meth:`write_batches` puts the batches of a step that stops the run."""
+        """``folder`` is where :meth:`write_batches` puts the batches."""
         self._training = training
         self._folder = folder
         self._skipped_in_a_row = 0
@@ -34,7 +34,7 @@ class NonFinitePolicy:
     def write_batches(
         self, step: int, result: StepResult, batches: list[Microbatch], rank: int
     ) -> str:
-        """Write this rank's batches of the step that stops the run; return the line that says why it stops."""
+        """Write this rank's batches of the step that stops the run; return a line that says why."""
         file = self._folder / f"step-{step:08}" / f"rank-{rank}.safetensors"
         try:
             _write(file, batches)
@@ -42,8 +42,10 @@ class NonFinitePolicy:
         except (OSError, SafetensorError) as error:
             where = f"the batch could not be written: {error}"
 
-        what = f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; no update was made"
-        return f"{what}; {where}; {self._hint()}"
+        return (
+            f"step {step}: loss {result.loss} and gradient norm {result.grad_norm}; "
+            f"no update was made; {where}; {self._hint()}"
+        )
 
     @property
     def _skips(self) -> bool:
@@ -51,7 +53,7 @@ class NonFinitePolicy:
 
     def _hint(self) -> str:
         if not self._skips:
-            return "training.on_nonfinite=skip goes past it"
+            return "training.on_nonfinite=skip would skip the step"
         limit = self._training.max_skipped_steps
         return f"{self._skipped_in_a_row} steps in a row, training.max_skipped_steps is {limit}"
 

@@ -5,9 +5,16 @@ from pathlib import Path
 from ..checkpoint.run_folder import RunFolder
 from ..errors import UserError
 
+_NEIGHBORS = 4
+"""Points on each side that a smoothed training loss averages over."""
+
 
 def plot_loss(folder: RunFolder) -> Path:
-    """Draw the loss curve of a run, held-out points on it, to ``plots/loss.png``."""
+    """Draw the training and held-out losses of a run to ``plots/loss.png``; return that path.
+
+    Raises:
+        UserError: no loss has been logged yet.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -15,40 +22,46 @@ def plot_loss(folder: RunFolder) -> Path:
 
     records = folder.read_metrics()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, colour in (("train/loss", "tab:blue"), ("eval/loss", "tab:orange")):
-        points = [(record["step"], record[name]) for record in records if name in record]
-        if not points:
-            continue
-        steps, losses = zip(*points, strict=True)
-        if (
-            name == "train/loss"
-        ):  # a step's loss says as much about its few texts as about the model
-            axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.9)
-            losses = [
-                sum(near) / len(near)
-                for near in (losses[max(0, i - 4) : i + 5] for i in range(len(losses)))
-            ]
-        axes.plot(
-            steps,
-            losses,
-            color=colour,
-            label=name,
-            linewidth=1.6,
-            marker="o" if name == "eval/loss" else None,
-        )
+
+    steps, losses = _points(records, "train/loss")
+    if steps:
+        # A step's loss says as much about its few texts as about the model: show it faintly under a
+        # running mean.
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=0.9)
+        axes.plot(steps, _smoothed(losses), color="tab:blue", label="train/loss", linewidth=1.6)
+    steps, losses = _points(records, "eval/loss")
+    if steps:
+        axes.plot(steps, losses, color="tab:orange", label="eval/loss", linewidth=1.6, marker="o")
     if not axes.lines:
         raise UserError(f"{folder.metrics}: holds no losses yet")
+
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.path.name)
-    bits = [record for record in records if "eval/bits_per_byte" in record]
-    if bits:
-        ratio = bits[-1]["eval/bits_per_byte"] / bits[-1]["eval/loss"]
-        right = axes.secondary_yaxis(
-            "right", functions=(lambda loss: loss * ratio, lambda value: value / ratio)
+    with_bits = [record for record in records if "eval/bits_per_byte" in record]
+    if with_bits:
+        bits_per_nat = with_bits[-1]["eval/bits_per_byte"] / with_bits[-1]["eval/loss"]
+        right_axis = axes.secondary_yaxis(
+            "right", functions=(lambda loss: loss * bits_per_nat, lambda bits: bits / bits_per_nat)
         )
-        right.set_ylabel("bits per byte")
+        right_axis.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
     axes.legend()
+
     folder.loss_plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder.loss_plot, dpi=130)
     plt.close(figure)
     return folder.loss_plot
+
+
+def _points(records: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps whose record has this metric, and its values."""
+    with_metric = [record for record in records if name in record]
+    return [record["step"] for record in with_metric], [record[name] for record in with_metric]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Return the mean of every value and its neighbors."""
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - _NEIGHBORS) : i + _NEIGHBORS + 1]
+        means.append(sum(window) / len(window))
+    return means

@@ -1,11 +1,14 @@
 """Linear attention's Triton kernels without a GPU: right in the interpreter, and compiled for the chips they are made for."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 from ..softmax.test_triton import SHARED, python
+
+HERE = Path(__file__).parent
 
 WALKS = [
     "state:{}:gated",
@@ -45,7 +48,7 @@ INTERPRETED_WIDE = [
     ids=", ".join,
 )
 def test_parity_in_the_interpreter(cases):
-    python("linear_triton_worker.py", *cases)
+    python(HERE / "triton_worker.py", *cases)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -73,7 +76,7 @@ def compiled(arch: int, dim: int, cases: list[str]) -> list[dict]:
         map(
             json.loads,
             python(
-                "linear_aot_worker.py", arch, *(case.format(dim) for case in cases)
+                HERE / "aot_worker.py", arch, *(case.format(dim) for case in cases)
             ).splitlines(),
         )
     )

@@ -36,7 +36,7 @@ INTERPRETED_WIDE = [
 ]
 
 
-def python(script: str, *args: object, **env: str) -> str:
+def python(script: str | Path, *args: object, **env: str) -> str:
     command = [sys.executable, str(HERE / script), *map(str, args)]
     done = subprocess.run(
         command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False

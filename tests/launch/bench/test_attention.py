@@ -79,8 +79,8 @@ def test_report(capsys, tmp_path, monkeypatch, on_cpu):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
-    settings = bench.Settings(["Window(64)"], [4096], "torch", 2, 2, 16, "float32", 1)
-    peak = bench.cpu_peak(settings, bench.Row("", "ours", "Window(64)", 4096, 1.0))
+    settings = bench.AttentionSettings(["Window(64)"], [4096], "torch", 2, 2, 16, "float32", 1)
+    peak = bench.cpu_peak(settings, bench.AttentionTiming("", "ours", "Window(64)", 4096, 1.0))
     left = 4 * 4096 * 2 * 16 * 4  # bytes of the output and three gradients
     assert 0.9 * left < peak < 4096**2, "far from holding every pair"
 
@@ -123,12 +123,12 @@ class _Off(torch.autograd.Function):
 
 
 def _wrong_gradient(settings, pattern, length):
-    right = bench.KINDS["right"].make(settings, pattern, length)
+    right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
     return lambda q, k, v: right(q, _Off.apply(k), v)
 
 
 def _wrong_output(settings, pattern, length):
-    right = bench.KINDS["right"].make(settings, pattern, length)
+    right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
     return lambda q, k, v: (
         right(q, k, v)
         * torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
@@ -151,16 +151,19 @@ def _too_large(settings, pattern, length):
 def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
     capsys, tmp_path, monkeypatch, on_cpu, no_memory, make, status, kind
 ):
-    monkeypatch.setitem(bench.KINDS, "right", bench.KINDS["ours"])
+    monkeypatch.setitem(bench.IMPLEMENTATIONS, "right", bench.IMPLEMENTATIONS["ours"])
     monkeypatch.setitem(
-        bench.KINDS, kind, bench.Kind(make, bench.KINDS[kind].dense, heads_first=False)
+        bench.IMPLEMENTATIONS,
+        kind,
+        bench.Implementation(make, bench.IMPLEMENTATIONS[kind].dense, heads_first=False),
     )
     exit_status, out, _ = run(capsys, "--pattern", "Window(64)", *SMALL, "--out", tmp_path)
     assert exit_status == 0
     rows = {
         row["kind"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]
     }
-    bad, good = rows.pop(kind), *rows.values()
+    bad = rows.pop(kind)
+    (good,) = rows.values()
     assert bad["status"].startswith(status)
     assert "\n" not in bad["status"]
     assert not any(bad[key] for key in ("seconds", "median", "peak_bytes", "ratio", "share"))
@@ -173,9 +176,11 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", bench.ON_CPU)
 def test_grouped_heads(on_cpu, kind, kv_heads):
-    settings = bench.Settings(["S2(8, 2, 4)"], [100], "torch", 4, kv_heads, 8, "float32", 1)
-    row = next(row for row in bench._rows(settings, 100) if row.kind == kind)
-    assert bench._fault(settings, row) is None
+    settings = bench.AttentionSettings(
+        ["S2(8, 2, 4)"], [100], "torch", 4, kv_heads, 8, "float32", 1
+    )
+    row = next(row for row in bench._candidates(settings, 100) if row.kind == kind)
+    assert bench._find_fault(settings, row) is None
 
 
 @pytest.mark.parametrize(
@@ -188,13 +193,14 @@ def test_grouped_heads(on_cpu, kind, kv_heads):
     ],
 )
 def test_flex_attention_gets_the_pattern(text):
-    pattern, at = parse_pattern(text).spread(2), torch.arange(64)
+    pattern = parse_pattern(text).spread(2)
+    positions = torch.arange(64)
     mask = bench.flex_mask(pattern, 4, 2, "cpu")
     over_keys = torch.vmap(mask, (None, None, None, 0))
     over_all = torch.vmap(torch.vmap(over_keys, (None, None, 0, None)), (None, 0, None, None))
     assert torch.equal(
-        over_all(torch.tensor(0), torch.arange(4), at, at),
-        pattern.mask(at, at, 2).repeat_interleave(2, 0),
+        over_all(torch.tensor(0), torch.arange(4), positions, positions),
+        pattern.mask(positions, positions, 2).repeat_interleave(2, 0),
     )
 
 
@@ -203,7 +209,7 @@ def test_flex_attention_gets_the_pattern(text):
     [
         (["--pattern", "S3(64)"], "unknown pattern 'S3'"),
         (["--pattern", "PerHead([Causal()])"], "PerHead has patterns for 1 KV heads"),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 8192,32768, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 8192,32768, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--kv-heads", "3"], "--kv-heads: 3 does not divide --heads 4"),

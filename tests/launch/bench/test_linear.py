@@ -5,7 +5,7 @@ import pytest
 import torch
 from longspan.launch.bench import linear as bench_linear
 from longspan.launch.bench import linear_candidates, measure
-from longspan.launch.bench.linear_candidates import BLOCKS, Width
+from longspan.launch.bench.linear_candidates import BLOCKS, AttentionWidth
 from longspan.launch.cli import main
 
 SMALL = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
@@ -57,10 +57,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
     monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
     status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
     assert status == 0
-    report, rows = (
-        json.loads((tmp_path / "deep" / "linear.json").read_text()),
-        rows_of(tmp_path / "deep"),
-    )
+    report = json.loads((tmp_path / "deep" / "linear.json").read_text())
+    rows = rows_of(tmp_path / "deep")
     assert set(report) == {"machine", "versions", "settings", "rows"}
     assert set(report["versions"]) == {"python", "torch", "triton", "flash-linear-attention"}
     assert report["settings"] == {
@@ -74,7 +72,8 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
         "repeats": 1,
     }
     assert list(rows) == [(name, length) for length in (70, 130) for name in (DENSE, *BLOCKS)]
-    skipped, dense = rows.pop((DENSE, 130)), rows[DENSE, 70]
+    skipped = rows.pop((DENSE, 130))
+    dense = rows[DENSE, 70]
     assert skipped["status"] == "skipped: longer than --dense-up-to 70"
     assert line_of(out, skipped).endswith(skipped["status"])
     assert not any(
@@ -130,7 +129,9 @@ def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
         return v + sum(x.sum() for x in (q, k, *gates.values()))
 
     monkeypatch.setattr(linear_candidates, "linear_attention", attend)
-    grads = linear_candidates.linear_work(Width(4, 32, "bfloat16"), mixer, "torch", 5)()[1:]
+    grads = linear_candidates.linear_call(AttentionWidth(4, 32, "bfloat16"), mixer, "torch", 5)()[
+        1:
+    ]
     assert [tuple(grad.shape) for grad in grads] == [(1, 5, *shape) for shape in shapes.values()]
     (call,) = calls
     fixed = {"decay": (4,)} if mixer == "retention" else {}
@@ -145,8 +146,10 @@ def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
-    settings = bench_linear.Settings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
-    peak = bench_linear.cpu_peak(settings, bench_linear.Row("linear", "linear", "torch", 8192))
+    settings = bench_linear.LinearSettings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
+    peak = bench_linear.cpu_peak(
+        settings, bench_linear.LinearTiming("linear", "linear", "torch", 8192)
+    )
     left = 4 * 8192 * 2 * 16 * 4  # bytes of the output and three gradients
     assert 0.9 * left < peak < 8192**2, "far from holding every pair"
 
@@ -197,7 +200,8 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(
     )
     assert exit_status == 0
     rows = rows_of(tmp_path)
-    bad, good = rows["deltanet", 70], rows["gla", 70]
+    bad = rows["deltanet", 70]
+    good = rows["gla", 70]
     assert bad["status"].startswith(status)
     assert line_of(out, bad).endswith(bad["status"])
     assert not any(
@@ -219,7 +223,7 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
         "dtype": "auto",
     }
     settings = bench_linear._settings(SimpleNamespace(mixer=["kda"], **options))
-    rows = list(bench_linear._rows(settings, 70))
+    rows = list(bench_linear._candidates(settings, 70))
     assert [row.candidate for row in rows] == [DENSE, "kda (torch)", "kda (triton)", "kda (fla)"]
     assert settings.dtype == "bfloat16"
     monkeypatch.setattr(measure, "device", lambda: "cpu")
@@ -236,16 +240,16 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
     [
         (
             ["--mixer", "full"],
-            "--mixer: there is no linear 'full', only linear, lightning, retention, ",
+            "--mixer: 'full' is not a linear mixer; known: linear, lightning, retention, ",
         ),
-        (["--lengths", "8k"], "--lengths: must be whole numbers, as 4096,65536, got '8k'"),
+        (["--lengths", "8k"], "--lengths: must be whole numbers, such as 4096,65536, got '8k'"),
         (["--lengths", "64,0"], "--lengths: must be at least 1, got 0"),
         (["--repeats", "0"], "--repeats: must be at least 1, got 0"),
         (["--dense-up-to", "0"], "--dense-up-to: must be at least 1, got 0"),
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
         (
             ["--mixer", "gla", "--head-dim", "5"],
-            "--heads, --head-dim: no gla: key_head_dim is by default 1/2 of a head's part",
+            "--heads, --head-dim: do not fit gla: key_head_dim is by default 1/2 of a head's part",
         ),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],

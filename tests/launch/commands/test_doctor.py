@@ -1,4 +1,4 @@
-"""What a machine has and lacks, as it is told."""
+"""``longspan doctor``: what a machine has and lacks."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -7,20 +7,22 @@ from longspan.launch.commands import doctor
 from longspan.trainer import versions
 
 
-def test_it_tells_what_is_there_and_measures(longspan, tmp_path):
+def test_it_reports_what_is_there_and_measures(longspan, tmp_path):
     done = longspan("doctor", "--folder", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    for name in doctor.NEEDED:
+    for name in doctor.REQUIRED:
         assert re.search(rf"^{name} +{re.escape(version(name))}$", done.stdout, re.M)
     assert re.search(
-        rf"^disk +{tmp_path}: [0-9,.]+ GiB free, [0-9,]+ MB/s written through$", done.stdout, re.M
+        rf"^disk +{tmp_path}: [0-9,.]+ GiB free, [0-9,]+ MB/s written to the disk$",
+        done.stdout,
+        re.M,
     )
     assert "GPU     none: training runs on the CPU, over gloo" in done.stdout
     assert re.search(r"^between 2 ranks over gloo: [0-9.]+ GB/s out of each", done.stdout, re.M)
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_path):
+def test_what_is_missing_is_reported_with_what_it_costs(capsys, monkeypatch, tmp_path):
     def without(name):
         if name in ("deepspeed", "wandb"):
             raise PackageNotFoundError
@@ -28,13 +30,13 @@ def test_what_is_not_there_is_told_with_what_it_costs(capsys, monkeypatch, tmp_p
 
     monkeypatch.setattr(versions, "version", without)
     assert doctor.doctor(str(tmp_path)) == 1
-    told = capsys.readouterr().out
-    assert re.search(r"^deepspeed +MISSING$", told, re.M)
-    assert re.search(r"^wandb +not there: metrics.wandb is refused$", told, re.M)
-    assert "cannot train without deepspeed: pip install deepspeed" in told
+    out = capsys.readouterr().out
+    assert re.search(r"^deepspeed +MISSING$", out, re.M)
+    assert re.search(r"^wandb +not installed: metrics.wandb is refused$", out, re.M)
+    assert "cannot train without deepspeed: pip install deepspeed" in out
 
 
-def test_a_folder_that_takes_nothing_is_told(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(
         doctor.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**20})
     )

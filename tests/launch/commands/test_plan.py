@@ -26,28 +26,30 @@ def large(ranks, *overrides):
 
 def test_memory_and_arithmetic_shrink_with_the_ranks():
     device = DEVICES["h100"]
-    made = {ranks: estimate(large(ranks), 257, device) for ranks in (8, 64)}
+    estimates = {ranks: estimate(large(ranks), 257, device) for ranks in (8, 64)}
     total = parameter_count(large(8).model, 257)
-    for ranks, one in made.items():
-        assert one.parameters == total
-        assert one.memory.weights == 2 * total
-        assert one.memory.optimizer == 12 * total / ranks
-        assert one.tokens_per_second == pytest.approx((1 << 20) / one.step_s)
-        # Matrices take two operations a parameter and token, but embeddings; attention and states come on top.
+    for ranks, predicted in estimates.items():
+        assert predicted.parameters == total
+        assert predicted.memory.weights == 2 * total
+        assert predicted.memory.optimizer == 12 * total / ranks
+        assert predicted.tokens_per_second == pytest.approx((1 << 20) / predicted.step_s)
+        # All matrices but the embeddings need two operations a parameter and token; attention and
+        # states come on top.
         matrices = 2 * (total - 384 * 4096)
-        forward = one.head_flops + sum(
-            kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in one.kinds
+        forward = predicted.head_flops + sum(
+            kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in predicted.kinds
         )
         assert forward > matrices
-    assert made[8].compute_s == pytest.approx(
-        8 * made[64].compute_s, rel=1e-3
-    )  # how even it is differs
-    assert made[8].memory.activations == pytest.approx(8 * made[64].memory.activations)
+    few = estimates[8]
+    many = estimates[64]
+    # How evenly the work is spread differs.
+    assert few.compute_s == pytest.approx(8 * many.compute_s, rel=1e-3)
+    assert few.memory.activations == pytest.approx(8 * many.memory.activations)
 
 
 def test_the_sparse_layers_move_less_than_the_full_ones():
-    made = estimate(large(64, "parallel.schedules.sparse=stripes"), 257, DEVICES["h100"])
-    kinds = {kind.name: kind for kind in made.kinds}
+    predicted = estimate(large(64, "parallel.schedules.sparse=stripes"), 257, DEVICES["h100"])
+    kinds = {kind.name: kind for kind in predicted.kinds}
     assert kinds["linear"].received < kinds["sparse"].received < kinds["full"].received
     # Forward, and again with their gradients backward: three times what the plan's forward is.
     assert kinds["sparse"].received / 2**20 == pytest.approx(3 * 316, rel=0.02)
@@ -113,17 +115,15 @@ def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
 
 
 def test_engines_and_options_change_what_is_held():
-    device, options = DEVICES["h100"], {"engine.name=deepspeed"}
+    device = DEVICES["h100"]
+    options = ["engine.name=deepspeed"]
     total = parameter_count(large(8).model, 257)
     for stage, weights, gradients in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
-        made = estimate(
-            large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32"), 257, device
-        )
-        assert (made.memory.weights, made.memory.gradients) == (
-            2 * total / weights,
-            4 * total / gradients,
-        )
-        assert made.memory.optimizer == 12 * total / (8 if stage else 1)
+        recipe = large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32")
+        memory = estimate(recipe, 257, device).memory
+        assert memory.weights == 2 * total / weights
+        assert memory.gradients == 4 * total / gradients
+        assert memory.optimizer == 12 * total / (8 if stage else 1)
     kept, selective, full = (
         estimate(large(8, f"memory.recompute={mode}"), 257, device)
         for mode in ("none", "selective", "full")
@@ -137,12 +137,11 @@ def test_experts_are_spread_over_their_ranks():
         "model.moe={num_experts: 8}",
         *(f"model.layers.blocks.{name}.mlp=moe" for name in ("full", "sparse", "linear")),
     ]
-    one, spread = (
+    whole, spread = (
         estimate(large(8, *experts, f"parallel.ep={ep}"), 257, DEVICES["h100"]) for ep in (1, 8)
     )
-    assert one.parameters == spread.parameters
-    assert spread.memory.weights < 0.3 * one.memory.weights
-    assert spread.memory.optimizer == pytest.approx(
-        one.memory.optimizer
-    )  # all of it is shared either way
-    assert spread.compute_s == pytest.approx(one.compute_s)
+    assert whole.parameters == spread.parameters
+    assert spread.memory.weights < 0.3 * whole.memory.weights
+    # All of the optimizer's state is shared either way.
+    assert spread.memory.optimizer == pytest.approx(whole.memory.optimizer)
+    assert spread.compute_s == pytest.approx(whole.compute_s)

@@ -1,8 +1,8 @@
-"""The recipes that are shipped: each is one that trains; its twin for a CPU does so, goes on and leaves for transformers."""
+"""The shipped recipes: each is valid, and has a tiny twin that trains, resumes and is exported."""
 
 import pytest
 from longspan.trainer.data.tokenizer import recipe_vocab_size
-from longspan.trainer.huggingface.native import Source
+from longspan.trainer.huggingface.native import ModelToExport
 from longspan.trainer.huggingface.target import choose_target
 from longspan.trainer.predict.estimate import DEVICES, GIB, estimate
 from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
@@ -28,7 +28,7 @@ TARGETS = {
 
 def target(name: str) -> str:
     recipe = load_recipe(name)
-    source = Source(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
+    source = ModelToExport(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
     return choose_target(source)[0].model_type
 
 
@@ -41,8 +41,9 @@ def test_every_recipe_has_a_twin_and_is_named_here():
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_recipe_and_its_twin_become_the_same_architecture(name):
     assert target(name) == target(f"{name}-tiny") == TARGETS[name]
-    whole, twin = load_recipe(name), load_recipe(f"{name}-tiny")
-    mixers = [{block.mixer for block in recipe.model.stack} for recipe in (whole, twin)]
+    whole = load_recipe(name)
+    twin = load_recipe(f"{name}-tiny")
+    mixers = [{block.kind() for block in recipe.model.stack} for recipe in (whole, twin)]
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")  # where it comes from
@@ -52,33 +53,33 @@ def test_a_recipe_and_its_twin_become_the_same_architecture(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_its_header_has_what_plan_predicts(name):
     recipe = load_recipe(name)
-    made = estimate(recipe, recipe_vocab_size(recipe), DEVICES["h100"])
-    memory, speed = sum(made.memory) / GIB, made.tokens_per_second / 1e6
+    predicted = estimate(recipe, recipe_vocab_size(recipe), DEVICES["h100"])
+    memory = sum(predicted.memory) / GIB
+    speed = predicted.tokens_per_second / 1e6
     assert memory < DEVICES["h100"].memory_gib
-    numbers = f"{memory:.1f} GiB, {made.step_s:.2f} s a step, {speed:.2f} M tokens/s (predicted)."
+    numbers = (
+        f"{memory:.1f} GiB, {predicted.step_s:.2f} s a step, {speed:.2f} M tokens/s (predicted)."
+    )
     header = f"# longspan plan, {recipe.launch.processes} x H100: {numbers}"
     assert header in SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_twin_trains_goes_on_and_leaves(longspan, corpus, tmp_path, name):
+def test_a_twin_trains_resumes_and_is_exported(longspan, corpus, tmp_path, name):
     def run(*arguments):
         done = longspan(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    twin = [
-        f"{name}-tiny",
-        f"run_dir={tmp_path / 'run'}",
-        f"data.validation={corpus}",
-    ]  # less held-out text than its own
+    # The corpus is less held-out text than its own.
+    twin = [f"{name}-tiny", f"run_dir={tmp_path / 'run'}", f"data.validation={corpus}"]
     steps = 16 if "1m" in name else 3  # into its second stage
     run("train", *twin, f"training.steps={steps}")
-    assert f"going on from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
-    said = run("export", tmp_path / "run", tmp_path / "model")
-    assert "tokens of greedy text are the same" in said
-    own = TARGETS[name] == "longspan"
-    assert bool(list((tmp_path / "model").glob("*.py"))) == own
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=own)
+    assert f"resuming from step {steps}" in run("train", *twin, f"training.steps={steps + 2}")
+    out = run("export", tmp_path / "run", tmp_path / "model")
+    assert "tokens of greedy text are the same" in out
+    has_code = TARGETS[name] == "longspan"
+    assert bool(list((tmp_path / "model").glob("*.py"))) == has_code
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=has_code)
     assert model.config.model_type == TARGETS[name]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from longspan.attention import S2, Causal, Dilated, Sinks, Window
 from longspan.launch.cli import main
-from longspan.launch.commands.show_pattern import FUTURE, VISIBLE, visible_shares
+from longspan.launch.pattern_picture import FUTURE, VISIBLE, visible_shares
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -15,13 +15,13 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def panels(path) -> list[np.ndarray]:
-    """Of each panel, row by row, its pixels: 1 visible, 0 hidden, -1 in the future."""
+    """Return the pixels of every panel, row by row: 1 visible, 0 hidden, -1 in the future."""
     from matplotlib.colors import to_rgb
     from matplotlib.pyplot import imread
 
     picture = imread(path)[..., :3]
     visible, future = (
-        np.abs(picture - to_rgb(colour)).max(-1) < 0.004 for colour in (VISIBLE, FUTURE)
+        np.abs(picture - to_rgb(color)).max(-1) < 0.004 for color in (VISIBLE, FUTURE)
     )
     states = visible.astype(int) - future
     rows = [states[top:bottom] for top, bottom in _runs(states.any(1))]
@@ -39,15 +39,17 @@ def test_the_picture_is_the_mask(capsys, tmp_path):
     )
     assert status == 0
     pattern = (S2(4, 2, 4) | Sinks(1)).spread(2)
+    density = pattern.density(32, 2)
     assert printed.splitlines() == [
-        f"{pattern!r}: density {pattern.density(32, 2):.4f} at 32 tokens, ideal speed-up {1 / pattern.density(32, 2):.2f}x, "
+        f"{pattern!r}: density {density:.4f} at 32 tokens, ideal speed-up {1 / density:.2f}x, "
         "positions not all covered by the union of 2 heads"
     ]
-    at = torch.arange(32)
-    want = torch.where(at[:, None] >= at, pattern.mask(at, at, 2).int(), -1).numpy()
+    positions = torch.arange(32)
+    causal = positions[:, None] >= positions
+    expected = torch.where(causal, pattern.mask(positions, positions, 2).int(), -1).numpy()
     drawn = panels(out)
     assert len(drawn) == 2
-    for pixels, mask in zip(drawn, want, strict=True):
+    for pixels, mask in zip(drawn, expected, strict=True):
         rows, columns = ([int((i + 0.5) / 32 * size) for i in range(32)] for size in pixels.shape)
         assert (pixels[np.ix_(rows, columns)] == mask).all()
 
@@ -55,12 +57,13 @@ def test_the_picture_is_the_mask(capsys, tmp_path):
 @pytest.mark.parametrize("pattern", [Window(300), S2(64, 4, 8), Causal()])
 @pytest.mark.parametrize("length", [500, 1000, 1024])
 def test_cells_hold_the_share_of_visible_pairs(pattern, length):
-    at = torch.arange(length)
-    mask, causal = pattern.mask(at, at, 1)[0], at[:, None] >= at
+    positions = torch.arange(length)
+    mask = pattern.mask(positions, positions, 1)[0]
+    causal = positions[:, None] >= positions
     shares = visible_shares(pattern, 1, length)[0]
     cells = len(shares)
     assert cells == min(length, 512)
-    of_cell = at * cells // length
+    cell_of = positions * cells // length
     for row, column in [
         (0, 0),
         (cells - 1, 0),
@@ -68,7 +71,7 @@ def test_cells_hold_the_share_of_visible_pairs(pattern, length):
         (cells // 2, cells // 3),
         (cells // 2, cells // 2 - 1),
     ]:
-        cell = (of_cell[:, None] == row) & (of_cell == column) & causal
+        cell = (cell_of[:, None] == row) & (cell_of == column) & causal
         assert shares[row, column] == pytest.approx((mask & cell).sum().item() / cell.sum().item())
     assert math.isnan(shares[0, -1])
 
@@ -130,7 +133,7 @@ def test_the_default_length_shows_the_structure(capsys, tmp_path):
             ["quickstrat"],
             "recipe quickstrat: no such file or shipped recipe (did you mean quickstart?)",
         ),
-        (["quickstart", "--heads", "2"], "--heads: goes with a pattern"),
+        (["quickstart", "--heads", "2"], "--heads: only for a pattern"),
         (["Causal()", "--heads", "0"], "--heads: must be at least 1, got 0"),
         (["Causal()", "--length", "0"], "--length: must be at least 1, got 0"),
         (["Causal()", "-o", "{tmp}/a.docx"], "a.docx: cannot be written"),
@@ -153,7 +156,8 @@ def test_a_recipe_without_softmax_blocks_has_nothing_to_show(capsys, tmp_path, t
 
     content = yaml.safe_load(tiny_recipe.read_text())
     layers = content["model"]["layers"]
-    layers["blocks"], layers["pattern"] = {"linear": layers["blocks"]["linear"]}, ["linear"]
+    layers["blocks"] = {"linear": layers["blocks"]["linear"]}
+    layers["pattern"] = ["linear"]
     tiny_recipe.write_text(yaml.safe_dump(content))
     status, _, err = run(capsys, tiny_recipe, "-o", tmp_path / "a.png")
     assert status == 2

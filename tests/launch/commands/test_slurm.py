@@ -1,4 +1,7 @@
-"""Batch scripts: what is refused, what is written, and on a real Slurm a job that is told to stop, queued again and goes on."""
+"""``longspan slurm``: what is refused, what is written, and a job on a real Slurm.
+
+The job is asked to stop, is requeued, and resumes.
+"""
 
 import json
 import os
@@ -9,10 +12,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+ON_CPUS = ["--nodes", "1", "--gpus-per-node", "0"]
 CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -49,16 +54,20 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         (["--nodes", "0", "--time", "10"], ["--nodes: must be at least 1, got 0"]),
         (
             ["--nodes", "1", "--time", "a day"],
-            ["--time: a day is no time of Slurm's, as 90 (minutes), 12:00:00 or 2-00:00:00"],
+            ["--time: a day is not a time for Slurm, such as 90 (minutes), 12:00:00 or 2-00:00:00"],
         ),
         (
             ["--nodes", "1", "--time", "5"],
-            ["--time: 5 leaves nothing: a job is told 300 s before its end to save and stop"],
+            [
+                "--time: 5 leaves no time to train: "
+                "the job is told to save and stop 300 s before its end"
+            ],
         ),
         (
             ["--nodes", "1", "--gpus-per-node", "2", "--processes-per-node", "4", "--time", "60"],
             [
-                "--processes-per-node: 4, but --gpus-per-node is 2, and each process needs a GPU of its own; use at most 2"
+                "--processes-per-node: 4, but --gpus-per-node is 2, "
+                "and each process needs a GPU of its own; use at most 2"
             ],
         ),
         (
@@ -118,19 +127,8 @@ def test_what_cannot_run_is_refused(longspan, tiny_recipe, tmp_path, arguments, 
 
 def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
     setup = ["--setup", "module load cuda", "--setup", "source .venv/bin/activate"]
-    asked = [
-        "--nodes",
-        "2",
-        "--gpus-per-node",
-        "4",
-        "--time",
-        "2-00:00:00",
-        "--account",
-        "lab",
-        "--partition",
-        "gpu",
-        *setup,
-    ]
+    sizes = ["--nodes", "2", "--gpus-per-node", "4", "--time", "2-00:00:00"]
+    asked = [*sizes, "--account", "lab", "--partition", "gpu", *setup]
     done = longspan("slurm", tiny_recipe, "parallel.cp=2", "training.global_batch_size=8", *asked)
     assert done.returncode == 0, done.stderr
     script = tmp_path / "run" / "slurm" / "train.sbatch"
@@ -155,14 +153,10 @@ def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
 
 def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = longspan(
-        "slurm", tiny_recipe, "--nodes", "1", "--gpus-per-node", "0", "--time", "60", "--submit"
-    )
+    done = longspan("slurm", tiny_recipe, *ON_CPUS, "--time", "60", "--submit")
     assert done.returncode == 2
-    assert (
-        "--submit: there is no sbatch here; run it on a login node, or write the script here and take it"
-        in done.stderr
-    )
+    remedy = "run it on a login node, or write the script here and take it"
+    assert f"--submit: there is no sbatch here; {remedy}" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -179,37 +173,22 @@ def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monk
 def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argument, line):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    done = longspan(
-        "slurm",
-        tiny_recipe,
-        argument.format(tmp_path),
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "60",
-    )
+    done = longspan("slurm", tiny_recipe, argument.format(tmp_path), *ON_CPUS, "--time", "60")
     assert (done.returncode, done.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_path, saves):
-    """With stand-ins for Slurm's commands. The setup may read what is not set, and a STOP of before is not the job's."""
-    run, tools = tmp_path / "run", tmp_path / "tools"
+def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, saves):
+    """With stand-ins for Slurm's commands.
+
+    The setup may read what is not set, and a STOP from before is not the job's.
+    """
+    run = tmp_path / "run"
+    tools = tmp_path / "tools"
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     (run / "STOP").touch()
-    asked = [
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "60",
-        "--setup",
-        'echo "$OF_A_MODULE" >setup',
-    ]
+    asked = [*ON_CPUS, "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
     assert longspan("slurm", tiny_recipe, *asked).returncode == 0
     work = (
         "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
@@ -248,73 +227,79 @@ def test_only_a_job_that_has_got_on_is_queued_again(longspan, tiny_recipe, tmp_p
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A Slurm of one node, of what ``slurm_here.sh`` unpacked or the machine has; its commands are on the PATH."""
+    """Start a Slurm of one node, with its commands on the PATH, and yield its folder.
+
+    It is what ``slurm_here.sh`` unpacked, or what the machine has.
+    """
     unpacked = Path(os.environ.get("LONGSPAN_SLURM", "/nowhere"), "root")
     if unpacked.is_dir():
         library = next(unpacked.glob("usr/lib/*-linux-gnu"))
-        monkeypatch.setenv(
-            "LD_LIBRARY_PATH",
-            f"{library}:{library}/slurm-wlm:{unpacked}/{library.relative_to(unpacked / 'usr')}",
-        )
+        own_library = unpacked / library.relative_to(unpacked / "usr")
+        monkeypatch.setenv("LD_LIBRARY_PATH", f"{library}:{library}/slurm-wlm:{own_library}")
         monkeypatch.setenv("PATH", f"{unpacked}/usr/bin:{unpacked}/usr/sbin:{os.environ['PATH']}")
-    commands = [
-        shutil.which(name) or shutil.which(f"{name}-wlm") for name in ("slurmctld", "slurmd")
-    ]  # Debian's names
-    if None in commands:
+    slurmctld = _daemon("slurmctld")
+    slurmd = _daemon("slurmd")
+    if slurmctld is None or slurmd is None:
         pytest.skip("needs Slurm, as tests/launch/slurm_here.sh unpacks it")
-    where = Path(os.path.realpath(commands[0]))
-    plugins = next(
-        (
-            path
-            for path in (unpacked, Path("/"))
-            for path in path.glob("usr/lib/*-linux-gnu/slurm-wlm")
-        ),
-        None,
-    )
+
     folder = tmp_path / "slurm"
     for name in ("state", "spool"):
         folder.joinpath(name).mkdir(parents=True)
-    ports = [_free_port(), _free_port()]
-    host, user = socket.gethostname().split(".")[0], os.environ.get("USER", "root")
-    text = CONF.format(
-        host=host, user=user, ports=ports, folder=folder, plugins=plugins, cpus=os.cpu_count()
-    )
+    plugins = [
+        path
+        for root in (unpacked, Path("/"))
+        for path in root.glob("usr/lib/*-linux-gnu/slurm-wlm")
+    ]
     conf = folder / "slurm.conf"
-    conf.write_text(text)
-    monkeypatch.setenv("SLURM_CONF", str(conf))
-    stepd = next(
-        iter([*where.parent.glob("slurmstepd*"), *where.parent.parent.glob("sbin/slurmstepd*")])
-    )
-    daemons = []
-    for name, command, *options in (
-        ("slurmctld", commands[0]),
-        ("slurmd", commands[1], "-d", str(stepd)),
-    ):
-        log = folder.joinpath(f"{name}.log").open("w")
-        daemons.append(
-            subprocess.Popen([command, "-D", "-f", str(conf), *options], stdout=log, stderr=log)
+    conf.write_text(
+        CONF.format(
+            host=socket.gethostname().split(".")[0],
+            user=os.environ.get("USER", "root"),
+            ports=[_free_port(), _free_port()],
+            folder=folder,
+            plugins=plugins[0] if plugins else None,
+            cpus=os.cpu_count(),
         )
+    )
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+
+    real = Path(os.path.realpath(slurmctld))
+    stepd = [*real.parent.glob("slurmstepd*"), *real.parent.parent.glob("sbin/slurmstepd*")][0]
+    commands = {
+        "slurmctld": [slurmctld, "-D", "-f", conf],
+        "slurmd": [slurmd, "-D", "-f", conf, "-d", stepd],
+    }
+    logs = {name: folder / f"{name}.log" for name in commands}
+    daemons = []
+    for name, command in commands.items():
+        log = logs[name].open("w")
+        daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
     try:
-        for _ in range(120):
-            if (
-                "idle"
-                in subprocess.run(
-                    ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False
-                ).stdout
-            ):
-                break
-            time.sleep(0.5)
-        else:
-            pytest.fail(
-                folder.joinpath("slurmctld.log").read_text()
-                + folder.joinpath("slurmd.log").read_text()
-            )
+        _wait_until_idle(logs.values())
         yield folder
     finally:
+        user = os.environ.get("USER", "root")
         subprocess.run(["scancel", "--signal=KILL", "--full", f"--user={user}"], check=False)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(20)
+
+
+def _daemon(name: str) -> str | None:
+    """Return the path of a daemon of Slurm's, by its own name or Debian's, if it is there."""
+    return shutil.which(name) or shutil.which(f"{name}-wlm")
+
+
+def _wait_until_idle(logs: Iterable[Path]) -> None:
+    """Wait until Slurm's node is ready."""
+    for _ in range(120):
+        states = subprocess.run(
+            ["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False
+        )
+        if "idle" in states.stdout:
+            return
+        time.sleep(0.5)
+    pytest.fail("".join(log.read_text() for log in logs))
 
 
 def _free_port() -> int:
@@ -346,7 +331,7 @@ def _until(condition, seconds: float, what: str, log: Path = Path(os.devnull)) -
 def test_slurm_checks_the_request_before_anything_is_written(
     slurm, longspan, tiny_recipe, tmp_path
 ):
-    asked = ["--nodes", "1", "--gpus-per-node", "0", "--time", "30", "--partition", "nowhere"]
+    asked = [*ON_CPUS, "--time", "30", "--partition", "nowhere"]
     done = longspan("slurm", tiny_recipe, *asked, "--submit")
     line = "longspan: --submit: Slurm refuses the job: invalid partition specified: nowhere"
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -361,17 +346,7 @@ def test_a_job_works_where_its_command_was_given(
     folder = tmp_path / "my runs"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    done = longspan(
-        "slurm",
-        tiny_recipe,
-        "run_dir=a run",
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--time",
-        "30",
-    )
+    done = longspan("slurm", tiny_recipe, "run_dir=a run", *ON_CPUS, "--time", "30")
     assert done.returncode == 0, done.stderr
     script = folder / "a run" / "slurm" / "train.sbatch"
     submitted = subprocess.run(
@@ -387,7 +362,7 @@ def test_a_job_works_where_its_command_was_given(
     assert "JobName=a run\n" in shown
 
 
-def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
+def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
     slurm, longspan, tiny_recipe, tmp_path
 ):
     """To the same bits as a run that nothing happens to; two processes of one node's task."""
@@ -403,18 +378,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
     assert alone.returncode == 0, alone.stderr
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
     package = f"export PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-    asked = [
-        "--nodes",
-        "1",
-        "--gpus-per-node",
-        "0",
-        "--processes-per-node",
-        "2",
-        "--time",
-        "30",
-        "--notice",
-        "60",
-    ]
+    asked = [*ON_CPUS, "--processes-per-node", "2", "--time", "30", "--notice", "60"]
     done = longspan(
         "slurm", tiny_recipe, *options, *asked, "--setup", path, "--setup", package, "--submit"
     )
@@ -428,9 +392,10 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(
     _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
     stopped = max(_losses(run))
     assert stopped < 120
-    # Slurm holds a job that was queued again for two minutes; its node refuses one that comes in the second of its end.
+    # Slurm holds a requeued job for two minutes; its node refuses one that comes within a second of
+    # its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
     _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
-    assert f"going on from step {stopped}" in log.read_text()
+    assert f"resuming from step {stopped}" in log.read_text()
     assert _losses(run) == _losses(tmp_path / "alone")
     assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank

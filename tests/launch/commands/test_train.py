@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from longspan.launch.commands.train import train
+from longspan.launch.training import train
 from longspan.trainer.errors import UserError
 from longspan.trainer.predict.flops import training_flops
 from longspan.trainer.recipe.file import load_recipe
@@ -64,17 +64,11 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert longspan("plot", run).stdout.strip() == str(run / "plots" / "loss.png")
     assert (run / "plots" / "loss.png").exists()
 
-    said = longspan(
-        "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
-    )
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.startswith("Document 1")
-    assert (
-        said.stdout
-        == longspan(
-            "generate", run, "--prompt", "Document 1", "--tokens", "20", "--temperature", "0"
-        ).stdout
-    )
+    greedy = ["--prompt", "Document 1", "--tokens", "20", "--temperature", "0"]
+    generated = longspan("generate", run, *greedy)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("Document 1")
+    assert generated.stdout == longspan("generate", run, *greedy).stdout
 
     again = longspan("train", tiny_recipe, *overrides)
     assert again.returncode == 0, again.stderr
@@ -103,8 +97,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
             )
             (length,) = [
                 length
-                for length, each in possible.items()
-                if flops == pytest.approx(each, rel=1e-6)
+                for length, expected in possible.items()
+                if flops == pytest.approx(expected, rel=1e-6)
             ]
             seen.add(length)
     assert len(seen) > 1
@@ -115,7 +109,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
     [
         (
             [
-                "engine={name: deepspeed, zero_stage: 2, config: {zero_optimization: {offload_optimizer: {device: cpu}}}}",
+                "engine={name: deepspeed, zero_stage: 2, config: "
+                "{zero_optimization: {offload_optimizer: {device: cpu}}}}",
                 "model.hidden_size=65536",
             ],
             "engine.config.zero_optimization",
@@ -144,8 +139,8 @@ def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_r
     done = longspan("train", tiny_recipe, "training.steps=6", "evaluation.sample_prompt=Doc")
     assert done.returncode == 0, done.stderr
     assert "a sample:\nDoc" in done.stdout
-    first, resolved = tmp_path / "run", tmp_path / "run" / "recipe.yaml"
-    assert longspan("train", resolved, f"run_dir={tmp_path / 'again'}").returncode == 0
+    first = tmp_path / "run"
+    assert longspan("train", first / "recipe.yaml", f"run_dir={tmp_path / 'again'}").returncode == 0
     losses = [
         [record["train/loss"] for record in read(folder) if "train/loss" in record]
         for folder in (first, tmp_path / "again")
@@ -170,10 +165,8 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
         f"data.sources={{{tmp_path / 'bad'}: 1.0}}",
     )
     assert done.returncode == 2, done.stderr
-    assert (
-        f"{tmp_path / 'bad'}.bin: token id 999 at byte offset 2000 (token 1000) is outside the vocabulary of 257"
-        in done.stderr
-    )
+    place = "token id 999 at byte offset 2000 (token 1000)"
+    assert f"{tmp_path / 'bad'}.bin: {place} is outside the vocabulary of 257" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -211,20 +204,32 @@ def test_damaged_weights_are_named(longspan, tiny_recipe, tmp_path):
 
 
 def wandb_records(file: Path):
-    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
+    """Yield the records of a .wandb file, which has LevelDB's log format after 7 bytes of its own.
+
+    The log consists of blocks of 32 KiB. A chunk has a header of 7 bytes: checksum (4), length (2)
+    and type (1): whether it is a whole record, or the first, a middle or the last chunk of one.
+    """
     from wandb.proto import wandb_internal_pb2
 
-    content, at, parts = file.read_bytes(), 7, b""
-    while at < len(content):
-        if 32768 - at % 32768 < 7:  # no header fits in what is left of a block
-            at += 32768 - at % 32768
+    block_size, header_size = 32768, 7
+    whole, last = 1, 4
+
+    content = file.read_bytes()
+    offset = 7
+    record = b""
+    while offset < len(content):
+        left_in_block = block_size - offset % block_size
+        if left_in_block < header_size:  # padding
+            offset += left_in_block
             continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        parts += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
+        length = int.from_bytes(content[offset + 4 : offset + 6], "little")
+        chunk_type = content[offset + 6]
+        offset += header_size
+        record += content[offset : offset + length]
+        offset += length
+        if chunk_type in (whole, last):
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
 
 
 def test_tensorboard_holds_the_metrics(longspan, tiny_recipe, tmp_path):

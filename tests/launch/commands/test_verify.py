@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from longspan.trainer.data.batches import recipe_layout
 from longspan.trainer.evaluation.parity import (
     STACK,
     cases,
@@ -15,6 +14,7 @@ from longspan.trainer.evaluation.parity import (
     probes_of,
     shrink,
 )
+from longspan.trainer.predict.communication import recipe_layout
 from longspan.trainer.recipe.file import load_recipe
 
 
@@ -30,8 +30,8 @@ def test_the_quickstart_is_what_it_is_on_one_rank(longspan):
 
 
 @pytest.mark.wide
-def test_what_is_wrong_ends_with_status_1(longspan, tmp_path):
-    """A rank whose convolution takes one token too few of its neighbour."""
+def test_a_mistake_ends_with_status_1(longspan, tmp_path):
+    """A rank whose convolution receives one token too few from its neighbor."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('WORLD_SIZE') == '2':\n"
@@ -88,7 +88,7 @@ def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
         == load_recipe("quickstart").model.layers.blocks["sparse"]
     )
     assert recipe.model.kv_heads == 4
-    edges = {start for start, *_ in recipe_layout(recipe).in_order}
+    edges = {segment.start for segment in recipe_layout(recipe).segments_in_order}
     starts = ((documents_of(recipe)[0].diff() != 0).nonzero().flatten() + 1).tolist()
     assert all(start % 32 == 0 for start in starts)
     assert set(starts) & edges
@@ -110,7 +110,7 @@ def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
         (["parallel.schedule=rings"], "parallel.schedule: schedule must be one of auto"),
     ],
 )
-def test_bad_input_is_told_before_any_process_starts(longspan, arguments, message):
+def test_bad_input_is_reported_before_any_process_starts(longspan, arguments, message):
     done = longspan("verify", "quickstart", *arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -3,6 +3,7 @@
 import pytest
 from longspan.trainer.checkpoint.files import (
     DamagedError,
+    FileEntry,
     Manifest,
     checkpoints,
     clean_up,
@@ -22,7 +23,7 @@ def folder(tmp_path):
         partial = partial_path(tmp_path, step)
         partial.mkdir()
         (partial / "data").write_bytes(b"weights" * step)
-        files = {"data": (7 * step, sha256(partial / "data"))}
+        files = {"data": FileEntry(7 * step, sha256(partial / "data"))}
         commit(partial, Manifest(step, 10 * step, "two ranks", "now", files))
     return tmp_path
 

@@ -1,4 +1,7 @@
-"""One rank: gradients of step 1, then 20 steps of a recipe; rank 0 writes what it saw. RECIPE OUT [section.key=value ...]"""
+"""One rank of a comparison: gradients of step 1, then all steps of a recipe.
+
+Arguments: RECIPE OUT [section.key=value ...]. Rank 0 writes what it saw to OUT.
+"""
 
 import sys
 
@@ -9,14 +12,15 @@ from longspan.trainer.recipe.file import load_recipe
 
 
 def edges(sequences) -> dict[str, int]:
-    """How many documents start on the edge between two parts of the layout, and how many inside one."""
-    found = {"on": 0, "inside": 0}
+    """Count the documents that start on an edge between two segments, and inside one."""
+    counts = {"on": 0, "inside": 0}
     for sequence in sequences:
-        parts = {start for start, *_ in sequence.layout.in_order}
+        segment_starts = {segment.start for segment in sequence.layout.segments_in_order}
         for ids in sequence.all_documents:
-            for start in ids.unique_consecutive(return_counts=True)[1].cumsum(0)[:-1].tolist():
-                found["on" if start in parts else "inside"] += 1
-    return found
+            lengths = ids.unique_consecutive(return_counts=True)[1]
+            for start in lengths.cumsum(0)[:-1].tolist():
+                counts["on" if start in segment_starts else "inside"] += 1
+    return counts
 
 
 def main(recipe_file: str, out: str, *overrides: str) -> None:
@@ -29,7 +33,11 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
 
         engine = build_engine(recipe)
         batches = Batches(
-            recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.share, engine.device
+            recipe,
+            prepare_data(recipe),
+            recipe_vocab_size(recipe),
+            engine.batch_shard,
+            engine.device,
         )
         seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
         tokens = [

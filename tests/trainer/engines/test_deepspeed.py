@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: keys that it and the recipe both claim, steps that are not made, and runs that move between engines."""
+"""Keys of the DeepSpeed engine that it and the recipe both claim, or that it cannot honor."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same model, data and losses however the ranks are arranged: real processes, against one rank."""
+"""The same model, data and losses however ranks are arranged: real processes against one rank."""
 
 from pathlib import Path
 
@@ -55,7 +55,8 @@ MORE_ZERO = {
         2,
         zero(
             3,
-            f"engine.config={{zero_optimization: {{offload_optimizer: {ON_CPU}, offload_param: {ON_CPU}}}}}",
+            f"engine.config={{zero_optimization: {{offload_optimizer: {ON_CPU}, "
+            f"offload_param: {ON_CPU}}}}}",
         ),
     ),
     "zero-3-memory": (2, zero(3, "parallel.cp=2", "memory.recompute=full", "memory.mlp_tile=17")),

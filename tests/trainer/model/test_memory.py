@@ -37,7 +37,11 @@ def batches_on(recipe_file, *overrides):
         engine = build_engine(recipe)
         with contextlib.closing(engine):
             batches = Batches(
-                recipe, prepare_data(recipe), recipe_vocab_size(recipe), engine.share, engine.device
+                recipe,
+                prepare_data(recipe),
+                recipe_vocab_size(recipe),
+                engine.batch_shard,
+                engine.device,
             )
             yield engine, list(batches.step(0))
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from longspan.launch.process import process_group
 from longspan.parallel import Layout, Sequence
-from longspan.trainer.predict.flops import mixer_parameters
 from longspan.trainer.recipe.check import check_recipe
 from torch.overrides import TorchFunctionMode
 
@@ -67,9 +66,8 @@ def build():
         recipe = check_recipe(content, "test")
         built = build_model(recipe, 128, torch.float64).decoder.layers[layer]
         scatter(built)
-        assert mixer_parameters(recipe.model, layer) == sum(
-            parameter.numel() for parameter in built.mixer.parameters()
-        )
+        shapes = {name: tuple(value.shape) for name, value in built.mixer.named_parameters()}
+        assert recipe.model.stack[layer].parameter_shapes(recipe.model, layer) == shapes
         return built, recipe.model
 
     with AllInFp64(), process_group(2), megatron_on_cpu():

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from longspan.launch.process import process_group
 from longspan.parallel import Layout, Sequence
-from longspan.trainer.recipe.file import load_recipe
-from longspan.trainer.recipe.schema import LightningBlock
+from longspan.trainer import LightningBlock
+from longspan.trainer.recipe.file import load_recipe, shipped_recipes
 
 from ..stacks import LINEAR, LINEAR_MORE, PATTERNS
 
@@ -239,7 +239,7 @@ def test_decays_stay_fp32_when_the_model_is_cast(engine):
 def test_every_mixer_decays_in_fp32_when_the_model_is_cast(
     engine, monkeypatch, stack, fixed, learned
 ):
-    from longspan.trainer.model.mixers import linear
+    from longspan.trainer.layers import linear_mixer as linear
 
     made, seen = engine("training.dtype=bfloat16", *stack), []
 
@@ -287,6 +287,32 @@ def test_parameters_are_counted_without_building_and_saved_whole(engine, overrid
         assert torch.equal(saved, weight), name
 
 
+@pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
+def test_shapes_of_shipped_recipes_are_those_of_the_built_model(path):
+    """With the recipe's blocks and heads, and fewer channels."""
+    from longspan.trainer.engines.megatron import MegatronEngine
+    from longspan.trainer.evaluation.parity import VOCABULARY, cases, shrink
+
+    *_, (_, recipe) = cases(shrink(load_recipe(str(path)), 2))
+    one_rank = {
+        "parallel": recipe.parallel.model_copy(update={"cp": 1}),
+        "launch": recipe.launch.model_copy(update={"processes": 1}),
+    }
+    with process_group(1):
+        engine = MegatronEngine(recipe.model_copy(update=one_rank), VOCABULARY)
+        shapes = {
+            f"{layer}.{name}": tuple(parameter.shape)
+            for layer, built in enumerate(engine.model.decoder.layers)
+            for name, parameter in built.mixer.named_parameters()
+        }
+        engine.close()
+    assert shapes == {
+        f"{layer}.{name}": shape
+        for layer, block in enumerate(recipe.model.stack)
+        for name, shape in block.parameter_shapes(recipe.model, layer).items()
+    }
+
+
 def test_initial_weights_depend_on_seed_and_name_alone(engine):
     made = engine("training.seed=3")
     weights = made.weights()
@@ -296,11 +322,11 @@ def test_initial_weights_depend_on_seed_and_name_alone(engine):
     assert weights["decoder.layers.0.mixer.linear_proj.weight"].std().item() == pytest.approx(
         0.02 / 8**0.5, rel=0.05
     )
-    from longspan.trainer.model.weights import initialise
+    from longspan.trainer.model.weights import initialize
 
-    initialise(made.model, 4, 0.02, 4)
+    initialize(made.model, 4, 0.02, 4)
     assert not torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
-    initialise(made.model, 3, 0.02, 4)
+    initialize(made.model, 3, 0.02, 4)
     assert torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
 
 

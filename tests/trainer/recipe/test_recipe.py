@@ -7,6 +7,7 @@ import yaml
 from longspan.trainer.errors import UserError
 from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes, to_yaml
 from longspan.trainer.recipe.learning_rate import learning_rate
+from longspan.trainer.recipe.stages import Stages
 
 
 def problems(recipe, *overrides) -> list[str]:
@@ -337,9 +338,11 @@ def test_a_base_that_is_its_own_ancestor(tmp_path):
     ],
 )
 def test_gaps_between_stripes_are_warned_of(tiny_recipe, block, gaps):
-    from longspan.trainer.run.loop import _warnings
+    from longspan.trainer.run.report import recipe_warnings
 
-    told = list(_warnings(load_recipe(str(tiny_recipe), [f"model.layers.blocks.full={block}"])))
+    told = list(
+        recipe_warnings(load_recipe(str(tiny_recipe), [f"model.layers.blocks.full={block}"]))
+    )
     assert [
         "model.layers.blocks.full: the stripes of 2 KV heads leave gaps" in line for line in told
     ] == [True] * gaps
@@ -370,7 +373,8 @@ def test_stages_add_up(tiny_recipe):
     stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
     shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
     assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
-    rates = [recipe.learning_rate(step) for step in range(20)]
+    by_step = [Stages(recipe).at(step) for step in range(20)]
+    rates = [stage.learning_rate(step) for step, stage in enumerate(by_step)]
     plain = load_recipe(str(tiny_recipe), [])
     # The run's schedule goes on to where a stage has its own: its cosine ends there.
     assert rates[:12] == [learning_rate(step, 12, 1e-3, plain.lr_scheduler) for step in range(12)]

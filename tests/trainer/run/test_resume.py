@@ -1,4 +1,4 @@
-"""Real runs that are killed, stopped, damaged and taken up again, against one that was left alone."""
+"""Real runs that are killed, stopped, damaged and resumed, against one that was left alone."""
 
 import json
 import re
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def expected(made, go, run):
-    """What a run on two ranks sees to which nothing happens: step -> (loss in hex, hash of its tokens)."""
+    """What an undisturbed run on two ranks sees: step -> (loss in hex, hash of its tokens)."""
     if "expected" not in made:
         go(2, *PAIR)
         made["expected"] = seen(run)
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     whole = whole_steps(longspan, run)
     assert whole == ([8, 4] if fault == "kill-before-clean-up=8" else [4])
     written = go(2, *PAIR)
-    assert f"going on from step {whole[0]}" in written[0][0]
+    assert f"resuming from step {whole[0]}" in written[0][0]
     assert seen(run) == expected
     assert whole_steps(longspan, run) == [14, 12]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert whole_steps(longspan, stopped) == [8]
     first, second = go(2, *PAIR)
     assert re.search(rf"warning: {newest}: {re.escape(name)}:? {message}", first[0]), first[0]
-    assert "set aside as step-00000010.damaged-1, going on from step 8" in first[0]
+    assert "set aside as step-00000010.damaged-1, resuming from step 8" in first[0]
     assert "warning" not in second[0]
     assert seen(stopped) == expected
 
@@ -165,7 +165,7 @@ def test_without_a_whole_checkpoint_nothing_is_lost(go, stopped):
 
 
 def test_other_ranks_go_on_with_the_same_tokens_and_losses(go, run, expected):
-    """Four ranks, then two, then one, then two of other kinds, each taking up what the one before left."""
+    """Four ranks, then two, then one, then two of other kinds, each resuming the one before."""
     arrangements = [
         (4, "parallel.cp=2"),
         (2, "parallel.pp=2"),
@@ -283,7 +283,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     go, run, longspan, expected, request_to_stop
 ):
     first, _ = go(2, request_to_stop, *PAIR, status=75)
-    assert "stopped after step 6 of 14, as asked; the same command goes on from there" in first[0]
+    assert "stopped after step 6 of 14, as asked; the same command resumes from there" in first[0]
     assert whole_steps(longspan, run) == [6, 4]
     go(2, *PAIR)
     assert seen(run) == expected
@@ -293,7 +293,7 @@ def test_a_full_disk_stops_no_training(go, run, longspan, expected):
     first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR, "metrics.log_interval=1")
     assert (
         first[0].count(
-            f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training goes on"
+            f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training continues"
         )
         == 1
     )
@@ -393,7 +393,8 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(go, run, tiny_recipe)
         (
             ["optimizer.lr=1e-4", "training.seed=1", "model.layers.blocks.sparse.stride=1"],
             [
-                "optimizer.lr: is 0.0001, but the run in {} has 0.001; set it back, or choose another run_dir",
+                "optimizer.lr: is 0.0001, but the run in {} has 0.001; "
+                "set it back, or choose another run_dir",
                 "training.seed: is 1, but",
                 "model.layers.blocks.sparse.stride: is 1, but",
             ],
@@ -464,14 +465,17 @@ def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stoppe
     done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR)
     assert done.returncode == 2
     assert (
-        "step-00000010: was written by a newer longspan (format 99, this one reads up to 1); upgrade"
-        in done.stderr
+        "step-00000010: was written by a newer longspan (format 99, "
+        "this one reads up to 1); upgrade" in done.stderr
     )
     assert "Traceback" not in done.stderr
     assert file.exists()
 
 
-STAGES = "stages=[{from_step: 5, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}}]"
+STAGES = (
+    "stages=[{from_step: 5, training: {seq_length: 192, global_batch_size: 2}, "
+    "model: {rope_theta: 50000.0}}]"
+)
 BUCKETS = [
     "training.seq_length=192",
     "data.packing=buckets",

@@ -26,15 +26,15 @@ def _ranks(parent: int) -> dict[int, int]:
 
 
 def test_ranks_are_told_by_where_they_are():
-    from longspan.trainer.run.watchdog import _Place, _told
+    from longspan.trainer.run.watchdog import _describe, _RankReport
 
-    places = [
-        _Place("step 7", 61.2, 12),
-        _Place("the data of step 7", 61.0, 12),
-        _Place("step 7", 61.3, 12),
-        _Place("step 6", 3.0, 2),
+    reports = [
+        _RankReport("step 7", 61.2, 12),
+        _RankReport("the data of step 7", 61.0, 12),
+        _RankReport("step 7", 61.3, 12),
+        _RankReport("step 6", 3.0, 2),
     ]
-    assert _told(places, [10, 10, 10, 2]) == [
+    assert _describe(reports, [10, 10, 10, 2]) == [
         "ranks 0, 2: in step 7 for 61 s",
         "rank 1: in the data of step 7 for 61 s",
         "rank 3: not answering, last in step 6",
@@ -71,7 +71,8 @@ def test_a_rank_that_stands_still_is_named(tiny_recipe, tmp_path):
     assert run.returncode == 1
     step = max(json.loads(line)["step"] for line in metrics.read_text().splitlines())
     assert re.search(
-        rf"^longspan: rank 0: (?:the \w+ of )?step (?:{step}|{step + 1}) takes \d+ s, more than launch",
+        rf"^longspan: rank 0: (?:the \w+ of )?step (?:{step}|{step + 1}) takes \d+ s, "
+        "more than launch",
         errors,
         re.M,
     )

@@ -1,0 +1,1 @@
+"""Processes that commands start: ``python -m longspan.launch.workers.NAME ARGUMENTS``."""

@@ -1,0 +1,82 @@
+"""The module of softmax attention under any pattern."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from ...attention import apply_rotary
+from ...parallel import Sequence, attend
+from .base import MixerContext, Shapes
+from .mixer import Mixer, zeros
+from .norm import HeadsRMSNorm, RMSNorm
+from .softmax_design import SoftmaxDesign
+
+
+class SoftmaxAttention(Mixer):
+    """Attention with grouped queries.
+
+    The input projection has, for each KV head, the rows of its queries, of their gates if there are
+    any, of its key and of its value.
+    """
+
+    def __init__(self, context: MixerContext, shapes: Shapes, design: SoftmaxDesign):
+        super().__init__(context, shapes, design.num_kv_heads)
+        self.design, self.kv_schedule = design, context.kv_schedule
+        self.pattern = design.pattern.from_head(self.first_head)
+        num_gates = design.group if design.output_gate else 0
+        self.heads_per_kv_head = [design.group, num_gates, 1, 1]  # queries, gates, key, value
+        self._add_qk_norms(context.config)
+        self.sinks = self.split_parameter("sinks", zeros) if design.attention_sink else None
+
+    def _add_qk_norms(self, config: TransformerConfig) -> None:
+        design, tp_group = self.design, self.tp_group
+        if design.qk_norm == "all":
+            heads, kv_heads, dim = design.num_heads, design.num_kv_heads, design.head_dim
+            self.q_norm = HeadsRMSNorm(config, tp_group, "all", heads, dim)
+            self.k_norm = HeadsRMSNorm(config, tp_group, "all", kv_heads, dim)
+        elif design.qk_norm:
+            if tp_group.size() > 1 and not config.qk_layernorm:
+                raise ValueError(
+                    "a block has qk_norm: set qk_layernorm in the TransformerConfig, "
+                    "or its gradients are not summed"
+                )
+            # Megatron sums the gradients of parameters with these names over tensor-parallel ranks.
+            self.q_layernorm = RMSNorm(config, design.head_dim, config.layernorm_epsilon)
+            self.k_layernorm = RMSNorm(config, design.head_dim, config.layernorm_epsilon)
+
+    def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
+        q, k, v, gate = self.around(self._inputs, hidden, sequence)
+        out = attend(
+            q,
+            k,
+            v,
+            self.pattern,
+            **self.tokens_of(sequence),
+            sinks=self.sinks,
+            softcap=self.design.softcap,
+            schedule=self.kv_schedule,
+        )
+        return self.around(self._result, out, gate)
+
+    def _inputs(self, hidden: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, each ``[batch, time, local heads, head_dim]``, and the
+        gates of the queries ``[batch, time, local KV heads, group or 0, head_dim]``.
+        """
+        design = self.design
+        # [batch, time, local KV heads, heads per KV head, head_dim]
+        projected = self.project(hidden).unflatten(-1, (-1, design.head_dim))
+        q, gate, k, v = projected.split(self.heads_per_kv_head, dim=-2)
+        q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
+        if design.qk_norm == "all":
+            q, k = self.q_norm(q).view_as(q), self.k_norm(k).view_as(k)
+        elif design.qk_norm:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if design.rotary_dim:
+            tables = sequence.rotary(design.rotary_dim, self.rope_theta)
+            q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        return q, k, v, gate
+
+    def _result(self, out: Tensor, gate: Tensor) -> Tensor:
+        if self.design.output_gate:
+            out = out * torch.sigmoid(gate.flatten(2, 3))
+        return self.output(out.flatten(2))

@@ -1,1 +1,0 @@
-"""The kinds of layer that a recipe may name."""
