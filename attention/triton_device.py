@@ -39,9 +39,10 @@ def device_unsupported_reason(x: Tensor) -> str | None:
 
 
 def fits_bulk_copies(*tensors: Tensor) -> bool:
-    """Return whether the GPU's bulk copies (TMA) can load tiles of these ``[batch, time, heads, dim]``.
+    """Return whether the GPU's bulk copies (TMA) can load tiles of these tensors.
 
-    They need addresses and strides in multiples of 16 bytes, and tokens that are not repeated.
+    The tensors are ``[batch, time, heads, dim]``. Bulk copies need addresses and strides that are
+    multiples of 16 bytes, and tokens that are not repeated.
     """
     return all(
         x.stride(1) > 0
@@ -85,7 +86,7 @@ def tensor_descriptor(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Describe ``[length, D]`` at ``base`` for bulk copies of ``[SIZE, BLOCK_D]``; unused without TMA."""
+    """Describe ``[length, D]`` at ``base`` for bulk copies of ``[SIZE, BLOCK_D]``."""
     if TMA:
         descriptor = tl.make_tensor_descriptor(base, [length, D], [stride, 1], [SIZE, BLOCK_D])
     else:

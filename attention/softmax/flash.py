@@ -1,9 +1,9 @@
 """Tiles by flash-attn, version 2 or 4, on CUDA: causal attention and windows of tokens.
 
-Both versions align their masks at the bottom right: of ``n`` queries and ``m`` keys, query ``r`` sees
-key ``c`` if ``c <= r + m - n``, and under a window of ``left`` also ``c >= r + m - n - left``. That is
-our mask if the last query is at the position of the last key, or if all keys come before all queries.
-:func:`split_into_calls` cuts a tile into such parts.
+Both versions align their masks at the bottom right: of ``n`` queries and ``m`` keys, query ``r``
+sees key ``c`` if ``c <= r + m - n``, and under a window of ``left`` also ``c >= r + m - n - left``.
+That is our mask if the last query is at the position of the last key, or if all keys come before
+all queries. :func:`split_into_calls` cuts a tile into such parts.
 """
 
 from collections.abc import Iterator
@@ -125,9 +125,9 @@ def split_into_calls(tile: Tile, kv_heads: int) -> Iterator[FlashCall]:
     """Cut a tile into calls. Each query is in at most one; those in none see nothing.
 
     First come the queries among the keys. Later queries see all keys up to a window's length after
-    the first key, and then ever fewer: these are two calls, because flash-attn 2 takes an open right
-    end for one as wide as the keys, which hides some of them in a windowed call with many more
-    queries than keys.
+    the first key, and then ever fewer. These are two calls, because flash-attn 2 treats an open
+    right end as one that is as wide as the keys, which hides some of them in a windowed call with
+    many more queries than keys.
     """
     band = _single_band(tile.pattern, kv_heads)
     if band is None:

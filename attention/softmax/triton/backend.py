@@ -31,7 +31,7 @@ from .launch_config import MAX_HEAD_DIM, KernelConfig, kernel_config
 from .rules import UNLIMITED
 
 _MIN_BLOCK = 16 if INTERPRETED else 64
-"""The least block of a pattern: wgmma multiplies tiles of 64. The interpreter takes any, but slowly."""
+"""The smallest block of a pattern: wgmma multiplies tiles of 64; the interpreter accepts less."""
 _UNLIMITED: int = UNLIMITED.value
 _MAX_SPLITS = 8
 """The queries of a far tile of keys are shared among at most this many programs."""
@@ -210,7 +210,7 @@ class _RuleTable:
 
 @lru_cache(maxsize=256)
 def _rule_table(heads: tuple[tuple[Rule, ...], ...], keys: Blocks, key_tile: int) -> _RuleTable:
-    """Return the table for tiles of ``key_tile`` keys; it does not depend on how many keys there are."""
+    """Return the table for tiles of ``key_tile`` keys, whatever the number of keys."""
     bands = [[rule for rule in rules if rule.is_band] for rules in heads]
     fixed = [
         sorted(
@@ -256,8 +256,8 @@ def _pad(rules: list[Rule], count: int) -> list[Rule | None]:
     return [*rules, *[None] * (count - len(rules))]
 
 
-# Columns of a row: shift, reach, stop, step, residue, width, offset, offset step, position, position
-# step. This one shows nothing; its numbers divide, and are divided, without harm.
+# The columns are shift, reach, stop, step, residue, width, offset, offset step, position and
+# position step. This row shows nothing; the kernels may divide by its numbers without harm.
 _NO_RULE = (0, 0, 0, 1, 0, 1 << 16, 0, 1 << 16, 0, 1 << 16)
 _STOP, _WIDTH, _OFFSET, _OFFSET_STEP, _POSITION, _POSITION_STEP = 2, 5, 6, 7, 8, 9
 
@@ -354,8 +354,8 @@ class _Launch:
             at_block_edge = keys.first_position % self.block_lists.block == 0
             if not keys.is_contiguous or not at_block_edge:
                 raise ValueError(
-                    "backend triton takes BlockLists with consecutive keys from the edge of a block "
-                    "on; use torch"
+                    "backend triton takes BlockLists with consecutive keys from the edge of a "
+                    "block on; use torch"
                 )
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -375,7 +375,7 @@ class _Launch:
     def key_gradients(self, grad_out: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return dK and dV in fp32.
 
-        One launch computes what the bands show; one for each far rule adds what it shows beyond them.
+        One launch computes what the bands show, and one for each far rule adds what they leave.
         """
         config = self._config("dkv")
         table = self._table(config.keys)
@@ -453,7 +453,7 @@ class _Launch:
         return keys.start, keys.step, keys.size, len(keys)
 
     def _config(self, kernel: str) -> KernelConfig:
-        """Return the kernel's configuration, with tiles no larger than the blocks they must lie in."""
+        """Return the kernel's configuration, with tiles that fit into the pattern's blocks."""
         head_dim = max(_block_d(self.q), _block_d(self.v))
         capability = compute_capability(self.q.device)
         config = kernel_config(kernel, capability, self.q.element_size(), head_dim)
@@ -520,7 +520,7 @@ class _Launch:
     def _launch_forward_dq(
         self, kernel: str, out: Tensor, lse: Tensor, grad_out: Tensor | None, delta: Tensor | None
     ) -> None:
-        """Launch the kernel as ``forward`` or as ``dq``, which alone has ``grad_out`` and ``delta``."""
+        """Launch the kernel as ``forward``, or as ``dq`` with ``grad_out`` and ``delta``."""
         config = self._config(kernel)
         batch, num_queries, heads, _ = self.q.shape
         lists = lse  # any pointer

@@ -35,19 +35,19 @@ def dkv_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
     list_b, list_h, kv_heads, group, q_start, q_len, k_start, k_step, k_size, k_len, splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr, FARS: tl.constexpr,
-    FAR: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
+    FARS: tl.constexpr, FAR: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a tile of ``BN`` keys and values of one KV head.
 
-    All query heads of its group follow one another. Program ids: tile of keys times split, batch row
-    times KV head. The other arguments are those of the forward kernel.
+    All query heads of its group follow one another. Program ids: tile of keys times split, batch
+    row times KV head. The other arguments are those of the forward kernel.
 
-    With ``FAR`` below 0 the launch is for what the bands (or lists) show, and stores to the places of
-    the keys. Otherwise it is for what the bands leave of the tiles of far rule ``FAR``. A sixteenth of
-    the keys can hold most of that work, so the queries of each tile are shared among ``splits``
-    programs. Their sums go to ``[splits * batch, kv_heads, tiles * BN, dim]``, and
+    With ``FAR`` below 0 the launch is for what the bands (or lists) show, and stores to the places
+    of the keys. Otherwise it is for what the bands leave of the tiles of far rule ``FAR``. A
+    sixteenth of the keys can hold most of that work, so the queries of each tile are shared among
+    ``splits`` programs. Their sums go to ``[splits * batch, kv_heads, tiles * BN, dim]``, and
     :func:`reduce_splits_kernel` adds them to the places of the keys.
     """
     tile = tl.program_id(0) // splits
@@ -84,8 +84,8 @@ def dkv_kernel(
     dk = tl.zeros([BN, BLOCK_D], tl.float32)
     dv = tl.zeros([BN, BLOCK_DV], tl.float32)
 
-    # Which tiles of queries see the keys: `begin` to `end`, and all pairs of `full` to `full_end` are
-    # visible. With lists, and for a relative rule, the tiles are not side by side: there are
+    # Which tiles of queries see the keys: `begin` to `end`, and all pairs of `full` to `full_end`
+    # are visible. With lists, and for a relative rule, the tiles are not side by side: there are
     # `tiles_per_block` in each block of queries.
     full = 0
     full_end = 0

@@ -1,4 +1,4 @@
-"""A tile of queries with the keys that it sees: the forward pass, and the gradient of the queries."""
+"""A tile of queries with the keys that it sees: the forward pass, and the queries' gradient."""
 
 import triton
 import triton.language as tl
@@ -38,7 +38,8 @@ def _visit(
 ):  # fmt: skip
     """Add one tile of keys to the online softmax, or with ``GRAD`` to dQ.
 
-    ``acc`` is the output, or dQ; ``m`` and ``l`` are the maximum and the sum of each query's weights.
+    ``acc`` is the output, or dQ; ``m`` is the maximum of each query's logits, ``l`` the sum of its
+    weights.
     """
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     s, slope = products_to_logits(products, scale, softcap, sigmoid_bias, SOFTCAP, SIGMOID)
@@ -73,18 +74,18 @@ def forward_dq_kernel(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h,
     list_b, list_h, list_q, heads, group, q_start, q_len, k_start, k_step, k_size, k_len,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr, FARS: tl.constexpr,
-    LISTED: tl.constexpr, GRAD: tl.constexpr, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
+    FARS: tl.constexpr, LISTED: tl.constexpr, GRAD: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and log-sum-exp, or with ``GRAD`` dQ, of a tile of ``BM`` queries of one head.
 
-    Program ids: tile of queries, batch row times head. ``OUT`` is the output or dQ. Arguments ``x_b``,
-    ``x_t``, ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for ``DO``). The key
-    tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far rules, of which the first
-    ``FIXED`` have fixed stripes.
+    Program ids: tile of queries, batch row times head. ``OUT`` is the output or dQ. Arguments
+    ``x_b``, ``x_t``, ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for
+    ``DO``). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far rules,
+    of which the first ``FIXED`` have fixed stripes.
     """
-    # Tiles begin at multiples of BM in the document. The last queries see most keys: start with them.
+    # Tiles begin at multiples of BM in the document. The last queries see most keys: they go first.
     first_tile = q_start - q_start % BM
     i0 = first_tile + (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1) % heads
@@ -141,7 +142,8 @@ def forward_dq_kernel(
                 GRAD, SOFTCAP, SIGMOID, PRECISION, True,
             )  # fmt: skip
 
-    # From `band_start` on the bands show something to some query, from `full_band_start` on all to all.
+    # From `band_start` on some query is shown some keys by the bands, from `full_band_start` on all
+    # queries all keys.
     band_start = i_high + 1
     full_band_start = i_high + 1
     for band in tl.static_range(BANDS):

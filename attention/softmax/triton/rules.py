@@ -1,11 +1,10 @@
 """What the kernels of softmax attention share: a pattern as a small table, and loads and logits.
 
 The kernels compute attention under a closed-form pattern, forward and backward, without lists of
-blocks. The pattern of a KV head is a few rows of a table: its bands (all keys up to a distance), then
-its far rules, each of which shows stripes: ``width`` consecutive keys at regular distances. From these
-a program finds its own tiles of keys, or of queries, in closed form. Tiles of which all pairs are
-visible need no mask. Block lists (:class:`~longspan.attention.patterns.block_lists.BlockLists`) go
-through the same kernels with ``LISTED``.
+blocks. The pattern of a KV head is a few rows of a table: its bands (all keys up to a distance),
+then its far rules, each of which shows stripes: ``width`` consecutive keys at regular distances.
+From these a program finds its own tiles of keys, or of queries, in closed form. Tiles of which all
+pairs are visible need no mask. Block lists go through the same kernels with ``LISTED``.
 
 Names: ``i`` and ``j`` are positions of queries and keys in the document, offsets are places in the
 tensors. Queries are at consecutive positions from ``q_start`` on. Keys are in blocks of ``k_size``
@@ -35,8 +34,8 @@ COLUMNS = tl.constexpr(10)
 
 UNLIMITED = tl.constexpr(1 << 30)
 
-# Arguments that differ from one sequence to the next. Kernels are not specialized for their values, so
-# that they are compiled once for all.
+# Arguments that differ from one sequence to the next. Kernels are not specialized for their values,
+# so that they are compiled once for all.
 SEQUENCE_ARGUMENTS = ["q_start", "q_len", "k_start", "k_len", "list_b", "list_h"]
 
 
