@@ -101,7 +101,7 @@ def documents_of(recipe: Recipe) -> Tensor:
     inside a part, and one spans all others.
     """
     length, alignment = recipe.training.seq_length, recipe.model.document_alignment
-    edge = recipe_layout(recipe).in_order[0][1]
+    edge = recipe_layout(recipe).segments_in_order[0].stop
     ids = np.zeros((1, length), np.int32)
     ids[:, edge:] += 1
     ids[:, edge + alignment :] += 1
@@ -128,12 +128,17 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
     tokens, labels = torch.randint(VOCABULARY, shape, generator=generator)
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
-        layout, rank = recipe_layout(recipe), engine.share.context_rank
+        layout, rank = recipe_layout(recipe), engine.batch_shard.context_rank
 
         def batch_of(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
-            local = [layout.shard(x, rank) for x in (tokens, labels, weights)]
-            return Microbatch(*local, Sequence(layout, rank, documents), 0)
+            return Microbatch(
+                tokens=layout.shard(tokens, rank),
+                labels=layout.shard(labels, rank),
+                weights=layout.shard(weights, rank),
+                sequence=Sequence(layout, rank, documents),
+                padding=0,
+            )
 
         def logits_of(tokens: Tensor) -> Tensor:
             batch = batch_of(tokens)
@@ -164,7 +169,7 @@ def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
     the edges between ranks, and some in between.
     """
     length = documents.shape[1]
-    edges = [start for start, *_ in recipe_layout(recipe).in_order][1:]
+    edges = [segment.start for segment in recipe_layout(recipe).segments_in_order][1:]
     last_tokens = (documents[0].diff() != 0).nonzero().flatten().tolist()
     positions = {0, length // 3, length - 2}
     for position in last_tokens:

@@ -10,7 +10,7 @@ from pathlib import Path
 import triton
 from longspan.attention.softmax.triton.dkv import dkv_kernel
 from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
-from longspan.attention.softmax.triton.launch_config import shape
+from longspan.attention.softmax.triton.launch_config import kernel_config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,7 +46,7 @@ ODD = {
 
 def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Registers, spills and shared memory of one kernel."""
-    size = shape(kernel, arch, 2, dim)
+    size = kernel_config(kernel, arch, 2, dim)
     bands, fixed, fars, far, lists = VARIANTS[variant]
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
     constants = {

@@ -10,7 +10,7 @@ from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, 
 from longspan.attention.patterns.rules import Blocks
 from longspan.attention.softmax import flash as flash_backend
 from longspan.attention.softmax.backends import tile_backward, tile_forward
-from longspan.attention.softmax.flash import Call, calls
+from longspan.attention.softmax.flash import FlashCall, split_into_calls
 from longspan.attention.softmax.tiles import LogitOptions, Tile
 
 from .oracle import document_ids, errors, make, relative
@@ -175,9 +175,9 @@ LIBRARIES = {"flash-attn": Flash2, "flash-attn-4": Flash4}
 @pytest.fixture(autouse=True)
 def forgetful():
     """Each test looks again at what is installed."""
-    flash_backend._installed.cache_clear()
+    flash_backend._installed_library.cache_clear()
     yield
-    flash_backend._installed.cache_clear()
+    flash_backend._installed_library.cache_clear()
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def installed(monkeypatch):
 
         monkeypatch.setattr(flash_backend, "_DEVICES", {"cpu"})
         monkeypatch.setattr(flash_backend, "_DTYPES", {torch.float64, torch.bfloat16})
-        monkeypatch.setattr(flash_backend, "_interface", interface)
+        monkeypatch.setattr(flash_backend, "_import_interface", interface)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return install
@@ -212,7 +212,7 @@ STRETCH = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
 def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     expected = pattern.mask(torch.arange(*queries), torch.arange(*keys), 1)[0]
     found = {name: torch.zeros(expected.shape, dtype=torch.int) for name in LIBRARIES}
-    for call in calls(tile(pattern, queries, keys), 1):
+    for call in split_into_calls(tile(pattern, queries, keys), 1):
         rows, columns = call.queries.stop - call.queries.start, call.keys.stop - call.keys.start
         left, right = -1 if call.left is None else call.left, 0 if call.causal else -1
         masks = {
@@ -234,44 +234,47 @@ def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     ("pattern", "queries", "keys", "expected"),
     [
         pytest.param(
-            Causal(), (0, 8), (0, 8), [Call(slice(0, 8), slice(0, 8), True, None)], id="causal"
+            Causal(), (0, 8), (0, 8), [FlashCall(slice(0, 8), slice(0, 8), True, None)], id="causal"
         ),
         pytest.param(
-            Window(3), (0, 8), (0, 8), [Call(slice(0, 8), slice(0, 8), True, 2)], id="window"
+            Window(3), (0, 8), (0, 8), [FlashCall(slice(0, 8), slice(0, 8), True, 2)], id="window"
         ),
         pytest.param(
             Window(8),
             (0, 8),
             (0, 8),
-            [Call(slice(0, 8), slice(0, 8), True, None)],
+            [FlashCall(slice(0, 8), slice(0, 8), True, None)],
             id="window of all",
         ),
         pytest.param(
             S2(4, 1, 1),
             (0, 8),
             (0, 8),
-            [Call(slice(0, 8), slice(0, 8), True, None)],
+            [FlashCall(slice(0, 8), slice(0, 8), True, None)],
             id="S2 of all",
         ),
         pytest.param(
             Window(3),
             (5, 8),
             (0, 8),
-            [Call(slice(0, 3), slice(3, 8), True, 2)],
+            [FlashCall(slice(0, 3), slice(3, 8), True, 2)],
             id="the window's keys",
         ),
         pytest.param(
             Causal(),
             (8, 12),
             (0, 8),
-            [Call(slice(0, 4), slice(0, 8), False, None)],
+            [FlashCall(slice(0, 4), slice(0, 8), False, None)],
             id="all keys before",
         ),
         pytest.param(
             Window(4),
             (8, 20),
             (5, 8),
-            [Call(slice(0, 1), slice(0, 3), False, None), Call(slice(1, 3), slice(1, 3), False, 0)],
+            [
+                FlashCall(slice(0, 1), slice(0, 3), False, None),
+                FlashCall(slice(1, 3), slice(1, 3), False, 0),
+            ],
             id="halo",
         ),
         pytest.param(Causal(), (0, 4), (4, 8), [], id="all keys after"),
@@ -281,14 +284,14 @@ def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     ],
 )
 def test_what_is_called(pattern, queries, keys, expected):
-    assert list(calls(tile(pattern, queries, keys), 2)) == expected
+    assert list(split_into_calls(tile(pattern, queries, keys), 2)) == expected
 
 
 def test_positions_are_one_run():
     at = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))
-    assert list(calls(Tile(Causal(), at, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)) == [
-        Call(slice(0, 8), slice(0, 12), True, None)
-    ]
+    assert list(
+        split_into_calls(Tile(Causal(), at, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)
+    ) == [FlashCall(slice(0, 8), slice(0, 12), True, None)]
     for at in [
         (Blocks(0, 1, 4), Blocks(8, 1, 4)),
         (Blocks(4, 1, 4), Blocks(0, 1, 4)),
@@ -297,7 +300,7 @@ def test_positions_are_one_run():
         with pytest.raises(
             ValueError, match=r"flash takes one run of positions as k_at, got \(Blocks\("
         ):
-            list(calls(Tile(Causal(), (Blocks(0, 1, 4),), at, LogitOptions(1.0)), 1))
+            list(split_into_calls(Tile(Causal(), (Blocks(0, 1, 4),), at, LogitOptions(1.0)), 1))
 
 
 def compare(
@@ -402,7 +405,9 @@ def test_tiles_anywhere(installed, pattern, queries, keys, package):
 def test_which_version(installed, packages, capability, dim, softcap, expected):
     installed(*packages, capability=capability)
     q = torch.empty(1, 4, 2, dim)
-    assert isinstance(flash_backend._flash(q, q, LogitOptions(1.0, softcap)).interface, expected)
+    assert isinstance(
+        flash_backend._library_for(q, q, LogitOptions(1.0, softcap)).interface, expected
+    )
 
 
 LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
@@ -471,14 +476,14 @@ class TestOnCuda:
         pytest.importorskip(
             {"flash-attn": "flash_attn_2_cuda", "flash-attn-4": "flash_attn.cute"}[request.param]
         )
-        real = flash_backend._interface
+        real = flash_backend._import_interface
 
         def only(package, *rest):
             if package != request.param:
                 raise ImportError(f"not under test: {package}")
             return real(package, *rest)
 
-        monkeypatch.setattr(flash_backend, "_interface", only)
+        monkeypatch.setattr(flash_backend, "_import_interface", only)
 
     def compare(
         self,

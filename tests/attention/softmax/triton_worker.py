@@ -142,7 +142,7 @@ def tiles() -> dict[str, float]:
 
 def mutants() -> None:
     """A stripe off by one and a band a block short must not pass."""
-    row = triton_backend._row
+    row = triton_backend._table_row
 
     def stripe(rule, keys, size):
         shifted = (
@@ -159,9 +159,9 @@ def mutants() -> None:
         )
 
     for mutant in (stripe, band):
-        triton_backend._row = mutant
-        triton_backend._table.cache_clear()
-        triton_backend._table_on.cache_clear()
+        triton_backend._table_row = mutant
+        triton_backend._rule_table.cache_clear()
+        triton_backend._rule_table_on.cache_clear()
         found = compare(S2(16, 2, 3))
         assert min(found.values()) > 1e-3, found
 
