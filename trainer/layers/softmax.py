@@ -154,7 +154,7 @@ class ClosedFormBlock(SoftmaxBlock):
         return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
 
     def _kept_keys(self, model: ModelSizes, length: int) -> int:
-        """Count the keys that the last query sees, or a later one within a period of the pattern."""
+        """Count the keys that the last query sees, or a later one within a pattern's period."""
         pattern = self.attention_pattern(model.kv_heads)
         count = 0
         for head in range(model.kv_heads):
@@ -165,8 +165,10 @@ class ClosedFormBlock(SoftmaxBlock):
         return count
 
     def leaves_gaps(self, num_kv_heads: int) -> bool:
-        """Return whether it has stripes at every distance, and yet some positions are only seen
-        from nearby. A window on its own leaves none: it is meant to end.
+        """Return whether it has stripes at every distance, and yet leaves gaps between them.
+
+        Some positions are then only seen from nearby. A window on its own leaves no gaps: it is
+        meant to end.
         """
         rules = self._rules(num_kv_heads)
         has_stripes = any(rule.reach is None and rule.step > 1 for rule in rules)
