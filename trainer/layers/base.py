@@ -96,11 +96,13 @@ class Visibility(NamedTuple):
 
 
 class Block(Section):
-    """What every kind of layer has: where its norms stand, and how its two halves join the residual stream."""
+    """What every kind of layer has: the places of its norms, and how its two halves join the residual
+    stream.
+    """
 
     norm: Literal["pre", "post", "sandwich", "reordered"] = "pre"
-    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich: x + norm(f(norm(x)))
-    (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
+    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich:
+    x + norm(f(norm(x))) (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
     mixer_residual: Scales = (1.0, 1.0)
     """Scales of the residual stream and of the mixer's output where they are added."""
     mlp_residual: Scales = (1.0, 1.0)
@@ -108,7 +110,8 @@ class Block(Section):
     mlp: Literal["dense", "moe"] = "dense"
     """moe: the experts of model.moe in place of one MLP."""
     mlp_activation: Literal["silu", "identity"] = "silu"
-    """Of the MLP's gate: silu is SwiGLU, identity is TransNormerLLM's SGLU (arXiv 2307.14995)."""
+    """Activation of the MLP's gate: silu is SwiGLU, identity is TransNormerLLM's SGLU (arXiv
+    2307.14995)."""
 
     @classmethod
     def kind(cls) -> str:

@@ -38,16 +38,19 @@ from .softmax_design import SoftmaxDesign
 
 
 class SoftmaxBlock(Block):
-    """Attention with grouped queries, under some pattern."""
+    """Softmax attention with grouped queries, under a pattern."""
 
     qk_norm: bool | Literal["all"] = False
-    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMo 2)."""
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together
+    (OLMo 2)."""
     output_gate: bool = False
-    """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
+    """Multiply the attention's output by a sigmoid of a projection of the layer's input
+    (Qwen3-Next)."""
     rotary_fraction: Fraction = 1.0
     """Share of the head dimension that is rotated; 0 for no position embedding."""
     attention_sink: bool = False
-    """A learned logit per query head that takes its share of the softmax and adds nothing (gpt-oss)."""
+    """A learned logit per query head, which takes its share of the softmax and adds nothing
+    (gpt-oss)."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
 
@@ -218,15 +221,15 @@ class S2Block(ClosedFormBlock):
     block: Positive = 64
     """Tokens in a block of the pattern: a power of two."""
     local_blocks: Positive = 16
-    """Blocks in the local band, the query's own among them."""
+    """Blocks in the local band, including the query's own."""
     stride: Positive = 16
-    """Every stride-th block is seen at any distance."""
+    """Every stride-th block is visible at any distance."""
     dense_heads: Natural = 0
-    """The first so many KV heads see everything."""
+    """This number of KV heads, from the first on, see everything."""
     offset: Natural = 0
-    """Blocks by which the stripes are moved."""
+    """Blocks by which the stripes are shifted."""
     near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
-    """[blocks, stride]: a finer stride within so many blocks."""
+    """[blocks, stride]: a finer stride within that many blocks."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         pattern = S2(
@@ -248,11 +251,11 @@ class S2Block(ClosedFormBlock):
 
 
 class WindowBlock(ClosedFormBlock):
-    """The last tokens alone."""
+    """Only the last tokens."""
 
     mixer: Literal["window"]
     window: Positive
-    """How many tokens, the query's own among them."""
+    """Number of tokens, including the query's own."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Window(self.window)
@@ -263,21 +266,21 @@ class StreamingBlock(ClosedFormBlock):
 
     mixer: Literal["streaming"]
     sinks: Positive = 4
-    """The first so many tokens of the document."""
+    """Number of tokens at the start of the document."""
     window: Positive
-    """The last so many, the query's own among them."""
+    """Number of last tokens, including the query's own."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Streaming(self.sinks, self.window)
 
 
 class PatternBlock(ClosedFormBlock):
-    """Any pattern, as an expression."""
+    """Any pattern, written as an expression."""
 
     mixer: Literal["pattern"]
     pattern: str
-    """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
-    spread evenly over the heads."""
+    """Like "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV
+    head; stripes are spread evenly over the heads."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return parse_pattern(self.pattern).spread(num_kv_heads)
@@ -315,7 +318,7 @@ class MoBABlock(SoftmaxBlock):
     block: Positive = 64
     """Tokens in a block: a power of two."""
     top_k: Positive = 8
-    """Blocks that a block of queries sees, its own among them."""
+    """Number of blocks that a block of queries sees, including its own."""
 
     def attention_pattern(self, num_kv_heads: int) -> MoBA:
         return MoBA(self.block, self.top_k)

@@ -94,7 +94,7 @@ class MegatronConfig(EngineConfig):
     """Megatron-core's DDP and distributed optimizer."""
 
     name: Literal["megatron"] = "megatron"
-    """All degrees of parallel."""
+    """Every degree of parallel."""
 
     has_expert_parallel: ClassVar[bool] = True
     offload_key: ClassVar[str] = "memory.offload_inputs"
@@ -110,9 +110,10 @@ class DeepSpeedConfig(EngineConfig):
     name: Literal["deepspeed"]
     """tp, cp and data parallel."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    """What data- and context-parallel ranks share: 1 the optimizer's state, 2 gradients too, 3
+    weights too."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
+    """DeepSpeed's own keys, like zero_optimization: {offload_optimizer: {device: cpu}}."""
 
     has_expert_parallel: ClassVar[bool] = False
     offload_key: ClassVar[str] = "engine.config.zero_optimization"
