@@ -142,7 +142,7 @@ def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> in
         reason = f"{heads} does not divide the width, {width}; set {key}"
         raise InvalidField("num_heads", reason)
     part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
-    raise InvalidField(key, f"is by default {part}, {dim:g} with {heads} heads; set it")
+    raise InvalidField(key, f"defaults to {part}, {dim:g} with {heads} heads; set it")
 
 
 class LinearBlock(LinearAttentionBlock):

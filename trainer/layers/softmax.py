@@ -294,7 +294,7 @@ class PatternBlock(ClosedFormBlock):
         for per_head in _per_heads(pattern):
             if (per_head.first_head, len(per_head.patterns)) != (0, num_kv_heads):
                 reason = (
-                    f"PerHead lists {len(per_head.patterns)} patterns and the model has "
+                    f"PerHead lists {len(per_head.patterns)} patterns, but the model has "
                     f"{num_kv_heads} KV heads; list one for each, from head 0"
                 )
                 yield InvalidField("pattern", reason)

@@ -139,7 +139,7 @@ class DeepSpeedConfig(EngineConfig):
         if pp > 1:
             yield Problem(
                 "parallel.pp",
-                f"{pp} needs engine megatron: DeepSpeed's pipeline takes other models; use tp, cp or ZeRO",
+                f"{pp} needs engine megatron: DeepSpeed's pipeline accepts only other models; use tp, cp or ZeRO",
             )
         if self.zero_stage == 0 and dtype != "float32":
             yield Problem(
@@ -152,7 +152,7 @@ class DeepSpeedConfig(EngineConfig):
                 yield Problem(f"engine.config.{key}", reason)
             elif key not in _PASSED_ON:
                 known = ", ".join(_PASSED_ON)
-                reason = f"unknown{suggest(key, list(_PASSED_ON))}; passed on are {known}"
+                reason = f"unknown{suggest(key, list(_PASSED_ON))}; keys passed on: {known}"
                 yield Problem(f"engine.config.{key}", reason)
         yield from self._zero_problems()
 
@@ -168,7 +168,7 @@ class DeepSpeedConfig(EngineConfig):
             elif key not in _ZERO_PASSED_ON:
                 known = ", ".join(_ZERO_PASSED_ON)
                 suggestion = suggest(key, list(_ZERO_PASSED_ON))
-                reason = f"is not passed on{suggestion}; passed on are {known}"
+                reason = f"is not passed on{suggestion}; keys passed on: {known}"
                 yield Problem(f"{section}.{key}", reason)
         for key, stages in _OFFLOAD_STAGES.items():
             offload = zero.get(key)
