@@ -128,7 +128,7 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
     tokens, labels = torch.randint(VOCABULARY, shape, generator=generator)
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
-        layout, rank = recipe_layout(recipe), engine.share.context_rank
+        layout, rank = recipe_layout(recipe), engine.batch_shard.context_rank
 
         def batch_of(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
