@@ -528,7 +528,7 @@ class _Launch:
         if self.block_lists is not None:
             lists = _lists_by_query(self.block_lists.of_heads(self.kv_heads).to(self.q.device))
             batch_stride = lists.stride(0) if lists.shape[0] > 1 else 0
-            list_strides = (batch_stride, *lists.stride()[1:3])
+            list_strides = (batch_stride, lists.stride(1), lists.stride(2))
         do = out if grad_out is None else grad_out
         num_tiles = triton.cdiv(self.q_start % config.queries + num_queries, config.queries)
         forward_dq_kernel[num_tiles, batch * heads](
