@@ -132,8 +132,13 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
 
         def batch_of(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
-            local = [layout.shard(x, rank) for x in (tokens, labels, weights)]
-            return Microbatch(*local, Sequence(layout, rank, documents), 0)
+            return Microbatch(
+                tokens=layout.shard(tokens, rank),
+                labels=layout.shard(labels, rank),
+                weights=layout.shard(weights, rank),
+                sequence=Sequence(layout, rank, documents),
+                padding=0,
+            )
 
         def logits_of(tokens: Tensor) -> Tensor:
             batch = batch_of(tokens)
