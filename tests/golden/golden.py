@@ -94,11 +94,16 @@ def run(*arguments: str) -> tuple[int, str, str]:
 def said(command: str) -> str:
     """A command and all that it answers, as in a terminal."""
     status, out, err = run(*shlex.split(command))
-    text = re.sub(
-        r"instance of \w+", "instance of ...", anywhere(out + err)
-    )  # pydantic's, of a class
+    text = anywhere(out + err)
+    text = re.sub(r"instance of \w+", "instance of ...", text)  # pydantic's, of a class
+    text = re.sub(r"\(others: ([^)]*)\)", _in_order, text)
     lines = [f"$ longspan {command}", *(line.rstrip() for line in text.splitlines())]
     return "\n".join([*lines, *([f"[status {status}]"] if status else [])]) + "\n"
+
+
+def _in_order(match: re.Match) -> str:
+    """Other schedules by name: those that move equally much come in any order, by Python's hashes."""
+    return f"(others: {'; '.join(sorted(match[1].split('; ')))})"
 
 
 def anywhere(text: str) -> str:
@@ -211,7 +216,9 @@ def _parameters(name: str) -> str:
         alone.append(f"model.num_hidden_layers={period}")
         note = f" of {period} layers"
     recipe = load_recipe(name, alone)
-    with process_group(1), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(process_group(1))
         parallel_state.initialize_model_parallel()
         stack.callback(parallel_state.destroy_model_parallel)
         stack.enter_context(megatron_on_cpu())
