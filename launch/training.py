@@ -185,7 +185,8 @@ def _ngram_bits_per_byte(data: CorpusData) -> float:
     vocab_size = ByteTokenizer.vocab_size
     corpora = data.text
     # The recipe's checks let only one held-out corpus through, the same for the whole run.
-    assert corpora is not None and corpora.validation is not None
+    assert corpora is not None
+    assert corpora.validation is not None
     held_out = Corpus(corpora.validation, vocab_size)
     sources = [Corpus(source.prefix, vocab_size) for source in corpora.sources]
     return order2_bits_per_token(sources, held_out) / (held_out.bytes_per_token or 1)
