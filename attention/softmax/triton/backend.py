@@ -354,8 +354,8 @@ class _Launch:
             at_block_edge = keys.first_position % self.block_lists.block == 0
             if not keys.is_contiguous or not at_block_edge:
                 raise ValueError(
-                    "backend triton supports BlockLists only with consecutive keys that begin at the "
-                    "edge of a block; use torch"
+                    "backend triton supports BlockLists only with consecutive keys that begin at "
+                    "the edge of a block; use torch"
                 )
 
     def forward(self) -> tuple[Tensor, Tensor]:
