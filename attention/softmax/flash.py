@@ -186,7 +186,8 @@ def _contiguous_positions(name: str, ranges: tuple[Blocks, ...]) -> tuple[int, i
     has_gaps = any(left[1] != right[0] for left, right in pairwise(edges))
     if has_steps or has_gaps:
         raise ValueError(
-            f"backend flash needs {name} at consecutive positions, got {ranges}; use triton or torch"
+            f"backend flash needs {name} at consecutive positions, got {ranges}; "
+            "use triton or torch"
         )
     if not edges:
         return 0, 0
