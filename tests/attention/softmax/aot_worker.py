@@ -54,8 +54,8 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
-        "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": fars, "LISTED": lists, "SOFTCAP": False,
-        "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
+        "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": fars, "LISTED": lists,
+        "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
     if lists:
         constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
@@ -89,7 +89,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
 
 
 def kernel_resources(assembly: str, compiled_kernel) -> dict:
-    """Assemble the PTX, and return what the kernel needs of the GPU and which instructions it has."""
+    """Assemble the PTX. Returns what the kernel needs, and counts of some of its instructions."""
     chip = re.search(r"\.target (\w+)", assembly).group(1)
     name = "ptxas-blackwell" if chip.startswith("sm_10") else "ptxas"
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name

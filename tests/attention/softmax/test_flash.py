@@ -300,7 +300,7 @@ def test_positions_must_be_consecutive():
         (Blocks(0, 2, 4),),
     ]:
         with pytest.raises(
-            ValueError, match=r"flash takes one run of positions as k_at, got \(Blocks\("
+            ValueError, match=r"flash needs keys at consecutive positions, got \(Blocks\("
         ):
             list(
                 split_into_calls(
@@ -424,9 +424,9 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
         ({}, "backend flash needs CUDA, but q is on cpu; use torch"),
         (
             {"dtype": torch.float32},
-            "backend flash does float16 and bfloat16, but q is torch.float32; use torch",
+            "backend flash supports only float16 and bfloat16, but q is torch.float32; use torch",
         ),
-        ({"dim": 264}, "backend flash does heads of up to 256, but q has 264 and v 264"),
+        ({"dim": 264}, "backend flash supports head dims up to 256, but q has 264 and v 264"),
         (
             {"pattern": S2(4, 1, 3)},
             r"the same for all heads, but pattern is S2\(4, 1, 3\); use triton or torch",
@@ -437,7 +437,7 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
         ({"pattern": LISTS}, "but pattern is BlockLists"),
         (
             {"sigmoid_bias": 0.0},
-            "backend flash does softmax alone, but sigmoid_bias is given; use triton or torch",
+            "backend flash supports only softmax, but sigmoid_bias is given; use triton or torch",
         ),
     ],
 )
