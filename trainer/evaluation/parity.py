@@ -205,7 +205,7 @@ def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> 
         ):
             if wrong.any():
                 first, count = int(wrong.nonzero()[0]), int(wrong.sum())
-                return f"with token {probe} position {first} {problem} ({count} such)"
+                return f"with token {probe} replaced, position {first} {problem} ({count} in all)"
     return None
 
 

@@ -110,7 +110,7 @@ class _Page:
                 for kind in kinds
                 if schema["properties"].keys() <= kind["properties"].keys()
             ]
-            about = f"Of {', '.join(mixers)}."
+            about = f"Keys of {', '.join(mixers)}."
             yield from self.section(f"{path}: {blocks}", {**schema, "description": about}, shared)
             shared |= schema["properties"]
         return shared
