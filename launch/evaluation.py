@@ -65,8 +65,9 @@ def _require_causal_choices(folder: RunFolder) -> None:
     for block in folder.recipe.model.stack:
         if block.queries_choose_together:
             raise UserError(
-                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an "
-                "answer would be seen before it is given; only eval loss can be measured"
+                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose "
+                "together: an answer would be seen before it is given; only eval loss can be "
+                "measured"
             )
 
 
@@ -105,7 +106,7 @@ def trained_length(folder: RunFolder) -> int:
     recipe = folder.recipe
     steps = folder.weights_step() or recipe.training.steps
     return max(
-        recipe.at(start).training.seq_length
+        recipe.at_step(start).training.seq_length
         for start in recipe.stage_starts
         if start < max(1, steps)
     )

@@ -39,11 +39,11 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([x, -x], -1).to(accumulation_dtype(x)).softmax(-1).to(x.dtype)
 
 
-def l2_normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
+def l2_normalized(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(|x|^2 + eps)`` over the last dim, in fp32 (fp64 for fp64), as the published delta-rule models."""
     wide = x.to(accumulation_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-MAPS = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalised}
+MAPS = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalized}
 """Those without parameters, by the names that mixers have for them."""

@@ -1,4 +1,4 @@
-"""Patterns written as text, as in recipes and on the command line: ``S2(64, 16, 16) | Sinks(4)``."""
+"""Patterns as text, for recipes and the command line: ``S2(64, 16, 16) | Sinks(4)``."""
 
 import ast
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def _evaluate(node: ast.expr) -> _Value:
 
 
 def _call(pattern: Callable[..., ClosedFormPattern], node: ast.Call) -> ClosedFormPattern:
-    """Call ``pattern`` with the arguments of ``node``; wrong ones raise ValueError with the call."""
+    """Call ``pattern`` with the arguments of ``node``; ValueError if they do not fit."""
     keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
     arguments = tuple(map(_evaluate, node.args))
     try:

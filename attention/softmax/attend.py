@@ -33,13 +33,13 @@ def attend(
 
     Args:
         q: ``[batch, time, heads, head_dim]``.
-        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, and query head ``h``
-            reads KV head ``h // (heads // kv_heads)``.
+        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, and query head
+            ``h`` reads KV head ``h // (heads // kv_heads)``.
         v: ``[batch, time, kv_heads, value_dim]``.
-        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses it
-            from the content.
-        documents: int ``[batch, time]``, non-decreasing along time. Attention never crosses from one
-            id to another, and the pattern's positions count from a document's first token.
+        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses
+            it from the content.
+        documents: int ``[batch, time]``, non-decreasing along time. Attention never crosses from
+            one id to another, and the pattern's positions count from a document's first token.
         scale: factor of the logits; ``head_dim ** -0.5`` by default.
         sinks: ``[heads]``, for each head the logit of one more key, whose value is 0 (gpt-oss).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
@@ -149,7 +149,7 @@ def check_logit_options(
 
 
 def check_pattern(pattern: Pattern, kv_heads: int, batch_size: int, longest: int) -> None:
-    """Raise ValueError if the pattern does not cover the heads, the batch or the longest document."""
+    """Raise ValueError if the pattern does not fit the heads, the batch or the longest document."""
     pattern.check(kv_heads, longest)
     pattern.check_batch(batch_size)
 
@@ -246,7 +246,7 @@ def add_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Te
 def sink_logits_gradient(
     sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """Return the gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
+    """Return the gradient of the sinks' logits ``[heads]``, from the final ``out`` and ``lse``."""
     # inf - inf: a sink of minus infinity for a query that sees nothing
     weight = (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)  # [batch, time, heads]
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)

@@ -191,7 +191,7 @@ def _recipe(name: str) -> str:
 
 def undrawn() -> contextlib.AbstractContextManager:
     """``plan`` without its picture, which takes longer than all the rest."""
-    return mock.patch.object(plan_command, "_draw", lambda recipe, blocks, path: None)
+    return mock.patch.object(plan_command, "_draw", return_value=None)
 
 
 def _plans_of(name: str) -> Iterator[str]:

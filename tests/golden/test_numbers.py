@@ -82,7 +82,7 @@ def test_a_run_of_an_older_longspan_goes_on(ranks, folder):
     """Its folder, as it was after step 3, to the same bits."""
     shutil.copytree(golden.RUN_BEFORE, folder / "run")
     said = ranks(1, RANK, folder, "train", "before.yaml")
-    assert "going on from step 3" in said[0][0]
+    assert "resuming from step 3" in said[0][0]
     state = numbers.checkpoint(folder / "run/checkpoints/step-00000006")
     compare("run_before", [*numbers.metrics(folder / "run"), *state])
 

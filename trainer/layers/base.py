@@ -52,6 +52,25 @@ class ModelSizes(Protocol):
         """Dims of a head of softmax attention."""
 
 
+class MixerContext(NamedTuple):
+    """Which layer of which model a mixer is built for."""
+
+    config: Any
+    """Megatron's ``TransformerConfig``."""
+    process_groups: Any
+    """Megatron's ``ProcessGroupCollection``."""
+    sizes: ModelSizes
+    layer: int
+    """From 0, in the whole model."""
+    rope_theta: float
+    kv_schedule: str
+    """How context-parallel ranks share softmax attention, as :func:`longspan.parallel.attend`
+    accepts it."""
+    recomputes: bool
+    """Whether all but the operation between the projections is computed again in the backward
+    pass."""
+
+
 class ContextSplit(NamedTuple):
     """How a sequence is split over context-parallel ranks, as far as messages depend on it."""
 
@@ -110,8 +129,10 @@ class Block(Section):
     # The module
 
     @abstractmethod
-    def mixer_class(self) -> type:
-        """Import and return the subclass of :class:`.mixer.Mixer` that computes this kind."""
+    def build_mixer(self, context: MixerContext) -> Any:
+        """Build the module that computes this kind, a :class:`.mixer.Mixer` with the parameters of
+        :meth:`parameter_shapes`. What needs torch is imported here.
+        """
 
     @abstractmethod
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
@@ -225,7 +246,7 @@ class Block(Section):
         ``kind`` the class of the exported code, and all that it must know.
         """
 
-    def export_problem(self, model: ModelSizes) -> str | None:
+    def export_problem(self) -> str | None:
         """Return why no exported code can compute this block, or None if it can."""
         return None
 

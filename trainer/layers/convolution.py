@@ -4,7 +4,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import Block, ContextSplit, ModelSizes, Positive, Shapes, Visibility
+from .base import (
+    Block,
+    ContextSplit,
+    MixerContext,
+    ModelSizes,
+    Positive,
+    Shapes,
+    Visibility,
+)
 
 
 class ConvolutionBlock(Block):
@@ -14,10 +22,10 @@ class ConvolutionBlock(Block):
     conv_kernel: Positive = 3
     """Tokens that it sees, the token itself among them."""
 
-    def mixer_class(self) -> type:
+    def build_mixer(self, context: MixerContext) -> Any:
         from .convolution_mixer import GatedConvolution
 
-        return GatedConvolution
+        return GatedConvolution(context, self.parameter_shapes(context.sizes, context.layer))
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         width = model.num_attention_heads * model.kv_channels

@@ -2,122 +2,23 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ...attention.errors import InvalidField
-from .base import Block, ContextSplit, ModelSizes, Natural, Positive, Shapes, Visibility
-
-
-@dataclass(frozen=True)
-class LinearDesign:
-    """What a mixer does around :func:`longspan.attention.linear_attention`, in the order in which it does it."""
-
-    heads: int
-    """Of values, and so of states."""
-    key_heads: int
-    """Of queries and keys; a divisor of ``heads``."""
-    key_dim: int
-    """Of a projected query or key."""
-    value_dim: int
-    conv_kernel: int = 0
-    """Width of the short convolution of queries, keys and values, with SiLU after it; 0 for none."""
-    conv_bias: bool = False
-    silu: str = ""
-    """Which of ``q``, ``k`` and ``v`` go through SiLU where no convolution has done so."""
-    rotary: bool = False
-    feature_map: Literal["none", "elu", "taylor", "hedgehog", "l2", "lrpe"] = "none"
-    """Of queries and keys."""
-    decay: Literal["none", "minimax", "paper", "retention", "sigmoid", "softplus"] = "none"
-    """Fixed, or of the token: ``logsigmoid(x) / 16``, or ``-exp(A) softplus(x + b)``."""
-    decay_rank: int = 0
-    """Of the projection that gives every key a decay of its own; 0 for one per head."""
-    steps: bool = False
-    """Values are multiplied by the step ``softplus(x + b)`` of the decay (Mamba-2's discretisation)."""
-    beta: float = 0.0
-    """The delta rule with this times a sigmoid; 0 for none."""
-    normalised: bool = False
-    """Weights sum to one."""
-    scale: float = 1.0
-    skip: bool = False
-    """A learned multiple of each head's values is added to its output."""
-    norm: Literal["none", "head", "key_head", "all"] = "none"
-    """RMSNorm of the output: of each head, of the heads of one key head together, or of all heads together."""
-    norm_weight: bool = True
-    gate: Literal["none", "sigmoid", "silu", "identity"] = "none"
-    """The output is multiplied by this of a projection."""
-    gate_rank: int = 0
-    """Of that projection; 0 for a full one."""
-    gate_first: bool = False
-    """Gate, then norm."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Rows of a head's state."""
-        dim = self.key_dim
-        return {"taylor": 1 + dim + dim * (dim + 1) // 2, "hedgehog": 2 * dim, "lrpe": 2 * dim}.get(
-            self.feature_map, dim
-        )
-
-    @property
-    def width(self) -> int:
-        """Of all heads' outputs."""
-        return self.heads * self.value_dim
-
-    @property
-    def group(self) -> int:
-        """Heads that share a key head."""
-        return self.heads // self.key_heads
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """Rows of one key head in the fused projection: query, key, values; gates, betas, decays."""
-        gates = self.group * self.value_dim if self.gate != "none" and not self.gate_rank else 0
-        decays = self.group if self.decay in ("sigmoid", "softplus") and not self.decay_rank else 0
-        return self.conv_channels // self.key_heads, gates, self.group if self.beta else 0, decays
-
-    @property
-    def conv_channels(self) -> int:
-        """Queries, keys and values of all heads."""
-        return self.key_heads * 2 * self.key_dim + self.width
-
-    @property
-    def state_numbers(self) -> int:
-        """Numbers of all heads' states."""
-        return self.heads * self.feature_dim * (self.value_dim + self.normalised)
-
-    def parameter_shapes(self, hidden_size: int) -> Shapes:
-        """Return the shape of every parameter of the mixer, by its name there."""
-        keys = self.heads * self.key_dim
-        shapes: Shapes = {
-            "linear_in.weight": (self.key_heads * sum(self.parts), hidden_size),
-            "linear_proj.weight": (hidden_size, self.width),
-        }
-        if self.conv_kernel:
-            shapes["conv_weight"] = (self.conv_channels, self.conv_kernel)
-            if self.conv_bias:
-                shapes["conv_bias"] = (self.conv_channels,)
-        if self.feature_map == "hedgehog":
-            shapes |= {"map_q": (keys, self.key_dim), "map_k": (keys, self.key_dim)}
-        if self.feature_map == "lrpe":
-            shapes["angles"] = (self.heads, self.key_dim)
-        if self.decay_rank:
-            shapes["decay_in.down.weight"] = (self.decay_rank, hidden_size)
-            shapes["decay_in.up.weight"] = (keys, self.decay_rank)
-        if self.decay in ("sigmoid", "softplus"):
-            shapes["decay.bias"] = (keys if self.decay_rank else self.heads,)
-        if self.decay == "softplus":
-            shapes["decay.rate_log"] = (self.heads,)
-        if self.skip:
-            shapes["skip"] = (self.heads,)
-        if self.norm != "none" and self.norm_weight:
-            shapes["norm.weight"] = (self.value_dim if self.norm == "head" else self.width,)
-        if self.gate_rank:
-            shapes["gate_in.down.weight"] = (self.gate_rank, hidden_size)
-            shapes["gate_in.up.weight"] = (self.width, self.gate_rank)
-        return shapes
+from .base import (
+    Block,
+    ContextSplit,
+    MixerContext,
+    ModelSizes,
+    Natural,
+    Positive,
+    Shapes,
+    Visibility,
+)
+from .linear_design import LinearDesign
 
 
 class LinearAttentionBlock(Block):
@@ -170,10 +71,11 @@ class LinearAttentionBlock(Block):
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         """``plain`` as the paper has it."""
 
-    def mixer_class(self) -> type:
+    def build_mixer(self, context: MixerContext) -> Any:
         from .linear_mixer import LinearAttention
 
-        return LinearAttention
+        design = self.design(context.sizes, context.layer)
+        return LinearAttention(context, design)
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         return self.design(model, layer).parameter_shapes(model.hidden_size)
@@ -279,15 +181,14 @@ class LightningBlock(LinearAttentionBlock):
         )
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        whole = self.style == "minimax"
-        gate = "none" if not self.output_gate else "sigmoid" if whole else "identity"
+        plain = replace(plain, decay=self.decay, norm="all")
+        if self.style == "minimax":
+            return replace(plain, silu="qkv", gate="sigmoid" if self.output_gate else "none")
         return replace(
             plain,
-            silu="qkv" if whole else "qk",
-            decay=self.decay,
-            norm="all",
-            norm_weight=whole,
-            gate=gate,
+            silu="qk",
+            norm_weight=False,
+            gate="identity" if self.output_gate else "none",
         )
 
 
@@ -398,15 +299,12 @@ class Mamba2Block(_ConvolvedBlock):
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = replace(
+        return replace(
             plain,
             key_heads=self.num_key_heads,
             conv_kernel=self.conv_kernel,
             conv_bias=True,
             silu="qkv",
-        )
-        return replace(
-            plain,
             decay="softplus",
             steps=True,
             skip=True,
@@ -416,20 +314,30 @@ class Mamba2Block(_ConvolvedBlock):
         )
 
 
-class DeltaNetBlock(_ConvolvedBlock):
-    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
-
-    mixer: Literal["deltanet"]
+class _DeltaBlock(_ConvolvedBlock):
+    mixer: Literal["deltanet", "gated_deltanet", "kda"]
     allow_negative_eigenvalues: bool = False
     """Replace up to twice what was recalled (arXiv 2411.12537)."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        beta, scale = 2.0 if self.allow_negative_eigenvalues else 1.0, plain.key_dim**-0.5
-        conv = {"conv_kernel": self.conv_kernel, "silu": "qkv"}
-        return replace(plain, **conv, feature_map="l2", beta=beta, scale=scale, norm="head")
+        return replace(
+            plain,
+            conv_kernel=self.conv_kernel,
+            silu="qkv",
+            feature_map="l2",
+            beta=2.0 if self.allow_negative_eigenvalues else 1.0,
+            scale=plain.key_dim**-0.5,
+            norm="head",
+        )
 
 
-class GatedDeltaNetBlock(DeltaNetBlock):
+class DeltaNetBlock(_DeltaBlock):
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
+
+    mixer: Literal["deltanet"]
+
+
+class GatedDeltaNetBlock(_DeltaBlock):
     """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`, `olmo_hybrid`."""
 
     mixer: Literal["gated_deltanet"]
@@ -441,11 +349,11 @@ class GatedDeltaNetBlock(DeltaNetBlock):
         return (3, 4), (3, 2)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = super()._preset(replace(plain, key_heads=self.num_key_heads or plain.heads))
-        return replace(plain, decay="softplus", gate="silu")
+        plain = replace(plain, key_heads=self.num_key_heads or plain.heads)
+        return replace(super()._preset(plain), decay="softplus", gate="silu")
 
 
-class KDABlock(DeltaNetBlock):
+class KDABlock(_DeltaBlock):
     """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key; `kimi_linear`.
 
     Decays and the sigmoid gate come from projections of low rank, that of a head's dims; without a bias, which fla's gate has.
@@ -454,5 +362,11 @@ class KDABlock(DeltaNetBlock):
     mixer: Literal["kda"]
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain, rank = super()._preset(plain), plain.value_dim
-        return replace(plain, decay="softplus", decay_rank=rank, gate="sigmoid", gate_rank=rank)
+        rank = plain.value_dim
+        return replace(
+            super()._preset(plain),
+            decay="softplus",
+            decay_rank=rank,
+            gate="sigmoid",
+            gate_rank=rank,
+        )

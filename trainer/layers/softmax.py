@@ -16,6 +16,7 @@ from ...attention.patterns import (
     MoBA,
     Pattern,
     PerHead,
+    Rule,
     Selector,
     Streaming,
     Union,
@@ -26,12 +27,14 @@ from .base import (
     Block,
     ContextSplit,
     Fraction,
+    MixerContext,
     ModelSizes,
     Natural,
     Positive,
     Shapes,
     Visibility,
 )
+from .softmax_design import SoftmaxDesign
 
 
 class SoftmaxBlock(Block):
@@ -64,10 +67,25 @@ class SoftmaxBlock(Block):
     def norms_each_head(self) -> bool:
         return self.qk_norm is True
 
-    def mixer_class(self) -> type:
+    def design(self, model: ModelSizes) -> SoftmaxDesign:
+        """Return what the mixer does in such a model."""
+        return SoftmaxDesign(
+            pattern=self.attention_pattern(model.kv_heads),
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.kv_heads,
+            head_dim=model.kv_channels,
+            qk_norm=self.qk_norm,
+            rotary_dim=int(model.kv_channels * self.rotary_fraction),
+            output_gate=self.output_gate,
+            attention_sink=self.attention_sink,
+            softcap=self.softcap,
+        )
+
+    def build_mixer(self, context: MixerContext) -> Any:
         from .softmax_mixer import SoftmaxAttention
 
-        return SoftmaxAttention
+        shapes = self.parameter_shapes(context.sizes, context.layer)
+        return SoftmaxAttention(context, shapes, self.design(context.sizes))
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         width = model.num_attention_heads * model.kv_channels
@@ -90,31 +108,19 @@ class SoftmaxBlock(Block):
         width = model.num_attention_heads * model.kv_channels
         return 4 * width * self._visible_pairs(model, length) / (model.kv_heads * length)
 
+    @abstractmethod
     def _visible_pairs(self, model: ModelSizes, length: int) -> int:
         """Count the pairs of a query and a key that all KV heads see."""
-        pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
-        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
 
     def state_numbers(self, model: ModelSizes, length: int, layer: int) -> int:
         return self._kept_keys(model, length) * 2 * model.kv_channels
 
+    @abstractmethod
     def _kept_keys(self, model: ModelSizes, length: int) -> int:
-        """Count the keys of all KV heads that the last of ``length`` queries sees, or a later one
-        within a period of the pattern.
-        """
-        pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
-        count = 0
-        for head in range(model.kv_heads):
-            periods = [rule.block * rule.step for rule in pattern.rules(head) if rule.relative]
-            query_stop = length + max(periods, default=0)
-            for blocks in pattern.need(length - 1, query_stop, head):
-                count += int((blocks.positions() < length).sum())
-        return count
+        """Count the keys of all KV heads, out of ``length``, that the next tokens may see."""
 
     def exchanged_bytes(self, model: ModelSizes, layer: int, split: ContextSplit) -> float:
-        return 0.0  # keys and values alone, by a KV schedule
+        return 0.0  # only keys and values, by a KV schedule
 
     def problems(self, model: ModelSizes) -> Iterator[InvalidField]:
         yield from self._pattern_problems(model.kv_heads)
@@ -131,65 +137,79 @@ class SoftmaxBlock(Block):
         except InvalidField as error:  # keys of the block are named like those of the pattern
             yield error
 
+
+class ClosedFormBlock(SoftmaxBlock):
+    """Softmax attention under a pattern that is known before the text is."""
+
+    @abstractmethod
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern: ...
+
+    def _rules(self, num_kv_heads: int) -> list[Rule]:
+        """The rules of all KV heads."""
+        pattern = self.attention_pattern(num_kv_heads)
+        return [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+
+    def _visible_pairs(self, model: ModelSizes, length: int) -> int:
+        pattern = self.attention_pattern(model.kv_heads)
+        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
+
+    def _kept_keys(self, model: ModelSizes, length: int) -> int:
+        """Count the keys that the last query sees, or a later one within a period of the pattern."""
+        pattern = self.attention_pattern(model.kv_heads)
+        count = 0
+        for head in range(model.kv_heads):
+            periods = [rule.block * rule.step for rule in pattern.rules(head) if rule.relative]
+            query_stop = length + max(periods, default=0)
+            for blocks in pattern.need(length - 1, query_stop, head):
+                count += int((blocks.positions() < length).sum())
+        return count
+
     def leaves_gaps(self, num_kv_heads: int) -> bool:
         """Return whether it has stripes at every distance, and yet some positions are only seen
         from nearby. A window on its own leaves none: it is meant to end.
         """
-        pattern = self.attention_pattern(num_kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):
-            return False
-        rules = [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+        rules = self._rules(num_kv_heads)
         has_stripes = any(rule.reach is None and rule.step > 1 for rule in rules)
-        return has_stripes and not pattern.covers(num_kv_heads)
+        return has_stripes and not self.attention_pattern(num_kv_heads).covers(num_kv_heads)
 
     def visibility(self, model: ModelSizes, positions: np.ndarray, source: int) -> Visibility:
         pattern = self.attention_pattern(model.kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):  # the content decides
-            return super().visibility(model, positions, source)
         mask = pattern.mask(positions.clip(min=0), [source], model.kv_heads)  # [heads, queries, 1]
         visible = mask.any(0)[:, 0].numpy() | (positions == source)
         return Visibility(visible, visible)
 
     def telling_length(self, num_kv_heads: int) -> int:
-        pattern = self.attention_pattern(num_kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):
-            return 0
-        rules = [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+        rules = self._rules(num_kv_heads)
         return max(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)
 
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
         pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
         rules = [
             [list(asdict(rule).values()) for rule in pattern.rules(head)]
             for head in range(model.kv_heads)
         ]
+        design = self.design(model)
         return {
             "kind": "softmax",
             "rules": rules,
-            "rotary_dim": int(model.kv_channels * self.rotary_fraction),
-            "output_gate": self.output_gate,
-            "softcap": self.softcap,
-            "qk_norm": self.qk_norm,
-            "attention_sink": self.attention_sink,
+            "rotary_dim": design.rotary_dim,
+            "output_gate": design.output_gate,
+            "softcap": design.softcap,
+            "qk_norm": design.qk_norm,
+            "attention_sink": design.attention_sink,
         }
 
-    def export_problem(self, model: ModelSizes) -> str | None:
-        if isinstance(self.attention_pattern(model.kv_heads), ClosedFormPattern):
-            return None
-        return "chooses its keys from the content, which no exported code does"
 
-
-class FullBlock(SoftmaxBlock):
+class FullBlock(ClosedFormBlock):
     """Causal attention over the whole document."""
 
     mixer: Literal["full"]
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Causal()
 
 
-class S2Block(SoftmaxBlock):
+class S2Block(ClosedFormBlock):
     """S2-Attention: a local band and stripes that differ per KV head (arXiv 2407.17678)."""
 
     mixer: Literal["s2"]
@@ -206,7 +226,7 @@ class S2Block(SoftmaxBlock):
     near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
     """[blocks, stride]: a finer stride within so many blocks."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         pattern = S2(
             self.block,
             self.local_blocks,
@@ -225,18 +245,18 @@ class S2Block(SoftmaxBlock):
         yield from problems
 
 
-class WindowBlock(SoftmaxBlock):
+class WindowBlock(ClosedFormBlock):
     """The last tokens alone."""
 
     mixer: Literal["window"]
     window: Positive
     """How many tokens, the query's own among them."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Window(self.window)
 
 
-class StreamingBlock(SoftmaxBlock):
+class StreamingBlock(ClosedFormBlock):
     """The first and the last tokens of what came before (StreamingLLM, arXiv 2309.17453)."""
 
     mixer: Literal["streaming"]
@@ -245,11 +265,11 @@ class StreamingBlock(SoftmaxBlock):
     window: Positive
     """The last so many, the query's own among them."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Streaming(self.sinks, self.window)
 
 
-class PatternBlock(SoftmaxBlock):
+class PatternBlock(ClosedFormBlock):
     """Any pattern, as an expression."""
 
     mixer: Literal["pattern"]
@@ -257,7 +277,7 @@ class PatternBlock(SoftmaxBlock):
     """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
     spread evenly over the heads."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return parse_pattern(self.pattern).spread(num_kv_heads)
 
     def _pattern_problems(self, num_kv_heads: int) -> Iterator[InvalidField]:
@@ -313,3 +333,9 @@ class MoBABlock(SoftmaxBlock):
     @property
     def queries_choose_together(self) -> bool:
         return True
+
+    def export_problem(self) -> str | None:
+        return "chooses its keys from the content, which no exported code does"
+
+    def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
+        raise ValueError(f"{self.kind()} {self.export_problem()}")

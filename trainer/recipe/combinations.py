@@ -359,7 +359,7 @@ def _stage_problems(recipe: Recipe) -> Problems:
             if recipe.evaluation.ngram_baseline:
                 reason = f"counts the data of the whole run, and {key} has others; set it to false"
                 yield Problem("evaluation.ngram_baseline", reason)
-        for problem in _problems_of_stage(recipe.at(stage.from_step)):
+        for problem in _problems_of_stage(recipe.at_step(stage.from_step)):
             if problem not in known:
                 yield Problem(f"{key}.{problem.key}", problem.reason)
 

@@ -41,9 +41,9 @@ def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
             continue
         if pattern is None:
             continue
-        if reason := _why_none_can(schedule, pattern, model, parallel):
+        if refusal := _why_none_can(schedule, pattern, model, parallel):
             key = f"schedules.{name}" if name in parallel.schedules else "schedule"
-            reason = f"{schedule} cannot do model.layers.blocks.{name}: {reason}"
+            reason = f"{schedule} cannot do model.layers.blocks.{name}: {refusal}"
             yield Problem(f"parallel.{key}", reason)
 
 

@@ -364,7 +364,7 @@ class Recipe(Section):
         """The step (from 0) at which each stage begins, the recipe's own before all."""
         return [0, *(stage.from_step for stage in self.stages)]
 
-    def at(self, step: int) -> "Recipe":
+    def at_step(self, step: int) -> "Recipe":
         """Return the recipe of the stage that step ``step`` (from 0) is in."""
         recipe = self
         for number, stage in enumerate(self.stages, 1):

@@ -35,7 +35,8 @@ def compare(
     dtype=torch.float64,
     **options,
 ):
-    inputs, ids = make(2, length, heads, kv_heads, 16, value_dim, dtype), document_ids(documents)
+    inputs = make(2, length, heads, kv_heads, 16, value_dim, dtype)
+    ids = document_ids(documents)
     lse = options.get("sigmoid_bias") is None
 
     def run():
@@ -129,7 +130,7 @@ def test_any_pattern_and_length(pattern, length, group):
 
 
 class TestDKernelsTraps:
-    """What the reference implementation gets wrong (its gradients there are NaN, garbage, or another pattern's)."""
+    """What the reference implementation gets wrong: gradients are NaN, or of another pattern."""
 
     @pytest.mark.parametrize(
         ("pattern", "length", "heads", "kv_heads"),

@@ -322,11 +322,11 @@ def test_initial_weights_depend_on_seed_and_name_alone(engine):
     assert weights["decoder.layers.0.mixer.linear_proj.weight"].std().item() == pytest.approx(
         0.02 / 8**0.5, rel=0.05
     )
-    from longspan.trainer.model.weights import initialise
+    from longspan.trainer.model.weights import initialize
 
-    initialise(made.model, 4, 0.02, 4)
+    initialize(made.model, 4, 0.02, 4)
     assert not torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
-    initialise(made.model, 3, 0.02, 4)
+    initialize(made.model, 3, 0.02, 4)
     assert torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
 
 

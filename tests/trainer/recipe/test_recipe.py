@@ -370,7 +370,7 @@ STAGES = """stages=[{from_step: 6, training: {seq_length: 192, global_batch_size
 def test_stages_add_up(tiny_recipe):
     recipe = load_recipe(str(tiny_recipe), [STAGES])
     assert recipe.stage_starts == [0, 6, 12]
-    stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
+    stages = map(recipe.at_step, (0, 5, 6, 11, 12, 19))
     shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
     assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
     by_step = [Stages(recipe).at(step) for step in range(20)]
