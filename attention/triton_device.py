@@ -34,7 +34,7 @@ def device_unsupported_reason(x: Tensor) -> str | None:
         return f"needs CUDA, but q is on {x.device}; use torch"
     if x.is_cuda and compute_capability(x.device) not in SUPPORTED_CAPABILITIES:
         capability = compute_capability(x.device) / 10
-        return f"has no launch shapes for compute capability {capability}; use torch"
+        return f"has no configurations for compute capability {capability}; use torch"
     return None
 
 

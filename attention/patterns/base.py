@@ -66,8 +66,8 @@ class Pattern(ABC):
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
         """Return the key blocks that KV head ``head`` needs.
 
-        They hold all keys that some query in ``[query_start, query_stop)`` sees; some
-        of the keys in them may still be hidden by the mask. They are disjoint, and ascending within each range.
+        They hold all keys that some query in ``[query_start, query_stop)`` sees; the mask may still
+        hide others among them. They are disjoint, and ascending within each range.
         """
 
     @abstractmethod

@@ -218,16 +218,14 @@ class PerHead(ClosedFormPattern):
     first_head: int = 0
 
     def __init__(self, patterns: Iterable[Pattern], first_head: int = 0):
-        closed_form: list[ClosedFormPattern] = []
-        for pattern in patterns:
+        object.__setattr__(self, "patterns", tuple(patterns))
+        object.__setattr__(self, "first_head", first_head)
+        check_at_least("PerHead", "patterns", len(self.patterns), 1)
+        check_at_least("PerHead", "first_head", first_head, 0)
+        for pattern in self.patterns:
             if not isinstance(pattern, ClosedFormPattern):
                 reason = f"must have a closed form, got {pattern!r}"
                 raise InvalidField("patterns", reason, "PerHead")
-            closed_form.append(pattern)
-        check_at_least("PerHead", "patterns", len(closed_form), 1)
-        check_at_least("PerHead", "first_head", first_head, 0)
-        object.__setattr__(self, "patterns", tuple(closed_form))
-        object.__setattr__(self, "first_head", first_head)
 
     @property
     def alignment(self) -> int:
@@ -237,7 +235,8 @@ class PerHead(ClosedFormPattern):
         return replace(self, first_head=self.first_head + first)
 
     def spread(self, num_kv_heads: int) -> Self:
-        return replace(self, patterns=[pattern.spread(num_kv_heads) for pattern in self.patterns])
+        patterns = tuple(pattern.spread(num_kv_heads) for pattern in self.patterns)
+        return replace(self, patterns=patterns)
 
     def check(self, num_kv_heads: int, length: int) -> None:
         if self.first_head + num_kv_heads > len(self.patterns):

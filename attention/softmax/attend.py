@@ -100,7 +100,7 @@ def check_attention(
     """Raise ValueError for arguments that do not fit together."""
     check_backend(backend, BACKENDS)
     if not isinstance(pattern, Pattern | Selector):
-        raise ValueError(f"pattern must be a Pattern, as S2(64, 16, 16), got {pattern!r}")
+        raise ValueError(f"pattern must be a Pattern such as S2(64, 16, 16), got {pattern!r}")
     check_dims(q=q, k=k, v=v)
     for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype or tensor.device != q.device:
@@ -109,7 +109,8 @@ def check_attention(
             )
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            f"shapes do not fit together: q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -128,7 +129,7 @@ def check_logit_options(
     """Return the options of the logits, or raise ValueError for those that do not fit together."""
     num_heads = q.shape[2]
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; None for none")
+        raise ValueError(f"softcap must be positive, or None for no softcap, got {softcap}")
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(
             f"sinks must be one number for each head of q, shape ({num_heads},), "
@@ -140,8 +141,8 @@ def check_logit_options(
         for name, is_given in {"sinks": sinks is not None, "return_lse": return_lse}.items():
             if is_given:
                 raise ValueError(
-                    f"{name} belongs to softmax, but sigmoid_bias is given: "
-                    "its rows have no sum to share"
+                    f"{name} needs the softmax, but sigmoid_bias is given: "
+                    "sigmoid weights of a query have no common sum"
                 )
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -166,7 +167,7 @@ def choose_backend(
         return "torch"
     if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
         warnings.warn(
-            f"backend auto takes torch, which is slower here: triton {reason}", stacklevel=3
+            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=3
         )
         return "torch"
     return "triton"

@@ -28,7 +28,7 @@ from .tiles import LogitOptions, Tile
 _DEVICES = {"cuda"}
 _DTYPES = {torch.float16, torch.bfloat16}
 _MAX_HEAD_DIM = 256
-_PATTERNS = "does causal attention and windows of tokens, the same for all heads"
+_PATTERNS = "supports only causal attention and windows of tokens, the same for all heads"
 
 
 def unsupported_reason(
@@ -38,12 +38,12 @@ def unsupported_reason(
     if _single_band(pattern, k.shape[2]) is None:
         return f"{_PATTERNS}, but pattern is {pattern!r}; use triton or torch"
     if not logits.is_softmax:
-        return "does softmax alone, but sigmoid_bias is given; use triton or torch"
+        return "supports only softmax, but sigmoid_bias is given; use triton or torch"
     if q.dtype not in _DTYPES:
-        return f"does float16 and bfloat16, but q is {q.dtype}; use torch"
+        return f"supports only float16 and bfloat16, but q is {q.dtype}; use torch"
     if max(q.shape[3], v.shape[3]) > _MAX_HEAD_DIM:
         return (
-            f"does heads of up to {_MAX_HEAD_DIM}, but q has {q.shape[3]} and v {v.shape[3]}; "
+            f"supports head dims up to {_MAX_HEAD_DIM}, but q has {q.shape[3]} and v {v.shape[3]}; "
             "use torch"
         )
     if q.device.type not in _DEVICES:
@@ -132,8 +132,8 @@ def split_into_calls(tile: Tile, kv_heads: int) -> Iterator[FlashCall]:
     band = _single_band(tile.pattern, kv_heads)
     if band is None:
         raise ValueError(f"backend flash {_PATTERNS}, but pattern is {tile.pattern!r}")
-    q_start, q_stop = _contiguous_positions("q_at", tile.q_positions)
-    k_start, k_stop = _contiguous_positions("k_at", tile.k_positions)
+    q_start, q_stop = _contiguous_positions("queries", tile.q_positions)
+    k_start, k_stop = _contiguous_positions("keys", tile.k_positions)
     reach = q_stop if band.reach is None else min(band.reach, q_stop)
 
     # Queries among the keys; those that see all keys; those that have left some keys behind.
@@ -186,7 +186,8 @@ def _contiguous_positions(name: str, ranges: tuple[Blocks, ...]) -> tuple[int, i
     has_gaps = any(left[1] != right[0] for left, right in pairwise(edges))
     if has_steps or has_gaps:
         raise ValueError(
-            f"backend flash takes one run of positions as {name}, got {ranges}; use triton or torch"
+            f"backend flash needs {name} at consecutive positions, got {ranges}; "
+            "use triton or torch"
         )
     if not edges:
         return 0, 0

@@ -46,17 +46,17 @@ def unsupported_reason(
     if reason := device_unsupported_reason(q):
         return reason
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"has no {q.dtype}; use torch"
+        return f"does not support {q.dtype}; use torch"
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM:
         return (
-            f"takes head dims up to {MAX_HEAD_DIM}, not {head_dim}; "
+            f"supports head dims up to {MAX_HEAD_DIM}, not {head_dim}; "
             "use torch, or flash for causal and windows"
         )
     smallest_block = min(_pattern_blocks(pattern, k.shape[2]), default=_MIN_BLOCK)
     if smallest_block < _MIN_BLOCK:
         return (
-            f"takes blocks of at least {_MIN_BLOCK} tokens, but {pattern!r} has {smallest_block}; "
+            f"needs blocks of at least {_MIN_BLOCK} tokens, but {pattern!r} has {smallest_block}; "
             "use torch"
         )
     return None
@@ -298,8 +298,8 @@ def _stripes(rule: Rule, keys: Blocks, key_tile: int) -> tuple[int, int, int, in
         return keys.size, 0, keys.size, keys.first_position, keys.step * keys.size
     if rule.relative or rule.block != keys.size:
         raise ValueError(
-            f"backend triton takes keys in blocks of {keys.size} for stripes of the same blocks, "
-            f"not for {rule}"
+            f"backend triton supports keys in blocks of {keys.size} only with stripes of the same "
+            f"blocks, not with {rule}"
         )
     # Block n of the keys is on a stripe if keys.start + n * keys.step = residue (mod rule.step). If
     # there is a solution, every `period`-th block from it on is another.
@@ -354,8 +354,8 @@ class _Launch:
             at_block_edge = keys.first_position % self.block_lists.block == 0
             if not keys.is_contiguous or not at_block_edge:
                 raise ValueError(
-                    "backend triton takes BlockLists with consecutive keys from the edge of a "
-                    "block on; use torch"
+                    "backend triton supports BlockLists only with consecutive keys that begin at "
+                    "the edge of a block; use torch"
                 )
 
     def forward(self) -> tuple[Tensor, Tensor]:
@@ -528,7 +528,7 @@ class _Launch:
         if self.block_lists is not None:
             lists = _lists_by_query(self.block_lists.of_heads(self.kv_heads).to(self.q.device))
             batch_stride = lists.stride(0) if lists.shape[0] > 1 else 0
-            list_strides = (batch_stride, *lists.stride()[1:3])
+            list_strides = (batch_stride, lists.stride(1), lists.stride(2))
         do = out if grad_out is None else grad_out
         num_tiles = triton.cdiv(self.q_start % config.queries + num_queries, config.queries)
         forward_dq_kernel[num_tiles, batch * heads](

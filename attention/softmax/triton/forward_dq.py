@@ -142,8 +142,8 @@ def forward_dq_kernel(
                 GRAD, SOFTCAP, SIGMOID, PRECISION, True,
             )  # fmt: skip
 
-    # From `band_start` on some query is shown some keys by the bands, from `full_band_start` on all
-    # queries all keys.
+    # The bands show the keys from `band_start` on to some query, and those from `full_band_start` on
+    # to all queries.
     band_start = i_high + 1
     full_band_start = i_high + 1
     for band in tl.static_range(BANDS):

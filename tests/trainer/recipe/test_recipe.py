@@ -123,7 +123,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.layers.blocks.full={mixer: streaming}", "blocks.full.window: is required"),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: S2(8}",
-            "blocks.full.pattern: 'S2(8' is no pattern",
+            "blocks.full.pattern: 'S2(8' is not a pattern",
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'S2(9, 1, 2)'}",
