@@ -1,6 +1,7 @@
 """Feature maps: what linear attention has in the place of the softmax's exponential, so that weights are products."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,5 +46,10 @@ def l2_normalized(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-MAPS = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalized}
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "elu": elu_plus_one,
+    "taylor": taylor,
+    "l2": l2_normalized,
+}
 """Those without parameters, by the names that mixers have for them."""

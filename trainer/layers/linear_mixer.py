@@ -3,7 +3,6 @@ its steps a published model has.
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,7 +141,7 @@ class LinearAttention(Mixer):
             angles = sequence.positions[..., None, None] * self.angles.float()
             rotation = torch.cat([angles.cos(), angles.sin()], -1).to(q.dtype)
             return q.repeat(1, 1, 1, 2) * rotation, k.repeat(1, 1, 1, 2) * rotation
-        feature_map: Callable[[Tensor], Tensor] = MAPS[design.feature_map]
+        feature_map = MAPS[design.feature_map]
         return feature_map(q), feature_map(k)
 
     def _log_decay(self, hidden: Tensor, projected: Tensor) -> tuple[Tensor, Tensor | None]:
