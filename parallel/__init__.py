@@ -1,11 +1,13 @@
-"""The same operations over ranks: which token sits where, what moves between them, and what a batch's documents mean to each.
+"""The operations of :mod:`longspan.attention` over ranks that share a sequence.
 
-``attend``, ``linear_attention`` and ``short_convolution`` take what :mod:`longspan.attention`'s do, and the layout and group of
+A :class:`Layout` says which token sits on which rank, a :class:`Schedule` what moves between ranks,
+and a :class:`Sequence` which documents a batch has. ``attend``, ``linear_attention`` and
+``short_convolution`` accept what those of :mod:`longspan.attention` do, and the layout and group of
 the sequence.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .convolution import short_convolution
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from .softmax import attend
 
 __all__ = ["Layout", "Schedule", "Sequence", "attend", "linear_attention", "short_convolution"]
-_HOMES = {
+
+_MODULES = {
     "Layout": "layout",
     "Schedule": "schedules.names",
     "Sequence": "sequence",
@@ -26,8 +29,8 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
-    """Import a public name's module when it is first asked for, so that a recipe's schedules are checked without torch."""
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+def __getattr__(name: str) -> Any:
+    """Import a public name's module on first use, so that checking a recipe imports no torch."""
+    if name in _MODULES:
+        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Short convolutions over the ranks that share a sequence: a segment takes the tokens just before it from its neighbours."""
+"""Short convolutions over ranks: a segment gets the tokens just before it from other ranks."""
 
 import torch
 import torch.distributed as dist
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..attention.linear import convolution
 from .collectives import AllGather, check_shard
-from .layout import Layout
+from .layout import Layout, Segment
 
 
 def short_convolution(
@@ -18,50 +18,87 @@ def short_convolution(
     *,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """:func:`longspan.attention.short_convolution` of a sequence that is spread over ``group``; every rank calls it.
+    """Compute :func:`longspan.attention.short_convolution` of a sequence spread over ``group``.
+
+    Every rank of the group must call it.
 
     Args:
-        x: this rank's tokens, as ``layout`` places them: ``[batch, local time, channels]``, possibly none.
+        x: this rank's tokens, as ``layout`` places them: ``[batch, local time, channels]``,
+            possibly none.
+        weight: ``[channels, width]``, the same on every rank.
+        bias: ``[channels]``, the same on every rank.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
 
     Returns:
-        This rank's tokens of the output. Gradients are those of the sum of all ranks' losses.
+        This rank's tokens of the output, ``[batch, local time, channels]``. Gradients are those of
+        the sum of all ranks' losses.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
     """
     check_shard(layout, group, x.shape[1])
     if layout.ranks == 1:
         return convolution.short_convolution(x, weight, bias, documents=documents)
-    reach = weight.shape[1] - 1
-    own = [
-        slice(slot, slot + stop - start)
-        for start, stop, rank, slot in layout.segments_in_order
-        if rank == group.rank()
-    ]
-    # Of each segment the last tokens, all that later ones can see of it; the same number of rows for every rank.
-    most = max(map(len, layout.segments))
-    tails = [_padded(x[:, max(at.start, at.stop - reach) : at.stop], reach) for at in own]
-    tails += [x.new_zeros(x.shape[0], reach, x.shape[2])] * (most - len(tails))
-    gathered = AllGather.apply(torch.stack(tails) + x[:, :0].sum(), group)
-    # It ties the exchange to this rank's result, without a token: backward is a collective, also for a rank that has none.
-    outs, taken = [x[:, :0] + gathered[:0].sum()], [0] * layout.ranks
-    before = x.new_zeros(x.shape[0], reach, x.shape[2])
-    for start, stop, rank, slot in layout.segments_in_order:
-        if rank == group.rank():
-            ids, halo = None, before
-            if documents is not None:
-                ids = documents[:, start:stop]
-                earlier = documents[:, [max(0, start - reach + i) for i in range(reach)]]
-                halo = before * (earlier == ids[:, :1])[..., None]
-            outs.append(
-                convolution.short_convolution(
-                    x[:, slot : slot + stop - start], weight, bias, state=halo, documents=ids
-                )
-            )
-        tail = gathered[rank, taken[rank]][:, reach - min(reach, stop - start) :]
+
+    rank = group.rank()
+    reach = weight.shape[1] - 1  # how many earlier tokens an output depends on
+    tails = _gather_tails(x, reach, layout, group)
+
+    # The first, of no tokens, ties the exchange to this rank's output: backward is a collective,
+    # also for a rank that has no tokens.
+    outs = [x[:, :0] + tails[:0].sum()]
+    before = x.new_zeros(x.shape[0], reach, x.shape[2])  # the tokens before the segment
+    segments_passed = [0] * layout.ranks
+    for segment in layout.segments_in_order:
+        if segment.rank == rank:
+            outs.append(_convolve_segment(x, weight, bias, before, segment, documents))
+
+        tail = tails[segment.rank, segments_passed[segment.rank]]
+        tail = tail[:, reach - min(reach, segment.length) :]  # without padding
         before = torch.cat([before, tail], 1)[:, tail.shape[1] :]
-        taken[rank] += 1
+        segments_passed[segment.rank] += 1
     return torch.cat(outs, 1)
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
-    """With zeros before it, ``rows`` along time."""
-    return torch.nn.functional.pad(x, (0, 0, rows - x.shape[1], 0))
+def _gather_tails(x: Tensor, reach: int, layout: Layout, group: dist.ProcessGroup) -> Tensor:
+    """Return the last tokens of all segments.
+
+    ``[ranks, most segments of a rank, batch, reach, channels]``.
+    They are all that later segments can see. Shorter segments are padded at the front, and ranks
+    with fewer segments at the end: an all-gather takes the same size of every rank.
+    """
+    tails = []
+    for segment in layout.segments_of_rank[group.rank()]:
+        slots = segment.slots
+        tails.append(_pad_front(x[:, max(slots.start, slots.stop - reach) : slots.stop], reach))
+
+    most_segments = max(len(segments) for segments in layout.segments)
+    tails += [x.new_zeros(x.shape[0], reach, x.shape[2])] * (most_segments - len(tails))
+    # The sum, of nothing, makes the exchange a part of the graph of a rank without tokens.
+    return AllGather.apply(torch.stack(tails) + x[:, :0].sum(), group)
+
+
+def _pad_front(x: Tensor, length: int) -> Tensor:
+    """Return ``x`` ``[batch, time, channels]`` with zeros before it, so that time is ``length``."""
+    return torch.nn.functional.pad(x, (0, 0, length - x.shape[1], 0))
+
+
+def _convolve_segment(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor,
+    segment: Segment,
+    documents: Tensor | None,
+) -> Tensor:
+    """Convolve a segment, of which the tokens of other documents ``before`` it are hidden."""
+    reach = before.shape[1]
+    ids = None
+    if documents is not None:
+        ids = documents[:, segment.tokens]
+        earlier = [max(0, segment.start - reach + i) for i in range(reach)]
+        is_same_document = documents[:, earlier] == ids[:, :1]  # [batch, reach]
+        before = before * is_same_document[..., None]
+    return convolution.short_convolution(
+        x[:, segment.slots], weight, bias, state=before, documents=ids
+    )

@@ -10,7 +10,7 @@ from .. import attention
 from ..attention.documents import check_documents
 from ..attention.linear.attention import check_linear, state_map
 from .collectives import AllGather, AllToAll, check_shard
-from .layout import Layout
+from .layout import Layout, Segment
 
 
 def linear_attention(
@@ -29,23 +29,29 @@ def linear_attention(
     backend: str = "auto",
     schedule: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`longspan.attention.linear_attention` of a sequence that is spread over ``group``; every rank calls it.
+    """Compute :func:`longspan.attention.linear_attention` of a sequence spread over ``group``.
 
-    A segment of the layout maps the state before it to the one after it, ``S -> A S + B``, where ``A`` is a factor per head or
-    key, with the delta rule a matrix, and 0 across a document's edge (LASP-2, arXiv 2502.07563). Only these maps move, in fp32
-    (fp64 for fp64), each as large as a state or two whatever the length; autograd gives the transpose of it for backward.
+    Every rank of the group must call it. A segment of the layout maps the state before it to the
+    one after it, ``S -> A S + B``, where ``A`` is a factor per head or key, with the delta rule a
+    matrix, and 0 across a document's edge (LASP-2, arXiv 2502.07563). Only these maps move, in fp32
+    (fp64 for fp64), each as large as a state or two whatever the length. Backward is the transpose,
+    by autograd.
 
     Args:
-        q, k, v, beta: this rank's tokens, as ``layout`` places them: ``[batch, local time, heads, dim]``, possibly none.
+        q, k, v, beta: this rank's tokens, as ``layout`` places them:
+            ``[batch, local time, heads, dim]``, possibly none.
         decay: ``[heads]``, or of this rank's tokens.
         layout: of the sequence over the ranks of ``group``.
-        state: before the sequence's first token, the same on every rank; its gradient is this rank's share.
+        state: before the sequence's first token, the same on every rank; its gradient is this
+            rank's share.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
-        schedule: ``gather`` (all maps on every rank), ``scan`` (log2 of the number of segments steps) or ``auto``.
+        return_state: also return the state after the whole sequence's last token, on every rank.
+        schedule: ``gather`` (all maps on every rank), ``scan`` (log2 of the number of segments
+            steps) or ``auto``.
 
     Returns:
-        This rank's tokens of the output, and where asked for the state after the whole sequence's last token, on every rank.
-        Gradients are those of the sum of all ranks' losses.
+        This rank's tokens of the output, and the last state with ``return_state``. Gradients are
+        those of the sum of all ranks' losses.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -57,160 +63,265 @@ def linear_attention(
         raise ValueError(f"schedule must be auto, gather or scan, got {schedule!r}")
     if layout.ranks == 1:
         return attention.linear_attention(
-            q, k, v, decay=decay, beta=beta, scale=scale, state=state, documents=documents, return_state=return_state,
-            backend=backend,
+            q, k, v, decay=decay, beta=beta, scale=scale, state=state, documents=documents,
+            return_state=return_state, backend=backend,
         )  # fmt: skip
-    rank = group.rank()
 
-    def piece(x: Tensor | None, at: slice) -> Tensor | None:
-        return x if x is None or x.ndim == 1 else x[:, at]
+    own_segments = layout.segments_of_rank[group.rank()]
+    shard = _Tokens(q, k, v, decay, beta)
+    inputs = [shard.part(segment.slots) for segment in own_segments]
 
-    own, maps = [], []
-    for start, stop, _, slot in layout.segments_of_rank[rank]:
-        at, ids = (
-            slice(slot, slot + stop - start),
-            None if documents is None else documents[:, start:stop],
-        )
-        own.append((q[:, at], k[:, at], v[:, at], piece(decay, at), piece(beta, at), ids))
-        kept, added = state_map(*own[-1][1:], backend=backend)
-        maps.append(StateMap(added, kept * _same_document_before(documents, start)))
-    nothing = piece(decay, slice(0, 0)), piece(beta, slice(0, 0)), None
-    kept, added = state_map(k[:, :0], v[:, :0], *nothing, backend=backend)
-    # Backward is a collective, so that a rank without tokens has its part in the exchange too: what it sends depends on its
-    # inputs, and its output on what it receives.
-    tie = sum(x[:, :0].sum() for x in (q, k, v, beta, decay) if x is not None and x.ndim > 1)
-    first = torch.zeros_like(added) if state is None else state.to(added.dtype)
-    identity = StateMap(added + tie + first[:0].sum(), kept)
-    use = _scan if schedule == "scan" or (schedule == "auto" and scan_steps(layout)) else _gather
-    before, last = use(maps, identity, first, layout, group, return_state)
+    # The map of each of this rank's segments.
+    maps = []
+    for segment, tokens in zip(own_segments, inputs, strict=True):
+        state_map_of_segment = tokens.state_map(_ids(documents, segment), backend)
+        maps.append(state_map_of_segment.masked(_continues_document(documents, segment)))
 
+    # The map of no tokens. Backward is a collective, also for a rank without tokens: what that rank
+    # sends is tied to its inputs here, and its output to what it receives below.
+    identity = shard.part(slice(0, 0)).state_map(None, backend)
+    first_state = torch.zeros_like(identity.added)
+    if state is not None:
+        first_state = state.to(identity.added.dtype)
+    identity = identity.tied_to(shard.sum_of_nothing() + first_state[:0].sum())
+
+    is_scan = schedule == "scan" or (schedule == "auto" and scan_steps(layout) > 0)
+    exchange_states = _scan_states if is_scan else _gather_states
+    states, last = exchange_states(maps, identity, first_state, layout, group, return_state)
+
+    # The output of each segment, from the state before it.
     outs = [v[:, :0] + last[:0].sum().to(v.dtype)]
-    for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _, _), current in zip(
-        own, layout.segments_of_rank[rank], before, strict=True
-    ):
-        current = current * _same_document_before(documents, start)
-        options = {
-            "decay": decay_s,
-            "beta": beta_s,
-            "scale": scale,
-            "state": current,
-            "documents": ids,
-            "backend": backend,
-        }
-        outs.append(attention.linear_attention(q_s, k_s, v_s, **options))
+    for segment, tokens, state_before in zip(own_segments, inputs, states, strict=True):
+        out = attention.linear_attention(
+            tokens.q,
+            tokens.k,
+            tokens.v,
+            decay=tokens.decay,
+            beta=tokens.beta,
+            scale=scale,
+            state=state_before * _continues_document(documents, segment),
+            documents=_ids(documents, segment),
+            backend=backend,
+        )
+        assert isinstance(out, Tensor)  # without return_state
+        outs.append(out)
     out = torch.cat(outs, 1)
     return (out, last) if return_state else out
 
 
 def scan_steps(layout: Layout) -> int:
-    """Steps of a scan, where it moves less than half of what a gather does, which has but one; else 0."""
-    steps = len(_distances(layout))
+    """Return the number of steps of a scan, or 0 if a gather, which has one, is preferred.
+
+    A scan is preferred if it moves less than half of what a gather does.
+    """
+    steps = len(_scan_distances(layout))
     return steps if 2 * steps < layout.ranks - 1 else 0
 
 
 class StateMap(NamedTuple):
-    """``S -> kept S + added``; ``kept`` is a factor of each row, ``[..., key_dim, 1]``, or a matrix."""
+    """What tokens do to the state before them: ``S -> kept S + added``.
+
+    ``kept`` is a factor of each row of the state, ``[..., key_dim, 1]``, or a matrix
+    ``[..., key_dim, key_dim]``; ``added`` is ``[..., key_dim, value_dim]``.
+    """
 
     added: Tensor
     kept: Tensor
 
     def __call__(self, state: Tensor) -> Tensor:
+        """Return the state after the tokens."""
         return self.added + self._keep(state)
 
-    def after(self, other: "StateMap") -> "StateMap":
-        """The map that does ``other`` first."""
-        return StateMap(self(other.added), self._keep(other.kept))
+    def after(self, earlier: "StateMap") -> "StateMap":
+        """Return the map of the tokens of ``earlier`` and these after them."""
+        return StateMap(self(earlier.added), self._keep(earlier.kept))
+
+    def masked(self, continues_document: Tensor | float) -> "StateMap":
+        """Return the map that drops the state of batch rows whose document it is not."""
+        return self._replace(kept=self.kept * continues_document)
+
+    def tied_to(self, zero: Tensor) -> "StateMap":
+        """Return the same map, part of whose graph ``zero``, a sum of nothing, is."""
+        return self._replace(added=self.added + zero)
 
     def _keep(self, x: Tensor) -> Tensor:
         return self.kept * x if self.kept.shape[-1] == 1 else self.kept @ x
 
 
-def _same_document_before(documents: Tensor | None, start: int) -> Tensor | float:
-    """1 where the document before a segment's first token is that of the token, else 0: ``[batch, 1, 1, 1]``."""
-    if documents is None or not start:
-        return 1.0
-    return (documents[:, start] == documents[:, start - 1])[:, None, None, None]
+class _Tokens(NamedTuple):
+    """The inputs of some tokens: ``[batch, time, heads, dim]``; ``decay`` may be ``[heads]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+
+    def part(self, slots: slice) -> "_Tokens":
+        """Return the inputs of some of the tokens."""
+        decay, beta = self.decay, self.beta
+        if decay is not None and decay.ndim > 1:
+            decay = decay[:, slots]
+        if beta is not None:
+            beta = beta[:, slots]
+        return _Tokens(self.q[:, slots], self.k[:, slots], self.v[:, slots], decay, beta)
+
+    def state_map(self, ids: Tensor | None, backend: str) -> StateMap:
+        """Return the map of the tokens, whose document ids are ``ids`` ``[batch, time]``."""
+        kept, added = state_map(self.k, self.v, self.decay, self.beta, ids, backend=backend)
+        return StateMap(added, kept)
+
+    def sum_of_nothing(self) -> Tensor:
+        """Return a zero that depends on all inputs which may differ from rank to rank."""
+        zero = self.q[:, :0].sum() + self.k[:, :0].sum() + self.v[:, :0].sum()
+        for x in (self.beta, self.decay):
+            if x is not None and x.ndim > 1:
+                zero = zero + x[:, :0].sum()
+        return zero
 
 
-def _stacked(maps: list[StateMap]) -> Tensor:
-    return torch.stack([torch.cat(one, -1) for one in maps])
+def _ids(documents: Tensor | None, segment: Segment) -> Tensor | None:
+    return None if documents is None else documents[:, segment.tokens]
 
 
-def _parts(message: Tensor, like: StateMap) -> list[StateMap]:
-    return [
-        StateMap(*one.split([like.added.shape[-1], like.kept.shape[-1]], -1)) for one in message
-    ]
+def _continues_document(documents: Tensor | None, segment: Segment) -> Tensor | float:
+    """Return 1 where the token before a segment is of the same document, else 0.
 
-
-def _gather(
-    maps: list[StateMap],
-    identity: StateMap,
-    first: Tensor,
-    layout: Layout,
-    group: dist.ProcessGroup,
-    last: bool,
-):
-    """The states before this rank's segments, and where ``last`` that after all: all maps on every rank, applied in turn."""
-    most = max(map(len, layout.segments))
-    gathered = AllGather.apply(_stacked(maps + [identity] * (most - len(maps))), group)
-    maps_of = [iter(_parts(own, identity)) for own in gathered]
-    before, current = [], first + gathered[:0].sum()
-    for _, _, holder, _ in layout.segments_in_order:
-        if holder == group.rank():
-            before.append(current)
-        current = next(maps_of[holder])(current)
-    return before, current
-
-
-def _distances(layout: Layout) -> list[int]:
-    """How far the steps of a scan reach, in segments."""
-    return [1, *(1 << n for n in range((len(layout.segments_in_order) - 1).bit_length()))]
-
-
-def _scan(
-    maps: list[StateMap],
-    identity: StateMap,
-    first: Tensor,
-    layout: Layout,
-    group: dist.ProcessGroup,
-    last: bool,
-):
-    """The same in log2 of the number of segments steps, in each of which a map meets that of twice as many segments before it.
-
-    Hillis and Steele (1986). Each segment starts with the map of the one before it, the first with what makes any state
-    ``first``; so the last maps are constant.
+    ``[batch, 1, 1, 1]``, or a number if it is the same for all rows.
     """
-    holders = [holder for _, _, holder, _ in layout.segments_in_order]
-    mine = [n for n, holder in enumerate(holders) if holder == group.rank()]
-    whole = StateMap(first + identity.added, torch.zeros_like(identity.kept))
-    shift, *distances = _distances(layout)
-    own = maps
-    found, identity = _exchange_maps(maps, identity, mine, holders, shift, group)
-    maps = [found.get(n, whole) for n in mine]
+    if documents is None or not segment.start:
+        return 1.0
+    continues = documents[:, segment.start] == documents[:, segment.start - 1]
+    return continues[:, None, None, None]
+
+
+def _pack(maps: list[StateMap]) -> Tensor:
+    """Return maps as a message ``[maps, batch, heads, key_dim, value_dim + columns of kept]``."""
+    return torch.stack([torch.cat([state_map.added, state_map.kept], -1) for state_map in maps])
+
+
+def _unpack(message: Tensor, like: StateMap) -> list[StateMap]:
+    widths = [like.added.shape[-1], like.kept.shape[-1]]
+    return [StateMap(*packed.split(widths, -1)) for packed in message]
+
+
+def _gather_states(
+    maps: list[StateMap],
+    identity: StateMap,
+    first_state: Tensor,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    return_state: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Return the states before this rank's segments, and the one after the last segment.
+
+    Every rank gets all maps, and applies them one after another.
+
+    Args:
+        maps: of this rank's segments.
+        identity: the map of no tokens, tied to this rank's inputs.
+        first_state: the state before the sequence.
+        return_state: whether the last state is needed.
+    """
+    most_segments = max(len(segments) for segments in layout.segments)
+    padded = maps + [identity] * (most_segments - len(maps))
+    gathered = AllGather.apply(_pack(padded), group)  # [ranks, segments of a rank, ...]
+    maps_of_ranks = [iter(_unpack(message, identity)) for message in gathered]
+
+    states = []
+    state = first_state + gathered[:0].sum()
+    for segment in layout.segments_in_order:
+        if segment.rank == group.rank():
+            states.append(state)
+        state = next(maps_of_ranks[segment.rank])(state)
+    return states, state
+
+
+def _scan_distances(layout: Layout) -> list[int]:
+    """Return how many segments back each step of a scan looks: 1, and then 1, 2, 4, ..."""
+    num_segments = len(layout.segments_in_order)
+    return [1, *(1 << n for n in range((num_segments - 1).bit_length()))]
+
+
+def _scan_states(
+    maps: list[StateMap],
+    identity: StateMap,
+    first_state: Tensor,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    return_state: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """Return what :func:`_gather_states` does, in log2 of the number of segments steps.
+
+    In each step (Hillis and Steele, 1986) the map of some segments is joined with the map of as
+    many before them. Each segment starts with the map of the segment before it, and the first one
+    with the constant map to ``first_state``; so in the end all maps are constant: the states.
+
+    Without ``return_state`` the last state is only something tied to the exchange.
+    """
+    segment_ranks = [segment.rank for segment in layout.segments_in_order]
+    own_numbers = [n for n, rank in enumerate(segment_ranks) if rank == group.rank()]
+    constant = StateMap(first_state + identity.added, torch.zeros_like(identity.kept))
+    shift, *distances = _scan_distances(layout)
+
+    earlier, identity = _exchange_maps(maps, identity, own_numbers, segment_ranks, shift, group)
+    joined = [earlier.get(number, constant) for number in own_numbers]
     for distance in distances:
-        found, identity = _exchange_maps(maps, identity, mine, holders, distance, group)
-        maps = [
-            one.after(found[n]) if n in found else one for n, one in zip(mine, maps, strict=True)
+        earlier, identity = _exchange_maps(
+            joined, identity, own_numbers, segment_ranks, distance, group
+        )
+        joined = [
+            joined_map.after(earlier[number]) if number in earlier else joined_map
+            for number, joined_map in zip(own_numbers, joined, strict=True)
         ]
-    before = [one.added for one in maps]
-    if not last:
-        return before, identity.added
-    behind = own[-1](before[-1]) if mine and mine[-1] == len(holders) - 1 else 0.0
-    return before, AllGather.apply(behind + identity.added, group)[holders[-1]]
+
+    states = [joined_map.added for joined_map in joined]
+    if not return_state:
+        return states, identity.added
+
+    # The rank of the last segment gives the state after it to all.
+    has_last_segment = bool(own_numbers) and own_numbers[-1] == len(segment_ranks) - 1
+    last = maps[-1](states[-1]) if has_last_segment else 0.0
+    return states, AllGather.apply(last + identity.added, group)[segment_ranks[-1]]
 
 
 def _exchange_maps(
-    maps, identity: StateMap, mine: list[int], holders: list[int], distance: int, group
-):
-    """For each of this rank's segments the map of the one ``distance`` before it; and the identity, tied to the exchange."""
-    to = sorted((holders[n + distance], n) for n in mine if n + distance < len(holders))
-    come = sorted((holders[n - distance], n) for n in mine if n >= distance)
-    send, receive = (
-        [sum(rank == other for other, _ in part) for rank in range(group.size())]
-        for part in (to, come)
+    maps: list[StateMap],
+    identity: StateMap,
+    own_numbers: list[int],
+    segment_ranks: list[int],
+    distance: int,
+    group: dist.ProcessGroup,
+) -> tuple[dict[int, StateMap], StateMap]:
+    """Fetch, for each of this rank's segments, the map of the segment ``distance`` before it.
+
+    Args:
+        maps: of this rank's segments, whose numbers in the sequence are ``own_numbers``.
+        segment_ranks: the rank of every segment.
+
+    Returns:
+        The maps by the number of the segment that they are for; and the identity, tied to the
+        exchange, so that every rank takes part in its backward.
+    """
+    num_segments = len(segment_ranks)
+    # (other rank, own segment), sorted: the order of the messages is the same on both sides.
+    outgoing = sorted(
+        (segment_ranks[number + distance], number)
+        for number in own_numbers
+        if number + distance < num_segments
     )
-    at = {n: i for i, n in enumerate(mine)}
-    sent = _stacked([identity, *(maps[at[n]] for _, n in to)])[1:]
-    received = AllToAll.apply(sent, send, receive, group)
-    found = {n: one for (_, n), one in zip(come, _parts(received, identity), strict=True)}
-    return found, identity._replace(added=identity.added + received[:0].sum())
+    incoming = sorted(
+        (segment_ranks[number - distance], number) for number in own_numbers if number >= distance
+    )
+    send_counts, receive_counts = (
+        [sum(rank == other for other, _ in messages) for rank in range(group.size())]
+        for messages in (outgoing, incoming)
+    )
+
+    map_of_segment = dict(zip(own_numbers, maps, strict=True))
+    # The identity gives the message its shape and ties it to the graph, but is not sent.
+    message = _pack([identity, *(map_of_segment[number] for _, number in outgoing)])[1:]
+    received = AllToAll.apply(message, send_counts, receive_counts, group)
+    numbers = [number for _, number in incoming]
+    earlier = dict(zip(numbers, _unpack(received, identity), strict=True))
+    return earlier, identity.tied_to(received[:0].sum())

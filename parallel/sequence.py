@@ -1,4 +1,4 @@
-"""What travels with a batch: where its tokens sit and which document each belongs to."""
+"""What travels with a batch: where its tokens sit, and which document each belongs to."""
 
 from functools import cached_property
 
@@ -12,7 +12,8 @@ from .layout import Layout
 class Sequence:
     """The documents of a batch under a layout, as one rank sees them.
 
-    It reaches the mixers as Megatron's ``packed_seq_params`` and alone says where a token stands in its document.
+    It reaches the mixers as Megatron's ``packed_seq_params``, and is the only source of where a
+    token is in its document.
 
     Args:
         layout: of the ``time`` tokens over the ranks that share the sequence.
@@ -25,17 +26,16 @@ class Sequence:
             raise ValueError(
                 f"documents must be [batch, {layout.length}], got {tuple(documents.shape)}"
             )
-        self.layout, self.rank, self.all_documents = layout, rank, documents
+        self.layout = layout
+        self.rank = rank
+        self.all_documents = documents
         self._rotary: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def single(cls, batch: int, length: int, device: torch.device) -> "Sequence":
-        """One document per row, on one rank."""
-        return cls(
-            Layout.contiguous(length),
-            0,
-            torch.zeros(batch, length, dtype=torch.int32, device=device),
-        )
+        """Return sequences of one document each, on one rank."""
+        documents = torch.zeros(batch, length, dtype=torch.int32, device=device)
+        return cls(Layout.contiguous(length), 0, documents)
 
     @cached_property
     def documents(self) -> Tensor:
@@ -44,16 +44,20 @@ class Sequence:
 
     @cached_property
     def positions(self) -> Tensor:
-        """Where this rank's tokens stand in their documents, from 0: int64 ``[batch, local time]``."""
-        index = torch.arange(self.layout.length, device=self.all_documents.device).expand_as(
-            self.all_documents
-        )
-        starts = torch.zeros_like(index)
-        starts[:, 1:] = index[:, 1:] * (self.all_documents[:, 1:] != self.all_documents[:, :-1])
-        return self.layout.shard(index - starts.cummax(1).values, self.rank)
+        """Positions of this rank's tokens in their documents: int64 ``[batch, local time]``."""
+        documents = self.all_documents
+        index = torch.arange(self.layout.length, device=documents.device).expand_as(documents)
+        is_new = documents[:, 1:] != documents[:, :-1]
+        document_start = torch.zeros_like(index)
+        document_start[:, 1:] = index[:, 1:] * is_new
+        document_start = document_start.cummax(1).values
+        return self.layout.shard(index - document_start, self.rank)
 
     def rotary(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """Rotary tables of this rank's tokens, fp32 ``[batch, local time, dim / 2]``, made once for all layers."""
+        """Return rotary tables of this rank's tokens: fp32 ``[batch, local time, dim / 2]``.
+
+        They are made once for all layers.
+        """
         key = (dim, theta)
         if key not in self._rotary:
             self._rotary[key] = rotary_tables(self.positions, dim, theta)

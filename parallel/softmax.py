@@ -1,7 +1,8 @@
-"""Softmax attention over the ranks that share a sequence: one autograd node around exchanges and tiles."""
+"""Softmax attention over the ranks that share a sequence: one autograd node around everything."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,9 +12,8 @@ from torch.autograd.function import once_differentiable
 from .. import attention
 from ..attention.arguments import accumulation_dtype
 from ..attention.documents import check_documents
-from ..attention.patterns import Causal, ClosedFormPattern, Pattern
+from ..attention.patterns import Causal, ClosedFormPattern, Pattern, Selector
 from ..attention.patterns.block_lists import BlockLists, select_block_lists
-from ..attention.patterns.selection import Selector
 from ..attention.softmax.attend import (
     add_sink_logits,
     check_attention,
@@ -24,19 +24,16 @@ from ..attention.softmax.attend import (
 )
 from ..attention.softmax.backends import tile_backward, tile_forward
 from ..attention.softmax.tiles import LogitOptions, Tile, merge_
-from .collectives import (
-    GradientReturn,
-    KVExchange,
-    as_columns,
-    check_same_plan,
-    check_shard,
-    gather_sequence,
-    new_rows,
-)
+from .collectives import check_same_plan, check_shard, gather_sequence
+from .head_exchange import gather_tokens, scatter_tokens
+from .kv_exchange import GradientReturn, KVExchange, as_buffer, new_buffer_rows
 from .layout import Layout
 from .schedules.choose import choose_schedule, key_of, plan_attention
 from .schedules.names import Schedule
 from .schedules.plan import Plan, PlanStage, TileJob, batch_rows
+
+_MOST_FLASH_SEGMENTS = 2
+"""Of a rank: flash-attn computes keys side by side, one call for each pair of segments."""
 
 
 def attend(
@@ -56,102 +53,116 @@ def attend(
     backend: str = "auto",
     schedule: str | Schedule = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`longspan.attention.attend` of a sequence that is spread over ``group``; every rank calls it.
+    """Compute :func:`longspan.attention.attend` of a sequence spread over ``group``.
 
-    Takes the same keywords, and:
+    Every rank of the group must call it. Keywords are those of :func:`longspan.attention.attend`,
+    and:
 
     Args:
-        q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, ...]``, possibly none.
+        q, k, v: this rank's tokens, as ``layout`` places them: ``[batch, local time, ...]``,
+            possibly none.
         layout: of the sequence over the ranks of ``group``.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
-        schedule: how keys and values, or heads, move: see :class:`~longspan.parallel.Schedule`; ``auto`` is the one that
-            moves the least.
+        schedule: how keys and values, or heads, move: see :class:`~longspan.parallel.Schedule`;
+            ``auto`` is the one that moves the least.
 
     Returns:
-        This rank's tokens of the output (and log-sum-exp). Gradients are those of the sum of all ranks' losses; those of
-        ``sinks``, of which every rank has a copy, are this rank's share.
+        This rank's tokens of the output (and log-sum-exp). Gradients are those of the sum of all
+        ranks' losses; those of ``sinks``, of which every rank has a copy, are this rank's share.
 
     Raises:
         ValueError: naming the argument that does not fit.
+        RuntimeError: on every rank, if the ranks are about to do different things.
     """
     check_attention(q, k, v, pattern, backend)
     check_shard(layout, group, q.shape[1])
     documents = check_documents(documents, (q.shape[0], layout.length))
     logits = check_logit_options(q, scale, sinks, softcap, sigmoid_bias, return_lse)
     if layout.ranks == 1:
-        options = {
-            "scale": scale,
-            "sinks": sinks,
-            "softcap": softcap,
-            "sigmoid_bias": sigmoid_bias,
-            "return_lse": return_lse,
-        }
-        return attention.attend(q, k, v, pattern, documents=documents, backend=backend, **options)
-    kind = None if isinstance(pattern, BlockLists) else pattern
-    chosen = choose_schedule(
-        schedule, layout, kind, q.shape[2], k.shape[2], (k.shape[3], v.shape[3])
-    )
+        return attention.attend(
+            q, k, v, pattern, documents=documents, scale=scale, sinks=sinks, softcap=softcap,
+            sigmoid_bias=sigmoid_bias, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+
     rows = batch_rows(documents, q.shape[0], layout.length)
+    planned_pattern = None if isinstance(pattern, BlockLists) else pattern
+    dims = (k.shape[3], v.shape[3])
+    chosen = choose_schedule(schedule, layout, planned_pattern, q.shape[2], k.shape[2], dims)
     closed_form = pattern if isinstance(pattern, ClosedFormPattern) else None
     plan = plan_attention(layout, closed_form, q.shape[2], k.shape[2], rows, chosen, group.rank())
-    check_same_plan(group, key_of(plan.key, kind, return_lse, q.dtype, k.shape[3], v.shape[3]))
+    check_same_plan(group, key_of(plan.key, planned_pattern, return_lse, q.dtype, *dims))
+
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents, layout, group)
-    check_pattern(
-        pattern,
-        k.shape[2],
-        q.shape[0],
-        max(stop - start for own in rows for start, stop in own.documents),
-    )
+    longest = max(document.stop - document.start for part in rows for document in part.documents)
+    check_pattern(pattern, k.shape[2], q.shape[0], longest)
+
     backend = choose_backend(backend, q, k, v, pattern, logits)
-    if backend == "flash" and max(map(len, layout.segments)) > 2:
+    most_segments = max(len(segments) for segments in layout.segments)
+    if backend == "flash" and most_segments > _MOST_FLASH_SEGMENTS:
         raise ValueError(
-            "backend flash takes keys side by side, and this layout has each rank's in many pieces; use torch"
+            "backend flash takes keys side by side, and this layout has each rank's in many "
+            "pieces; use torch"
         )
-    out, lse = _AttendOverRanks.apply(
-        q, k, v, sinks, _DistributedCall(plan, pattern, logits, backend, group), return_lse
-    )
+    call = _DistributedCall(plan, pattern, logits, backend, group)
+    out, lse = _AttendOverRanks.apply(q, k, v, sinks, call, return_lse)
     return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
 def _select(
-    selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None, layout: Layout, group
+    selector: Selector,
+    q: Tensor,
+    k: Tensor,
+    documents: Tensor | None,
+    layout: Layout,
+    group: dist.ProcessGroup,
 ) -> Pattern:
-    """What the selector chooses from summaries of its blocks, those of the keys gathered from all ranks."""
+    """Return the blocks that the selector chooses for this rank's queries, from all ranks' keys.
+
+    Every rank summarizes its own blocks; the summaries of the keys are gathered.
+    """
     block = selector.block
-    if any(
-        start % block or (stop % block and stop != layout.length)
-        for start, stop, _, _ in layout.segments_in_order
-    ):
-        raise ValueError(
-            f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks"
-        )
-    blocks = Layout(
+    for segment in layout.segments_in_order:
+        is_last = segment.stop == layout.length
+        if segment.start % block or (segment.stop % block and not is_last):
+            raise ValueError(
+                "layout must have its edges at multiples of the pattern's "
+                f"block {block}, to choose among blocks"
+            )
+    block_layout = Layout(
         tuple(
-            tuple((start // block, -(-stop // block)) for start, stop in own)
-            for own in layout.segments
+            tuple((start // block, -(-stop // block)) for start, stop in of_rank)
+            for of_rank in layout.segments
         )
     )
-    slots = [
-        (slot, slot + stop - start)
-        for start, stop, _, slot in layout.segments_of_rank[group.rank()]
-    ]
-    summaries = [selector.summaries(q[:, start:stop], k[:, start:stop]) for start, stop in slots]
-    none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
-    queries, keys = (
-        torch.cat(parts, 1)
-        for parts in (zip(*summaries, strict=True) if summaries else ((none,), (none,)))
-    )
-    at = blocks.tokens(group.rank()).to(q.device)
-    return select_block_lists(
-        selector, queries, gather_sequence(keys, blocks, group), at, documents
-    )
+
+    # [batch, blocks, heads, dim]; the first, of no blocks, is for a rank without tokens.
+    no_blocks = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
+    query_summaries, key_summaries = [], []
+    for segment in layout.segments_of_rank[group.rank()]:
+        queries, keys = selector.summaries(q[:, segment.slots], k[:, segment.slots])
+        query_summaries.append(queries)
+        key_summaries.append(keys)
+    own_queries = torch.cat(query_summaries or [no_blocks], 1)
+    own_keys = torch.cat(key_summaries or [no_blocks], 1)
+
+    own_blocks = block_layout.tokens(group.rank()).to(q.device)
+    all_keys = gather_sequence(own_keys, block_layout, group)
+    return select_block_lists(selector, own_queries, all_keys, own_blocks, documents)
+
+
+class _StageKV(NamedTuple):
+    """A stage with the keys and values of its buffer: ``[batch, columns, kv_heads, dim]``."""
+
+    stage: PlanStage
+    keys: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class _DistributedCall:
-    """A plan, and what its tiles are beside it."""
+    """A plan and what its tiles need besides, for tensors of the heads that this rank computes."""
 
     plan: Plan
     pattern: Pattern
@@ -160,137 +171,204 @@ class _DistributedCall:
     group: dist.ProcessGroup
 
     def tile(self, job: TileJob) -> Tile:
-        pattern: Pattern = Causal() if job.dense else self.pattern
+        """Return the tile of a job, whose pattern counts heads and tokens as the job does."""
+        pattern: Pattern = Causal() if job.sees_all else self.pattern
         pattern = pattern.in_document(job.batch, *job.document)
-        first = self.plan.first_kv_head + job.heads.start
-        return Tile(
-            pattern.from_head(first) if first else pattern, (job.q_at,), (job.k_at,), self.logits
-        )
+        first_head = self.plan.first_kv_head + job.kv_heads.start
+        if first_head:
+            pattern = pattern.from_head(first_head)
+        return Tile(pattern, (job.q_positions,), (job.k_positions,), self.logits)
 
-    def stages(self, k: Tensor, v: Tensor) -> Iterator[tuple[PlanStage, Tensor, Tensor]]:
-        """Each stage with its keys and values; while it is computed the next ones are on their way."""
-        kv, stages = torch.cat([k, v], -1).contiguous(), self.plan.stages
-        parcels = (
-            stage.exchange and KVExchange(kv, stage.exchange, self.plan.peers, self.group)
-            for stage in stages
-        )
-        coming = next(parcels)
-        for stage in stages:
-            parcel, coming = coming, next(parcels, None)
-            yield (
-                stage,
-                *(
-                    (k, v)
-                    if parcel is None
-                    else parcel.buffer().split([k.shape[3], v.shape[3]], -1)
-                ),
-            )
+    def stages(self, k: Tensor, v: Tensor) -> Iterator[_StageKV]:
+        """Yield each stage with its keys and values; the next ones are on their way meanwhile."""
+        kv = torch.cat([k, v], -1).contiguous()
+        dims = [k.shape[3], v.shape[3]]
+
+        def start_exchange(stage: PlanStage) -> KVExchange | None:
+            if stage.exchange is None:
+                return None
+            return KVExchange(kv, stage.exchange, self.plan.peers, self.group)
+
+        exchanges = map(start_exchange, self.plan.stages)
+        coming = next(exchanges)
+        for stage in self.plan.stages:
+            current = coming
+            coming = next(exchanges, None)  # started before the current one is waited for
+            if current is None:
+                yield _StageKV(stage, k, v)
+            else:
+                yield _StageKV(stage, *current.wait().split(dims, -1))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output and log-sum-exp of this rank's queries, without sinks.
+
+        Partial results of a query are merged in the order of the stages.
+        """
         dtype = accumulation_dtype(q)
         out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         for stage, keys, values in self.stages(k, v):
             for job in stage.jobs:
-                rows, columns = self._places(job, q, k)
-                new = tile_forward(
-                    q[rows], keys[columns], values[columns], self.tile(job), self.backend
+                queries, columns = _tile_indices(job, q, k)
+                new_out, new_lse = tile_forward(
+                    q[queries], keys[columns], values[columns], self.tile(job), self.backend
                 )
-                if job.first:
-                    out[rows], lse[rows] = new
+                if job.is_first:
+                    out[queries] = new_out
+                    lse[queries] = new_lse
                 else:
-                    merge_(out[rows], lse[rows], *new, self.logits)
+                    merge_(out[queries], lse[queries], new_out, new_lse, self.logits)
         return out.to(q.dtype), lse
 
     def backward(
-        self, grad_out: Tensor, grad_lse: Tensor | None, q, k, v, out, lse
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of this rank's tokens, summed over all ranks: in fp32 (fp64 for fp64)."""
-        dtype = accumulation_dtype(q)
-        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
-        total = k.new_zeros(*k.shape[:3], k.shape[3] + v.shape[3], dtype=dtype)
-        going = None
-        for stage, keys, values in self.stages(k, v):
-            rows = None if stage.exchange is None else new_rows(stage.exchange, total, dtype)
-            found = total if rows is None else as_columns(rows, stage.exchange, total)
-            dk, dv = found.split([k.shape[3], v.shape[3]], -1)
-            for job in stage.jobs:
-                own, columns = self._places(job, q, k)
-                parts = (grad_out[own], q[own], keys[columns], values[columns], out[own], lse[own])
-                own_grad_lse = None if grad_lse is None else grad_lse[own]
-                gradients = tile_backward(*parts, self.tile(job), self.backend, own_grad_lse)
-                for sums, at, gradient in zip(
-                    (dq, dk, dv), (own, columns, columns), gradients, strict=True
-                ):
-                    sums[at] += gradient
-            if going is not None:
-                going.add_to(total)
-            going = (
-                None
-                if rows is None
-                else GradientReturn(rows, stage.exchange, self.plan.peers, self.group, k.dtype)
-            )
-        if going is not None:
-            going.add_to(total)
-        return dq, *total.split([k.shape[3], v.shape[3]], -1)
+        """Return the gradients of this rank's tokens, of the sum of all ranks' losses.
 
-    @staticmethod
-    def _places(job: TileJob, q: Tensor, k: Tensor) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where the tile's queries are, and its keys."""
-        each = q.shape[2] // k.shape[2]
-        heads = slice(job.heads.start * each, job.heads.stop * each)
-        return (job.batch, job.queries, heads), (job.batch, job.keys, job.heads)
+        In fp32 (fp64 for fp64). Keys and values of other ranks are fetched again, in the order of
+        forward. The gradients of a stage's buffer return to the ranks that own its keys while the
+        next stage is computed.
+        """
+        dtype = accumulation_dtype(q)
+        dims = [k.shape[3], v.shape[3]]
+        dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        # Of this rank's keys and values, from all ranks' queries: [batch, local time, kv_heads,
+        # dim].
+        local_grad_kv = k.new_zeros(*k.shape[:3], sum(dims), dtype=dtype)
+
+        returning: GradientReturn | None = None  # the gradients of the previous stage
+        for stage, keys, values in self.stages(k, v):
+            exchange = stage.exchange
+            if exchange is None:
+                grad_rows = None
+                grad_kv = local_grad_kv
+            else:
+                grad_rows = new_buffer_rows(exchange, local_grad_kv, dtype)
+                grad_kv = as_buffer(grad_rows, exchange, local_grad_kv)  # the same memory
+            dk, dv = grad_kv.split(dims, -1)
+
+            for job in stage.jobs:
+                queries, columns = _tile_indices(job, q, k)
+                tile_dq, tile_dk, tile_dv = tile_backward(
+                    grad_out[queries],
+                    q[queries],
+                    keys[columns],
+                    values[columns],
+                    out[queries],
+                    lse[queries],
+                    self.tile(job),
+                    self.backend,
+                    None if grad_lse is None else grad_lse[queries],
+                )
+                dq[queries] += tile_dq
+                dk[columns] += tile_dk
+                dv[columns] += tile_dv
+
+            # The previous stage's gradients are added only now, when this stage had time to hide
+            # them, and always in the order of the stages: sums are the same in every run.
+            if returning is not None:
+                returning.add_to(local_grad_kv)
+            returning = None
+            if exchange is not None and grad_rows is not None:
+                returning = GradientReturn(
+                    grad_rows, exchange, self.plan.peers, self.group, k.dtype
+                )
+        if returning is not None:
+            returning.add_to(local_grad_kv)
+
+        local_dk, local_dv = local_grad_kv.split(dims, -1)
+        return dq, local_dk, local_dv
+
+
+_Index = tuple[slice, slice, slice]
+
+
+def _tile_indices(job: TileJob, q: Tensor, k: Tensor) -> tuple[_Index, _Index]:
+    """Return where a tile's queries are in ``q``, and its keys in their buffer."""
+    group_size = q.shape[2] // k.shape[2]  # query heads that read the same KV head
+    heads = slice(job.kv_heads.start * group_size, job.kv_heads.stop * group_size)
+    return (job.batch, job.query_slots, heads), (job.batch, job.key_columns, job.kv_heads)
 
 
 class _AttendOverRanks(torch.autograd.Function):
-    """Exchanges and tiles in one node, so that a rank whose result needs nothing of the others still joins backward's exchange.
+    """Exchanges and tiles in one node.
 
-    Keeps this rank's own tensors alone; keys and values of others are fetched again for backward.
+    So a rank whose result needs nothing of the others still joins backward's exchanges. Only this
+    rank's own tensors are saved; keys and values of others are fetched again for backward.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, sinks, work: _DistributedCall, return_lse: bool):
-        ctx.work, ctx.shape, ctx.return_lse = work, q.shape, return_lse
-        heads = work.plan.heads
-        if heads is not None:
-            q = heads.to_heads(q, heads.heads, work.group)
-            k, v = (heads.to_heads(x, heads.kv_heads, work.group) for x in (k, v))
-            sinks = None if sinks is None else sinks[heads.heads[heads.rank]]
-        out, lse = work.forward(q, k, v)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        call: _DistributedCall,
+        return_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        split = call.plan.head_split
+        ctx.call = call
+        ctx.shape = q.shape
+        ctx.return_lse = return_lse
+        if split is not None:
+            q = gather_tokens(q, split, split.query_heads, call.group)
+            k = gather_tokens(k, split, split.kv_heads, call.group)
+            v = gather_tokens(v, split, split.kv_heads, call.group)
+            sinks = None if sinks is None else sinks[split.own_query_heads]
+
+        out, lse = call.forward(q, k, v)
         if sinks is not None:
             out, lse = add_sink_logits(out, lse, sinks)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
-        if heads is not None:
-            out, own_lse = heads.to_tokens(out, heads.heads, work.group).to(q.dtype), None
-            if return_lse:
-                own_lse = heads.to_tokens(lse[..., None], heads.heads, work.group)[..., 0]
-            return out, own_lse
-        return out, lse
+        if split is None:
+            return out, lse
+
+        local_out = scatter_tokens(out, split, split.query_heads, call.group).to(q.dtype)
+        if not return_lse:
+            return local_out, None
+        local_lse = scatter_tokens(lse[..., None], split, split.query_heads, call.group)
+        return local_out, local_lse[..., 0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse = ctx.saved_tensors
-        work, heads = ctx.work, ctx.work.plan.heads
-        grad_out = out.new_zeros(ctx.shape[:3] + v.shape[3:]) if grad_out is None else grad_out
-        if heads is not None:
-            grad_out = heads.to_heads(grad_out, heads.heads, work.group)
-            if ctx.return_lse:  # a collective, also for a rank whose loss has no part of it
-                grad_lse = lse.new_zeros(ctx.shape[:3]) if grad_lse is None else grad_lse
-                grad_lse = heads.to_heads(grad_lse[..., None], heads.heads, work.group)[..., 0]
-        gradients = work.backward(grad_out, grad_lse, q, k, v, out, lse)
-        dsinks = (
-            None if sinks is None else sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)
-        )
-        if heads is not None:
-            shares = (heads.heads, heads.kv_heads, heads.kv_heads)
-            pairs = zip(gradients, shares, strict=True)
-            gradients = [
-                heads.to_tokens(gradient.to(q.dtype), share, work.group)
-                for gradient, share in pairs
-            ]
-            if sinks is not None:
-                own, dsinks = dsinks, dsinks.new_zeros(ctx.shape[2])
-                dsinks[heads.heads[heads.rank]] = own
-        return *(gradient.to(q.dtype) for gradient in gradients), dsinks, None, None
+        call: _DistributedCall = ctx.call
+        split = call.plan.head_split
+        if grad_out is None:  # the loss depends on the log-sum-exp alone
+            grad_out = out.new_zeros(ctx.shape[:3] + v.shape[3:])
+
+        if split is not None:
+            grad_out = gather_tokens(grad_out, split, split.query_heads, call.group)
+            if ctx.return_lse:
+                # A collective: also for a rank whose loss does not depend on it.
+                if grad_lse is None:
+                    grad_lse = lse.new_zeros(ctx.shape[:3])
+                grad_lse = grad_lse[..., None]
+                grad_lse = gather_tokens(grad_lse, split, split.query_heads, call.group)[..., 0]
+
+        dq, dk, dv = call.backward(grad_out, grad_lse, q, k, v, out, lse)
+        dsinks = None
+        if sinks is not None:
+            dsinks = sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)
+
+        if split is not None:
+            dq = scatter_tokens(dq.to(q.dtype), split, split.query_heads, call.group)
+            dk = scatter_tokens(dk.to(q.dtype), split, split.kv_heads, call.group)
+            dv = scatter_tokens(dv.to(q.dtype), split, split.kv_heads, call.group)
+            if dsinks is not None:
+                of_all_heads = dsinks.new_zeros(ctx.shape[2])
+                of_all_heads[split.own_query_heads] = dsinks
+                dsinks = of_all_heads
+        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks, None, None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import attention, parallel
 from ...attention import S2, Causal, Pattern, Window
 from ...parallel import Layout
-from ...parallel.schedules.names import Schedule, named, unsupported_reason
+from ...parallel.schedules.names import KV_SCHEDULES, Schedule, schedules_named
 from .parallel_timing import ParallelSettings, ParallelTiming
 
 BLOCK = 64
@@ -67,15 +67,15 @@ def _softmax_operations(settings: ParallelSettings, qkv: list[Tensor]) -> Iterat
     }
     heads = (settings.heads, settings.kv_heads)
     for name, pattern in patterns.items():
-        for schedule in ("ring", "gather", "stripes", "heads"):
-            (kv_schedule,) = named(schedule, settings.ranks)
-            if not unsupported_reason(kv_schedule, settings.ranks, pattern, *heads):
+        for schedule in (*KV_SCHEDULES, "heads"):
+            (kv_schedule,) = schedules_named(schedule, settings.ranks)
+            if not kv_schedule.unsupported_reason(settings.ranks, pattern, *heads):
                 yield Operation(name, schedule, _attention(pattern, kv_schedule), qkv)
 
     # What distributed multi-head attention (arXiv 2302.06218), heads over all ranks, measured
     # itself against.
-    (kv_schedule,) = named("heads", settings.ranks)
-    if not unsupported_reason(kv_schedule, settings.ranks, None, *heads):
+    (kv_schedule,) = schedules_named("heads", settings.ranks)
+    if not kv_schedule.unsupported_reason(settings.ranks, None, *heads):
         # Half of the sequence: the weights alone are 4 bytes x length^2 a head.
         length = settings.length // 2
         half = [x[:, :length].clone() for x in qkv]

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 # number of them.
 _ANY_BATCH = 2**4 * 3**2 * 5 * 7
 
-_DRAWN_SCHEDULES = ("ring", "gather", "stripes", "heads", "grid")
-_MOST_STAGES = 512
-"""A ring or grid over more ranks is not drawn: its cost, a sum over stages, takes seconds."""
+_MOST_STAGES = 1000
+"""Schedules of more stages are not drawn: planning them takes seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +210,7 @@ def _received(recipe: "Recipe", block: "Block") -> dict[str, dict[int, float]]:
     """
     from ...parallel import Layout
     from ...parallel.schedules.choose import cost
-    from ...parallel.schedules.names import named, unsupported_reason
+    from ...parallel.schedules.names import KV_SCHEDULES, schedules_named
 
     model = recipe.model
     length = recipe.training.seq_length
@@ -225,13 +224,14 @@ def _received(recipe: "Recipe", block: "Block") -> dict[str, dict[int, float]]:
         if 2 * ranks > length // model.document_alignment:
             break
         layout = Layout.zigzag(length, ranks, model.document_alignment)
-        for name in _DRAWN_SCHEDULES:
-            if name in ("ring", "grid") and ranks > _MOST_STAGES:
+        for name in (*KV_SCHEDULES, "heads", "grid"):
+            schedules = schedules_named(name, ranks)
+            if sum(schedule.num_stages(ranks) for schedule in schedules) > _MOST_STAGES:
                 continue
             supported = [
                 schedule
-                for schedule in named(name, ranks)
-                if not unsupported_reason(schedule, ranks, pattern, *heads)
+                for schedule in schedules
+                if not schedule.unsupported_reason(ranks, pattern, *heads)
             ]
             if supported:
                 forward = min(

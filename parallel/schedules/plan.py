@@ -1,315 +1,459 @@
-"""What a rank sends, receives and computes for one attention: reckoned from the layout, without a tensor or a message.
+"""What one rank sends, receives and computes for one attention, found from the layout alone.
 
-A plan is a list of stages. Each has an :class:`Exchange`, which fills a buffer with keys and values of other ranks, and
-:class:`TileJob` s, the tiles that are then possible. What makes the stages is in :mod:`.ways`.
+A :class:`Plan` is a list of stages. Each has an :class:`Exchange`, which fills a buffer with keys
+and values of other ranks, and :class:`TileJob` s, the tiles that can be computed once it is full. A
+KV schedule (:mod:`.kv_schedule`) makes the stages.
+
+Words: a *slot* is the place of a token among those of its rank, a *column* the place of a token in
+a buffer, and a *KV row* what a message is made of: key and value of one token, for some of its
+heads.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ...attention.documents import document_spans
-from ...attention.patterns import ClosedFormPattern, Pattern
-from ...attention.patterns.rules import Blocks, Rule
-from ..layout import Layout
-from .heads import HeadExchange
-from .ranges import expand, progressions
+from ...attention.patterns import Blocks, ClosedFormPattern, Rule
+from ..layout import Layout, Segment
+from .heads import HeadSplit
+from .ranges import as_progressions, expand
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Document(NamedTuple):
+    """The tokens ``start`` to ``stop - 1`` of a batch row, which attend to each other only."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The documents of some rows of the batch that are cut alike."""
+    """Successive rows of the batch whose documents begin at the same tokens."""
 
-    first: int
-    stop: int
-    starts: tuple[int, ...]
-    """Where documents begin, from 0."""
+    first_row: int
+    stop_row: int
+    document_starts: tuple[int, ...]
+    """The first token of each document, from 0 on."""
     length: int
+    """Number of tokens of a row."""
 
     @property
     def batch(self) -> slice:
-        return slice(self.first, self.stop)
+        """The rows, as an index into the batch."""
+        return slice(self.first_row, self.stop_row)
 
     @property
-    def documents(self) -> list[tuple[int, int]]:
-        return list(zip(self.starts, [*self.starts[1:], self.length], strict=True))
+    def numbers(self) -> range:
+        """The numbers of the rows."""
+        return range(self.first_row, self.stop_row)
 
-    def document(self, number: int) -> tuple[int, int]:
-        return self.starts[number], self.starts[number + 1] if number + 1 < len(
-            self.starts
-        ) else self.length
+    @property
+    def documents(self) -> list[Document]:
+        """All documents of a row, in order."""
+        return [self.document(number) for number in range(len(self.document_starts))]
 
-    def document_of(self, position: int) -> tuple[int, int]:
-        """The one that has ``position``."""
+    def document(self, number: int) -> Document:
+        """Return the document of that number, from 0."""
+        is_last = number + 1 == len(self.document_starts)
+        stop = self.length if is_last else self.document_starts[number + 1]
+        return Document(self.document_starts[number], stop)
+
+    def document_of(self, position: int) -> Document:
+        """Return the document that has the token at ``position``."""
         return self.document(self.overlapping(position, position + 1)[0])
 
     def overlapping(self, start: int, stop: int) -> range:
-        """Numbers of the documents that have some of these tokens."""
+        """Return the numbers of the documents that have some of the tokens in ``[start, stop)``."""
         first, last = np.searchsorted(self._starts, [start, stop - 1], "right")
         return range(int(first) - 1, int(last))
 
     @cached_property
     def _starts(self) -> np.ndarray:
-        return np.array(self.starts)
+        return np.array(self.document_starts)
+
+
+def batch_rows(documents: Tensor | None, batch: int, length: int) -> tuple[BatchRows, ...]:
+    """Return the rows of a batch, grouped where successive rows have the same documents.
+
+    Args:
+        documents: ids ``[batch, length]``; None if every row is a single document.
+    """
+    from ...attention.documents import document_spans
+
+    if documents is None or not batch:
+        return (BatchRows(0, batch, (0,), length),)
+
+    starts_of_rows = [
+        tuple(start for _, start, _ in spans)
+        for _, spans in groupby(document_spans(documents), key=itemgetter(0))
+    ]
+    groups = []
+    first_row = 0
+    for document_starts, same in groupby(starts_of_rows):
+        stop_row = first_row + len(list(same))
+        groups.append(BatchRows(first_row, stop_row, document_starts, length))
+        first_row = stop_row
+    return tuple(groups)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """An attention over ranks.
+    """An attention over ranks that have the same heads: what a KV schedule makes stages for.
 
     Args:
-        pattern: of the KV heads, the first of which is head 0; None where any key may be seen.
+        layout: of the sequence over these ranks.
+        pattern: of these ranks' KV heads, the first of which is its head 0; None if any key may be
+            seen (lists of blocks).
+        num_kv_heads: of these ranks.
         rows: of the whole batch, in order.
-        near, far: whether any head of the model has rules with an end to their reach, and without: ranks with other heads take
-            part in the same collectives.
+        model_has_near_rules, model_has_far_rules: whether the pattern of any head of the model has
+            a rule with a finite reach (near), and one that shows keys at any distance (far). Ranks
+            with other heads take part in the same collectives, so these say which collectives there
+            are.
     """
 
     layout: Layout
-    pattern: Pattern | None
-    kv_heads: int
+    pattern: ClosedFormPattern | None
+    num_kv_heads: int
     rows: tuple[BatchRows, ...]
-    near: bool
-    far: bool
+    model_has_near_rules: bool
+    model_has_far_rules: bool
 
     @property
-    def batch(self) -> int:
-        return self.rows[-1].stop
+    def batch_size(self) -> int:
+        """Number of rows of the batch."""
+        return self.rows[-1].stop_row
 
     @cached_property
-    def _reaches(self) -> list[Rule] | None:
-        """All rules, where each has an end to its reach."""
-        if not isinstance(self.pattern, ClosedFormPattern):
-            return None
-        rules = {rule for head in range(self.kv_heads) for rule in self.pattern.rules(head)}
-        return None if any(rule.reach is None for rule in rules) else list(rules)
-
-    @cached_property
-    def _steps(self) -> set[int] | None:
-        """Blocks of the stripes; None for lists of blocks."""
+    def _rules(self) -> set[Rule] | None:
+        """The rules of all heads; None if any key may be seen."""
         if self.pattern is None:
             return None
-        return {
-            rule.block
-            for head in range(self.kv_heads)
-            for rule in self.pattern.rules(head)
-            if rule.step > 1
-        }
+        return {rule for head in range(self.num_kv_heads) for rule in self.pattern.rules(head)}
 
-    def may_step(self, size: int) -> bool:
-        """Whether all kernels take blocks of ``size`` at equal distances: those of the stripes, where there are any."""
-        return self._steps is not None and self._steps <= {size}
+    @cached_property
+    def _has_finite_reach(self) -> bool:
+        """Whether no key is visible beyond a certain distance."""
+        return self._rules is not None and all(rule.reach is not None for rule in self._rules)
 
-    def earliest(self, query: int) -> int:
-        """Before this nothing is seen from position ``query`` of a document on."""
-        return (
-            min((rule.first_key(query) for rule in self._reaches), default=query)
-            if self._reaches is not None
-            else 0
-        )
+    @cached_property
+    def _stripe_blocks(self) -> set[int] | None:
+        """The block sizes of all stripes; None if any key may be seen."""
+        if self._rules is None:
+            return None
+        return {rule.block for rule in self._rules if rule.step > 1}
+
+    def allows_progression(self, size: int) -> bool:
+        """Return whether keys may be given as blocks of ``size`` tokens at equal distances.
+
+        Every kernel supports this for the blocks of the pattern's own stripes, and for no others.
+        """
+        return self._stripe_blocks is not None and self._stripe_blocks <= {size}
+
+    def first_visible_key(self, query: int) -> int:
+        """Return a position of a document before which no query from ``query`` on sees anything."""
+        if not self._has_finite_reach:
+            return 0
+        return min((rule.first_key(query) for rule in self._rules or ()), default=query)
 
 
 class Traffic(NamedTuple):
-    """Numbers that move: of the dtype of queries, keys and values."""
+    """How many numbers, of the dtype of queries, keys and values, a rank sends and receives."""
 
     sent: int
     received: int
 
     @property
-    def back(self) -> "Traffic":
-        """Of the same way in the other direction."""
+    def reversed(self) -> Traffic:
+        """The traffic of the same exchange in the other direction."""
         return Traffic(self.received, self.sent)
 
-    def times(self, dim: int) -> "Traffic":
-        return Traffic(self.sent * dim, self.received * dim)
+    def times(self, factor: int) -> Traffic:
+        """Return the traffic of messages ``factor`` times as large."""
+        return Traffic(self.sent * factor, self.received * factor)
 
     @staticmethod
-    def total(parts: "Iterable[Traffic]") -> "Traffic":
-        return Traffic(*(sum(numbers) for numbers in zip((0, 0), *parts, strict=True)))
+    def total(exchanges: Iterable[Traffic]) -> Traffic:
+        """Return the sum of all exchanges."""
+        sent, received = 0, 0
+        for traffic in exchanges:
+            sent += traffic.sent
+            received += traffic.received
+        return Traffic(sent, received)
+
+
+class SentRuns(NamedTuple):
+    """The KV rows that a rank sends, as runs: arrays int64 ``[runs]``."""
+
+    first_row: np.ndarray
+    """The first row of each run, counted over ``[batch, local time, rows_per_token]``."""
+    count: np.ndarray
+    """Number of tokens of each run; rows of successive tokens are ``rows_per_token`` apart."""
+
+
+class PlacedRuns(NamedTuple):
+    """Where the received KV rows belong, as runs: arrays int64 ``[runs]``."""
+
+    first_column: np.ndarray
+    """The first column of each run, counted over ``[batch, rows_per_token, columns]``."""
+    first_row: np.ndarray
+    """The received row that belongs there."""
+    count: np.ndarray
+    """Number of successive columns, and rows, of each run."""
 
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Rows of keys and values on their way: a row has all heads of a token, or a single one.
+    """KV rows that ranks exchange; a row has all heads of a token, a single one, or some.
 
     Args:
-        everyone: whether every rank gets the same of this one, as in an all-gather.
-        heads: KV heads of a row.
-        per_token: rows of a token, ``kv_heads / heads``.
-        sent: this rank's rows, as runs (first, count): by destination, by place in the buffer there. Rows are counted
-            ``[batch, local time, per_token]``; those of a run are ``per_token`` apart.
-        send, receive: rows for and from each rank; for everyone they may be padded.
-        place: where the received rows belong, as runs (first column, first row, count): columns of the whole buffer.
-        columns: of the buffer ``[batch, per_token, columns, heads, dim]``.
+        is_all_gather: whether every rank gets the same rows from this one.
+        heads_per_row: KV heads of a row.
+        rows_per_token: ``num_kv_heads / heads_per_row``.
+        sent_runs: the rows that this rank sends, by destination, and by column of the buffer there.
+        send_counts, receive_counts: number of rows for and from each rank; in an all-gather they
+            may include padding.
+        placed_runs: where the received rows belong.
+        num_columns: of the buffer ``[batch, rows_per_token, columns, heads_per_row, dim]``.
     """
 
-    everyone: bool
-    heads: int
-    per_token: int
-    sent: tuple[np.ndarray, np.ndarray]
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
-    place: tuple[np.ndarray, np.ndarray, np.ndarray]
-    columns: int
-    unique: tuple[int, ...] = ()
-    """Of the rows sent, so many at a time are none twice; empty where it is so for those of each destination."""
-    _index: dict[torch.device, "Index"] = field(default_factory=dict, repr=False)
+    is_all_gather: bool
+    heads_per_row: int
+    rows_per_token: int
+    sent_runs: SentRuns
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+    placed_runs: PlacedRuns
+    num_columns: int
+    distinct_counts: tuple[int, ...] = ()
+    """Sizes of groups of sent rows without duplicates; each can be added with one index_add_.
 
-    def traffic(self, rank: int, dim: int) -> "Traffic":
-        """Numbers that go from ``rank`` to others and come to it, where a key and its value have ``dim``."""
-        rows = Traffic(sum(self.send) - self.send[rank], sum(self.receive) - self.receive[rank])
-        return rows.times(self.heads * dim)
+    Empty if the rows for each destination are such a group.
+    """
+    _indices: dict[torch.device, ExchangeIndex] = field(default_factory=dict, repr=False)
+
+    def traffic(self, rank: int, dim: int) -> Traffic:
+        """Return what ``rank`` sends to and receives from others.
+
+        Args:
+            dim: of a key and its value together.
+        """
+        sent_rows = sum(self.send_counts) - self.send_counts[rank]
+        received_rows = sum(self.receive_counts) - self.receive_counts[rank]
+        return Traffic(sent_rows, received_rows).times(self.heads_per_row * dim)
 
     @property
-    def regular(self) -> bool:
-        """Whether equally much comes from every rank."""
-        return len(set(self.receive)) == 1
+    def is_even(self) -> bool:
+        """Whether the same number of rows comes from every rank."""
+        return len(set(self.receive_counts)) == 1
 
     @property
-    def received(self) -> int:
-        """Rows that arrive at this rank, its own and padding among them."""
-        return sum(self.receive)
+    def received_rows(self) -> int:
+        """Number of rows that arrive at this rank, including its own and padding."""
+        return sum(self.receive_counts)
 
-    def on(self, device: torch.device) -> "Index":
-        """Its runs row by row, as tensors; made once."""
-        if device not in self._index:
-            first, count = self.sent
-            column, row, placed = self.place
-            column, row = expand(column, placed), expand(row, placed)
-            in_order = np.array_equal(column, row) and len(row) == self.received
-            sent = expand(first, count, self.per_token)
-            self._index[device] = Index(
-                *(torch.from_numpy(x).to(device) for x in (sent, column, row)), in_order
+    @property
+    def buffer_rows(self) -> int:
+        """Number of KV rows of the buffer, for one row of the batch."""
+        return self.num_columns * self.rows_per_token
+
+    def index_on(self, device: torch.device) -> ExchangeIndex:
+        """Return the rows that move one by one, as tensors on ``device``; made once a device."""
+        import torch
+
+        if device not in self._indices:
+            first_column, first_row, count = self.placed_runs
+            sent_rows = expand(*self.sent_runs, self.rows_per_token)
+            columns = expand(first_column, count)
+            received_rows = expand(first_row, count)
+            in_order = np.array_equal(columns, received_rows)
+            self._indices[device] = ExchangeIndex(
+                torch.from_numpy(sent_rows).to(device),
+                torch.from_numpy(columns).to(device),
+                torch.from_numpy(received_rows).to(device),
+                in_order and len(received_rows) == self.received_rows,
             )
-        return self._index[device]
+        return self._indices[device]
 
 
-class Index(NamedTuple):
-    """What an :class:`Exchange` moves, row by row: int64."""
+class ExchangeIndex(NamedTuple):
+    """What an :class:`Exchange` moves, row by row: int64 ``[rows]``."""
 
-    sent: Tensor
-    """Of each row to send its number among this rank's."""
-    column: Tensor
-    row: Tensor
-    """Of each column that is filled, the received row."""
-    in_order: bool
-    """Whether the buffer is what was received."""
+    sent_rows: Tensor
+    """The number, among this rank's rows, of each row to send."""
+    columns: Tensor
+    """Every column of the buffer that is filled, ..."""
+    received_rows: Tensor
+    """... and the received row that fills it."""
+    is_in_order: bool
+    """Whether the received rows are those of the first columns, in order."""
 
 
 @dataclass(frozen=True)
 class TileJob:
-    """A tile: queries of this rank against columns of a buffer.
+    """A tile: queries of this rank against the keys in columns of a buffer.
 
     Args:
-        batch, heads, queries, keys: rows of the batch, KV heads, slots and columns.
-        document: its first token and the one behind its last; ``q_at`` and ``k_at`` count from the first.
-        first: whether these queries have no result yet.
-        dense: every query sees every key, and ``q_at`` and ``k_at`` are made up.
+        batch: rows of the batch.
+        kv_heads: KV heads, with the query heads that read them.
+        query_slots: slots of the queries.
+        key_columns: columns of the keys.
+        document: the document; ``q_positions`` and ``k_positions`` count from its first token.
+        is_first: whether these queries have no result from an earlier tile.
+        sees_all: every query sees every key, whatever the pattern. ``q_positions`` and
+            ``k_positions`` are then stand-ins, under which a causal mask shows everything.
     """
 
     batch: slice
-    heads: slice
-    queries: slice
-    keys: slice
-    document: tuple[int, int]
-    q_at: Blocks
-    k_at: Blocks
-    first: bool = False
-    dense: bool = False
+    kv_heads: slice
+    query_slots: slice
+    key_columns: slice
+    document: Document
+    q_positions: Blocks
+    k_positions: Blocks
+    is_first: bool = False
+    sees_all: bool = False
 
 
 @dataclass(frozen=True)
 class PlanStage:
-    """Tiles, and the exchange that they wait for: None for this rank's own keys."""
+    """Tiles, and the exchange that they wait for: None for tiles of this rank's own keys."""
 
     exchange: Exchange | None
     jobs: tuple[TileJob, ...]
 
 
 class PositionRun(NamedTuple):
-    """Positions of one document that lie in a buffer side by side."""
+    """Positions of one document whose tokens are in a buffer side by side."""
 
-    at: Blocks
+    positions: Blocks
     columns: slice
 
     @property
     def start(self) -> int:
-        return self.at.start * self.at.size
+        """The first position."""
+        return self.positions.first_position
 
     @property
     def stop(self) -> int:
-        return (self.at.start + (self.at.count - 1) * self.at.step + 1) * self.at.size
+        """The position after the last."""
+        return self.positions.end_position
 
-    def clip(self, start: int, stop: int) -> "PositionRun":
-        """Without positions that are not in ``[start, stop)``; a progression stays as it is."""
-        start, stop = max(start, self.start), min(stop, self.stop)
-        if self.at.step > 1:
+    def clip(self, start: int, stop: int) -> PositionRun:
+        """Return the run without the positions outside of ``[start, stop)``.
+
+        A progression is returned as it is: the pattern hides what is not visible.
+        """
+        if not self.positions.is_contiguous:
             return self
+        start = max(start, self.start)
+        stop = min(stop, self.stop)
         column = self.columns.start + start - self.start
         return PositionRun(Blocks(start, 1, stop - start), slice(column, column + stop - start))
 
 
+class BufferRange(NamedTuple):
+    """Tokens ``start`` to ``stop - 1`` of the sequence, in a buffer from ``column`` on."""
+
+    start: int
+    stop: int
+    column: int
+
+
 class TokenRanges:
-    """Ascending ranges of the sequence in a buffer, ``(start, stop, column)``, columns one after another."""
+    """Which tokens of the sequence a buffer has: ascending ranges, one after another.
 
-    def __init__(self, pieces: Iterable[tuple[int, int, int]], problem: AttentionSpec):
-        self.pieces, self.problem = list(pieces), problem
+    A rank's own tokens are such a buffer, whose columns are its slots.
+    """
 
-    def documents(self, rows: BatchRows) -> list[tuple[int, int]]:
-        """Those that have some of its tokens."""
-        numbers = {n for start, stop, _ in self.pieces for n in rows.overlapping(start, stop)}
-        return [rows.document(n) for n in sorted(numbers)]
+    def __init__(self, ranges: Iterable[BufferRange], spec: AttentionSpec):
+        self.ranges = list(ranges)
+        self.spec = spec
 
-    def of_document(self, start: int, stop: int) -> list[PositionRun]:
-        """Those in the document from ``start`` to ``stop``, by their positions in it."""
-        inside = [(a, b, column) for a, b, column in self.pieces if a < stop and b > start]
-        own = [(max(a, start), min(b, stop), column + max(a, start) - a) for a, b, column in inside]
-        found, column = [], own[0][2] if own else 0
-        for at in progressions([(a - start, b - start) for a, b, _ in own], self.problem.may_step):
-            found.append(PositionRun(at, slice(column, column + len(at))))
-            column += len(at)
-        return found
+    @classmethod
+    def of_segments(cls, segments: Iterable[Segment], spec: AttentionSpec) -> TokenRanges:
+        """Return the tokens of segments of one rank."""
+        return cls((BufferRange(part.start, part.stop, part.slot) for part in segments), spec)
+
+    def documents(self, rows: BatchRows) -> list[Document]:
+        """Return the documents that have some of these tokens, in order."""
+        numbers = set()
+        for part in self.ranges:
+            numbers |= set(rows.overlapping(part.start, part.stop))
+        return [rows.document(number) for number in sorted(numbers)]
+
+    def in_document(self, document: Document) -> list[PositionRun]:
+        """Return the tokens of a document, by their positions in it."""
+        clipped = []
+        for part in self.ranges:
+            start = max(part.start, document.start)
+            stop = min(part.stop, document.stop)
+            if start < stop:
+                clipped.append(BufferRange(start, stop, part.column + start - part.start))
+        if not clipped:
+            return []
+
+        positions = [(part.start - document.start, part.stop - document.start) for part in clipped]
+        runs = []
+        column = clipped[0].column
+        for progression in as_progressions(positions, self.spec.allows_progression):
+            stop_column = column + len(progression)
+            runs.append(PositionRun(progression, slice(column, stop_column)))
+            column = stop_column
+        return runs
 
 
-def tiles(
-    queries: TokenRanges,
-    keys: TokenRanges,
-    rows: BatchRows,
-    problem: AttentionSpec,
-    first: bool = False,
+def tile_jobs(
+    queries: TokenRanges, keys: TokenRanges, rows: BatchRows, is_first: bool = False
 ) -> Iterator[TileJob]:
-    """For each run of ``queries`` in a document a tile with each run of keys that it may see.
+    """Yield a tile for each run of queries and each run of keys of the same document they may see.
 
     Args:
-        first: whether no other keys came before these.
+        is_first: whether no other keys came before these.
     """
+    spec = queries.spec
     for document in queries.documents(rows):
-        key_runs = keys.of_document(*document)
-        for run in queries.of_document(*document) if key_runs else ():
-            earliest = problem.earliest(run.start)
-            seen = [
-                key.clip(earliest, run.stop)
-                for key in key_runs
-                if key.start < run.stop and key.stop > earliest
+        key_runs = keys.in_document(document)
+        if not key_runs:
+            continue
+        for query_run in queries.in_document(document):
+            first_key = spec.first_visible_key(query_run.start)
+            visible = [
+                run.clip(first_key, query_run.stop)
+                for run in key_runs
+                if run.start < query_run.stop and run.stop > first_key
             ]
-            for n, key in enumerate(seen):
-                heads = slice(0, problem.kv_heads)
+            for number, key_run in enumerate(visible):
                 yield TileJob(
-                    rows.batch,
-                    heads,
-                    run.columns,
-                    key.columns,
-                    document,
-                    run.at,
-                    key.at,
-                    first=first and n == 0,
+                    batch=rows.batch,
+                    kv_heads=slice(0, spec.num_kv_heads),
+                    query_slots=query_run.columns,
+                    key_columns=key_run.columns,
+                    document=document,
+                    q_positions=query_run.positions,
+                    k_positions=key_run.positions,
+                    is_first=is_first and number == 0,
                 )
+
+
+def own_keys_stage(spec: AttentionSpec, rank: int) -> PlanStage:
+    """Return the stage of a rank's queries and its own keys, for which nothing moves."""
+    own_tokens = TokenRanges.of_segments(spec.layout.segments_of_rank[rank], spec)
+    jobs = [
+        job for rows in spec.rows for job in tile_jobs(own_tokens, own_tokens, rows, is_first=True)
+    ]
+    return PlanStage(None, tuple(jobs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,66 +461,54 @@ class Plan:
     """What one rank does.
 
     Args:
-        batch: rows.
-        rank: its place among the ranks that have the same heads.
-        stages: among those.
-        heads: the exchange of heads before and after them, or None.
-        first_kv_head: of those that this rank has for the stages.
+        batch_size: number of rows.
+        rank: this rank, among those that have the same heads.
+        stages: exchanges between the ranks that have the same heads, and tiles.
+        head_split: how heads are exchanged before and after the stages; None if ranks have all
+            heads.
+        first_kv_head: the first KV head that this rank has in the stages.
         peers: the ranks that have the same heads, by their numbers in the group.
-        key: of all that the plan depends on, the same on every rank.
+        key: a number of all that the plan depends on, the same on every rank.
     """
 
-    batch: int
+    batch_size: int
     rank: int
     stages: tuple[PlanStage, ...]
-    heads: HeadExchange | None
+    head_split: HeadSplit | None
     first_kv_head: int
     peers: range
     key: int
 
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The exchanges of all stages, in order."""
+        return [stage.exchange for stage in self.stages if stage.exchange is not None]
+
     def traffic(self, key_dim: int, value_dim: int) -> tuple[Traffic, Traffic]:
-        """What moves forward, and backward: keys and values once more, and their gradients home."""
-        stages = [
-            stage.exchange.traffic(self.rank, key_dim + value_dim)
-            for stage in self.stages
-            if stage.exchange
-        ]
-        forward, backward = list(stages), [*stages, *(one.back for one in stages)]
-        if self.heads is not None:
-            q, k = (
-                Traffic(*self.heads.heads_moved(share)).times(self.batch)
-                for share in (self.heads.heads, self.heads.kv_heads)
+        """Return what moves in forward and in backward.
+
+        In backward keys and values move once more, and their gradients return to their ranks.
+        """
+        exchanges = [part.traffic(self.rank, key_dim + value_dim) for part in self.exchanges]
+        forward = list(exchanges)
+        backward = [*exchanges, *(traffic.reversed for traffic in exchanges)]
+
+        if self.head_split is not None:
+            q_heads, kv_heads = (
+                Traffic(*self.head_split.heads_moved(heads)).times(self.batch_size)
+                for heads in (self.head_split.query_heads, self.head_split.kv_heads)
             )
-            inputs = [q.times(key_dim), k.times(key_dim + value_dim)]
-            forward += [*inputs, q.times(value_dim).back]
-            backward += [q.times(value_dim), *(one.back for one in inputs)]
+            inputs = [q_heads.times(key_dim), kv_heads.times(key_dim + value_dim)]
+            out = q_heads.times(value_dim)
+            forward += [*inputs, out.reversed]
+            backward += [out, *(traffic.reversed for traffic in inputs)]
         return Traffic.total(forward), Traffic.total(backward)
 
     def buffer(self, key_dim: int, value_dim: int) -> int:
-        """Numbers of others' keys and values that this rank holds at a time: of a stage and the one that follows."""
-        sizes = [
-            stage.exchange.columns * stage.exchange.per_token * stage.exchange.heads
-            for stage in self.stages
-            if stage.exchange
-        ]
-        return (
-            max((a + b for a, b in pairwise([0, *sizes])), default=0)
-            * self.batch
-            * (key_dim + value_dim)
-        )
+        """Return how many numbers of other ranks' keys and values are held at a time, at most.
 
-
-def batch_rows(documents: Tensor | None, batch: int, length: int) -> tuple[BatchRows, ...]:
-    """The rows of a batch, those together that are cut alike. ``documents``: ids ``[batch, length]``."""
-    if documents is None or not batch:
-        return (BatchRows(0, batch, (0,), length),)
-    starts = [
-        tuple(start for _, start, _ in own)
-        for _, own in groupby(document_spans(documents), key=itemgetter(0))
-    ]
-    found, first = [], 0
-    for own, same in groupby(starts):
-        stop = first + len(list(same))
-        found.append(BatchRows(first, stop, own, length))
-        first = stop
-    return tuple(found)
+        They are those of a stage and of the next one, which is on its way meanwhile.
+        """
+        heads = [part.buffer_rows * part.heads_per_row for part in self.exchanges]
+        most = max((current + following for current, following in pairwise([0, *heads])), default=0)
+        return most * self.batch_size * (key_dim + value_dim)

@@ -1,122 +1,147 @@
-"""Sets of tokens as short lists of ranges: what a plan reckons with, so that its cost does not grow with the tokens."""
+"""Sets of tokens as short lists of ranges: planning must not cost more for more tokens."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...attention.patterns.rules import Blocks
+from ...attention.patterns import Blocks
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """The positions ``start[i], ..., stop[i] - 1``: disjoint, ascending, none of them empty."""
+    """The positions ``starts[i], ..., stops[i] - 1``: disjoint, ascending, none of them empty.
 
-    start: np.ndarray
-    stop: np.ndarray
+    Both arrays are int64 ``[ranges]``.
+    """
 
-    @classmethod
-    def of(cls, pairs: Iterable[tuple[int, int]]) -> "Ranges":
-        """From pairs that may touch or come in any order, but not overlap."""
-        found = np.array(sorted(pair for pair in pairs if pair[0] < pair[1]), np.int64).reshape(
-            -1, 2
-        )
-        inner = found[1:, 0] > found[:-1, 1]
-        return cls(
-            found[np.concatenate([[True], inner])[: len(found)], 0],
-            found[np.concatenate([inner, [True]])[: len(found)], 1],
-        )
+    starts: np.ndarray
+    stops: np.ndarray
 
     @classmethod
-    def of_blocks(cls, blocks: Iterable[Blocks], origin: int = 0) -> "Ranges":
-        """The positions of ``blocks``, which count from ``origin``."""
+    def from_pairs(cls, pairs: Iterable[tuple[int, int]]) -> "Ranges":
+        """Make ranges of ``(start, stop)`` in any order, which may touch, but not overlap."""
+        not_empty = sorted(pair for pair in pairs if pair[0] < pair[1])
+        edges = np.array(not_empty, np.int64).reshape(-1, 2)
+
+        # Ranges that touch become one: an edge stays if there is a gap beside it.
+        has_gap = edges[1:, 0] > edges[:-1, 1]
+        is_first = np.concatenate([[True], has_gap])[: len(edges)]
+        is_last = np.concatenate([has_gap, [True]])[: len(edges)]
+        return cls(edges[is_first, 0], edges[is_last, 1])
+
+    @classmethod
+    def from_blocks(cls, blocks: Iterable[Blocks], origin: int = 0) -> "Ranges":
+        """Make ranges of ``blocks``, whose positions count from ``origin``."""
         starts, sizes = [], []
-        for one in blocks:
-            if one.step == 1:
-                starts.append(np.array([one.start * one.size]))
-                sizes.append(np.array([len(one)]))
+        for progression in blocks:
+            if progression.is_contiguous:
+                starts.append(np.array([progression.first_position]))
+                sizes.append(np.array([len(progression)]))
             else:
-                starts.append((one.start + one.step * np.arange(one.count)) * one.size)
-                sizes.append(np.full(one.count, one.size))
+                numbers = progression.start + progression.step * np.arange(progression.count)
+                starts.append(numbers * progression.size)
+                sizes.append(np.full(progression.count, progression.size))
         if not starts:
-            return cls.of(())
+            return cls.from_pairs(())
         start = np.concatenate(starts) + origin
+        stop = start + np.concatenate(sizes)
         order = np.argsort(start)
-        return cls(start[order], (start + np.concatenate(sizes))[order])
+        return cls(start[order], stop[order])
 
     def __len__(self) -> int:
-        """Number of positions."""
-        return int((self.stop - self.start).sum())
+        """Return the number of positions."""
+        return int((self.stops - self.starts).sum())
 
     def clip(self, start: int, stop: int) -> "Ranges":
-        """Those in ``[start, stop)``."""
-        first = np.searchsorted(self.stop, start, "right")
-        last = np.searchsorted(self.start, stop)
-        starts, stops = self.start[first:last], self.stop[first:last]
-        return (
-            Ranges(np.maximum(starts, start), np.minimum(stops, stop))
-            if len(starts)
-            else Ranges(starts, stops)
-        )
+        """Return the positions in ``[start, stop)``."""
+        first = np.searchsorted(self.stops, start, "right")
+        last = np.searchsorted(self.starts, stop)
+        starts = self.starts[first:last]
+        stops = self.stops[first:last]
+        if not len(starts):
+            return Ranges(starts, stops)
+        return Ranges(np.maximum(starts, start), np.minimum(stops, stop))
 
-    def below(self, position: int) -> int:
-        """How many positions are before ``position``."""
-        return int((np.minimum(self.stop, max(position, 0)) - self.start).clip(0).sum())
+    def count_below(self, position: int) -> int:
+        """Return the number of positions before ``position``."""
+        return int((np.minimum(self.stops, max(position, 0)) - self.starts).clip(0).sum())
 
-    def cut(self, edges: np.ndarray) -> "Ranges":
-        """The same positions, in ranges that end wherever one of ``edges``, ascending, falls inside."""
-        inside = edges[
-            (
-                np.searchsorted(self.start, edges, "left")
-                > np.searchsorted(self.stop, edges, "right")
-            )
-        ]
+    def split_at(self, edges: np.ndarray) -> "Ranges":
+        """Return the same positions, in ranges that end wherever an edge falls inside one.
+
+        Args:
+            edges: ascending, int64 ``[edges]``.
+        """
+        ranges_begun = np.searchsorted(self.starts, edges, "left")
+        ranges_ended = np.searchsorted(self.stops, edges, "right")
+        inside = edges[ranges_begun > ranges_ended]
         if not len(inside):
             return self
         return Ranges(
-            np.sort(np.concatenate([self.start, inside])),
-            np.sort(np.concatenate([self.stop, inside])),
+            np.sort(np.concatenate([self.starts, inside])),
+            np.sort(np.concatenate([self.stops, inside])),
         )
 
     def pairs(self) -> list[tuple[int, int]]:
-        return list(zip(self.start.tolist(), self.stop.tolist(), strict=True))
+        """Return the ``(start, stop)`` of each range."""
+        return list(zip(self.starts.tolist(), self.stops.tolist(), strict=True))
 
 
 def expand(first: np.ndarray, count: np.ndarray, step: int = 1) -> np.ndarray:
-    """``first[i] + step * n`` for ``n`` below ``count[i]``, one ``i`` after the other: int64."""
+    """Return ``first[i] + step * n`` for each ``n < count[i]``, one ``i`` after another: int64."""
     ends = np.cumsum(count)
-    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count, count)
-    return np.repeat(first, count) + step * within
+    total = int(ends[-1]) if len(ends) else 0
+    number_in_run = np.arange(total) - np.repeat(ends - count, count)
+    return np.repeat(first, count) + step * number_in_run
 
 
-def progressions(
-    ranges: Sequence[tuple[int, int]], may_step: Callable[[int], bool]
+_FEWEST_BLOCKS = 3
+"""Fewer ranges at equal distances are no progression: it would save nothing."""
+
+
+def as_progressions(
+    ranges: Sequence[tuple[int, int]], allows_progression: Callable[[int], bool]
 ) -> list[Blocks]:
-    """The same ascending ranges as :class:`Blocks`: neighbours become one, and three or more of equal size at equal distances a
-    progression, where ``may_step(size)``.
+    """Return ascending ``(start, stop)`` ranges as few :class:`Blocks`.
+
+    Ranges that touch become one. Three or more of equal size at equal distances become a
+    progression, if ``allows_progression(size)`` and they are whole blocks of that size.
     """
     merged: list[tuple[int, int]] = []
     for start, stop in ranges:
         if merged and merged[-1][1] == start:
             start = merged.pop()[0]
         merged.append((start, stop))
-    found, at = [], 0
-    while at < len(merged):
-        start, stop = merged[at]
-        size, count = stop - start, 1
-        step = merged[at + 1][0] - start if at + 1 < len(merged) else size
-        if start % size == 0 and step % size == 0 and may_step(size):
-            while at + count < len(merged) and merged[at + count] == (
-                start + count * step,
-                stop + count * step,
-            ):
-                count += 1
-        if count < 3:
+
+    progressions = []
+    number = 0
+    while number < len(merged):
+        start, stop = merged[number]
+        size = stop - start
+        distance = size
+        if number + 1 < len(merged):
+            distance = merged[number + 1][0] - start
+
+        count = 1
+        if start % size == 0 and distance % size == 0 and allows_progression(size):
+            count = _equally_spaced(merged, number, distance)
+        if count < _FEWEST_BLOCKS:
             count = 1
-        found.append(
-            Blocks(start // size, step // size, count, size)
-            if count > 1
-            else Blocks(start, 1, size)
-        )
-        at += count
-    return found
+            progressions.append(Blocks(start, 1, size))
+        else:
+            progressions.append(Blocks(start // size, distance // size, count, size))
+        number += count
+    return progressions
+
+
+def _equally_spaced(ranges: list[tuple[int, int]], first: int, distance: int) -> int:
+    """Count the ranges from number ``first`` on that repeat it at multiples of ``distance``."""
+    start, stop = ranges[first]
+    count = 1
+    while first + count < len(ranges):
+        expected = (start + count * distance, stop + count * distance)
+        if ranges[first + count] != expected:
+            break
+        count += 1
+    return count

@@ -30,7 +30,7 @@ from longspan.launch.commands import plan as plan_command
 from longspan.launch.process import process_group
 from longspan.parallel.schedules.choose import choose_schedule
 from longspan.parallel.schedules.choose import make_plan as plan_attention
-from longspan.parallel.schedules.names import named, unsupported_reason
+from longspan.parallel.schedules.names import schedules_named
 from longspan.parallel.schedules.plan import batch_rows
 from longspan.trainer.data.tokenizer import recipe_vocab_size
 from longspan.trainer.huggingface.export import _built as built_for_transformers
@@ -625,8 +625,8 @@ def _plans_by_documents(layout_name, layout, name, pattern, schedule) -> Iterato
     heads, kv_heads = 4, 2
     try:
         reasons = [
-            unsupported_reason(one, layout.ranks, pattern, heads, kv_heads)
-            for one in named(schedule, layout.ranks)
+            one.unsupported_reason(layout.ranks, pattern, heads, kv_heads)
+            for one in schedules_named(schedule, layout.ranks)
         ]
     except ValueError as error:
         reasons = [str(error)]

@@ -249,8 +249,8 @@ def test_short_convolutions_are_those_of_one_device(threads, layout, documents, 
 def test_a_halo_one_short_is_caught(threads, monkeypatch):
     from longspan.parallel import convolution
 
-    real = convolution._padded
-    monkeypatch.setattr(convolution, "_padded", lambda x, rows: real(x[:, 1:], rows))
+    real = convolution._pad_front
+    monkeypatch.setattr(convolution, "_pad_front", lambda x, rows: real(x[:, 1:], rows))
     assert convolution_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
 
 
@@ -333,12 +333,11 @@ def test_a_state_decayed_once_too_often_is_caught(threads, monkeypatch, family):
 
 
 def test_gradients_that_stay_abroad_are_caught(threads, monkeypatch):
-    from longspan.parallel import collectives as exchange
-    from longspan.parallel import softmax
+    from longspan.parallel import collectives, softmax
 
     monkeypatch.setattr(softmax.GradientReturn, "add_to", lambda parcel, total: None)
     assert softmax_errors(threads, LAYOUTS["zigzag-2"], Causal(), None) > 1e-3
-    monkeypatch.setattr(exchange, "_sum_in_order", lambda parts, dtype: parts[0])
+    monkeypatch.setattr(collectives, "sum_in_rank_order", lambda of_ranks, dtype: of_ranks[0])
     assert linear_errors(threads, LAYOUTS["zigzag-2"], None) > 1e-3
 
 

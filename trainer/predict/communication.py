@@ -6,7 +6,7 @@ from ...attention.patterns import Pattern, Selector
 from ...parallel import Layout
 from ...parallel.schedules.balance import balance
 from ...parallel.schedules.choose import choose_schedule, cost
-from ...parallel.schedules.names import Schedule, named, unsupported_reason
+from ...parallel.schedules.names import Schedule, schedules_named
 from ..recipe.schema import Recipe
 
 
@@ -69,8 +69,8 @@ def _choice(
     )
     able = [
         schedule
-        for schedule in named("auto", parallel.cp)
-        if not unsupported_reason(schedule, parallel.cp, pattern, heads, kv_heads)
+        for schedule in schedules_named("auto", parallel.cp)
+        if not schedule.unsupported_reason(parallel.cp, pattern, heads, kv_heads)
     ]
     # A set's order would differ from run to run.
     schedules = list(dict.fromkeys([chosen, *able]))

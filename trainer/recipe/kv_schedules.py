@@ -1,7 +1,7 @@
 """Whether the KV schedules that a recipe names can do its layers."""
 
 from ...attention.patterns import Pattern, Selector
-from ...parallel.schedules.names import named, unsupported_reason
+from ...parallel.schedules.names import schedules_named
 from ..errors import suggest
 from .problem import Problem, Problems
 from .schema import ModelConfig, ParallelConfig
@@ -24,7 +24,7 @@ def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
     schedules = {f"schedules.{name}": value for name, value in parallel.schedules.items()}
     for key, schedule in {"schedule": parallel.schedule, **schedules}.items():
         try:
-            named(schedule, parallel.cp)
+            schedules_named(schedule, parallel.cp)
         except ValueError as error:
             unknown.add(schedule)
             yield Problem(f"parallel.{key}", str(error))
@@ -54,8 +54,8 @@ def _why_none_can(
     local_heads = max(1, model.num_attention_heads // parallel.tp)
     local_kv_heads = max(1, model.kv_heads // parallel.tp)
     reason = f"parallel.cp {parallel.cp} cannot form a grid; use ring"
-    for number, candidate in enumerate(named(schedule, parallel.cp)):
-        refusal = unsupported_reason(candidate, parallel.cp, pattern, local_heads, local_kv_heads)
+    for number, candidate in enumerate(schedules_named(schedule, parallel.cp)):
+        refusal = candidate.unsupported_reason(parallel.cp, pattern, local_heads, local_kv_heads)
         if refusal is None:
             return None
         if number == 0:

@@ -36,8 +36,8 @@ def test_a_mistake_ends_with_status_1(longspan, tmp_path):
         "import os\n"
         "if os.environ.get('WORLD_SIZE') == '2':\n"
         "    import longspan.parallel.convolution as c\n"
-        "    real = c._padded\n"
-        "    c._padded = lambda x, rows: real(x[:, 1:], rows)\n"
+        "    real = c._pad_front\n"
+        "    c._pad_front = lambda x, length: real(x[:, 1:], length)\n"
     )
     recipe = tmp_path / "conv.yaml"
     recipe.write_text(

@@ -22,7 +22,7 @@ from longspan.attention import (
 )
 from longspan.parallel import Layout, Schedule
 from longspan.parallel.schedules.choose import choose_schedule, plan_attention
-from longspan.parallel.schedules.names import named, unsupported_reason
+from longspan.parallel.schedules.names import schedules_named
 from longspan.parallel.schedules.plan import BatchRows, batch_rows
 
 from ..test_operations import DOCUMENTS, LAYOUTS, LENGTH, draw, ids, on_one, over_ranks, worst
@@ -68,8 +68,8 @@ def inputs_of(heads=4, kv_heads=2, value_dim=8):
 
 def able(schedule, layout, pattern, heads=4, kv_heads=2):
     return any(
-        not unsupported_reason(one, layout.ranks, pattern, heads, kv_heads)
-        for one in named(schedule, layout.ranks)
+        not one.unsupported_reason(layout.ranks, pattern, heads, kv_heads)
+        for one in schedules_named(schedule, layout.ranks)
     )
 
 
@@ -254,7 +254,7 @@ def test_what_moves_is_what_the_plan_says(threads, monkeypatch, schedule, docume
     monkeypatch.setattr(dist, "all_to_all_single", to_all)
     monkeypatch.setattr(dist, "all_gather_into_tensor", all_gather)
     attended(threads, layout, pattern, schedule, documents)
-    (chosen,) = named(schedule, layout.ranks)
+    (chosen,) = schedules_named(schedule, layout.ranks)
     rows = batch_rows(ids(documents), 2, layout.length)
     for rank in range(layout.ranks):
         traffic = plan_attention(layout, pattern, 4, 2, rows, chosen, rank).traffic(8, 8)
@@ -284,9 +284,9 @@ def test_ranks_that_differ_are_told_so_and_do_not_hang(threads, change):
 
 
 def test_a_stripe_offset_by_one_is_caught(threads, monkeypatch):
-    from longspan.parallel.schedules import ways
+    from longspan.parallel.schedules import near_far
 
-    real = ways._far_keys
+    real = near_far.visible_keys
 
     def moved(documents, rules):
         return real(
@@ -294,19 +294,19 @@ def test_a_stripe_offset_by_one_is_caught(threads, monkeypatch):
             tuple(replace(rule, residue=(rule.residue + 1) % rule.step) for rule in rules),
         )
 
-    monkeypatch.setattr(ways, "_far_keys", moved)
+    monkeypatch.setattr(near_far, "visible_keys", moved)
     assert error(threads, Layout.zigzag(LENGTH, 2), S2(4, 2, 3), "stripes") > 1e-3
 
 
 def test_a_halo_one_short_is_caught(threads, monkeypatch):
-    from longspan.parallel.schedules import ways
+    from longspan.parallel.schedules.near_far import NearFarRules
 
-    real = ways._NearFarRules.halo
-    monkeypatch.setattr(
-        ways._NearFarRules,
-        "halo",
-        lambda split, rows, start, *rest: real(split, rows, start, *rest).clip(0, start - 1),
-    )
+    real = NearFarRules.halo
+
+    def short(rules, rows, start, *rest):
+        return real(rules, rows, start, *rest).clip(0, start - 1)
+
+    monkeypatch.setattr(NearFarRules, "halo", short)
     assert error(threads, Layout.zigzag(LENGTH, 2), Window(7), "stripes") > 1e-3
 
 
@@ -415,7 +415,7 @@ def test_stripes_move_hardly_more_than_is_needed(ranks):
         if ranks < 100
         else None
     )
-    assert chosen is None or chosen.way == "stripes"
+    assert chosen is None or chosen.kv_schedule == "stripes"
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash"])
@@ -428,15 +428,19 @@ def test_gpu_kernels_take_the_tiles(backend, schedule):
         if backend == "flash"
         else (Causal(), S2(64, 2, 4), S2(64, 2, 8, near=(4, 2)), None)
     ):
-        (one,) = named(schedule, 4)
-        if pattern is None and one.way == "stripes":
+        (one,) = schedules_named(schedule, 4)
+        if pattern is None and one.kv_schedule == "stripes":
             continue
         for starts in ((0,), (0, 100, 192, 700)):
             for rank in range(4):
                 rows = (BatchRows(0, 1, starts, 1024),)
                 for stage in plan_attention(layout, pattern, 4, 2, rows, one, rank).stages:
                     for job in stage.jobs:
-                        steps = {blocks.size for blocks in (job.q_at, job.k_at) if blocks.step > 1}
+                        steps = {
+                            blocks.size
+                            for blocks in (job.q_positions, job.k_positions)
+                            if blocks.step > 1
+                        }
                         assert steps <= (set() if backend == "flash" or pattern is None else {64})
 
 

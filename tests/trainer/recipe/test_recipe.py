@@ -89,7 +89,10 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("optimizer.betas=[1.0, 1.0]", "optimizer.betas.0: should be less than 1"),
         ("training.seed=10000000000000000000000", "training.seed: should be less than 2147483648"),
         ("training.steps=!!int x", "training.steps: '!!int x' is not YAML"),
-        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names an unknown block 'spares'"),
+        (
+            "model.layers.pattern=[linear, spares]",
+            "model.layers.pattern: names an unknown block 'spares'",
+        ),
         ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
         (
             "model.layers.blocks.linear.mixer=lihgtning",
