@@ -1,4 +1,4 @@
-"""The pages of docs/: what they show of files is what these have, and every command on them runs as it stands, in order."""
+"""The pages of docs/: what they show of files is there, and their commands run, in order."""
 
 import os
 import re
@@ -102,7 +102,8 @@ def test_what_a_page_says_can_be_done(page, tmp_path):
         ("torchrun", "torch.distributed.run"),
         ("python", ""),
     ):
-        script = f'#!/bin/sh\nexec "{sys.executable}" -W ignore {f"-m {module}" if module else ""} "$@"\n'
+        run_module = f"-m {module}" if module else ""
+        script = f'#!/bin/sh\nexec "{sys.executable}" -W ignore {run_module} "$@"\n'
         (tools / name).write_text(script)
         (tools / name).chmod(0o755)
     environment = {

@@ -37,7 +37,10 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 def import_graph() -> Graph:
-    """Which file imports which; ``from .package import name`` is the package's ``__init__``, unless ``name`` is a file."""
+    """Return which file imports which.
+
+    ``from .package import name`` imports the package's ``__init__``, unless ``name`` is a file.
+    """
     modules = product_modules()
 
     def file_of(name: str) -> str | None:

@@ -80,7 +80,7 @@ def _with_least_channels(content: dict, recipe: Recipe) -> Recipe:
 
 
 def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """Yield one layer of each block that is used, by its name, and last all of them in one model."""
+    """Yield one layer of each block in use, by its name, and last all of them in one model."""
     names = list(dict.fromkeys(recipe.model.stack_names))
     for name in names:
         yield name, _with_stack(recipe, [name])
@@ -180,7 +180,7 @@ def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
 
 
 def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
-    """Return which positions may depend on token ``probe``, and which surely do: bool ``[time]``."""
+    """Return which positions may depend on token ``probe``, and which must: bool ``[time]``."""
     ids = documents[0].numpy()
     positions = np.arange(len(ids))
     may = (ids == ids[probe]) & (positions >= probe)

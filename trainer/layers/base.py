@@ -96,8 +96,8 @@ class Visibility(NamedTuple):
 
 
 class Block(Section):
-    """What every kind of layer has: the places of its norms, and how its two halves join the residual
-    stream.
+    """What every kind of layer has: the places of its norms, and how its two halves join the
+    residual stream.
     """
 
     norm: Literal["pre", "post", "sandwich", "reordered"] = "pre"
@@ -259,7 +259,7 @@ class Block(Section):
 
     @abstractmethod
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
-        """Return the section ``mixer`` of layer ``layer`` (from 0) in the config of an exported model.
+        """Return the section ``mixer`` of layer ``layer`` (from 0) in an exported model's config.
 
         ``kind`` names the class of the exported code; the rest is what that class must know.
         """

@@ -34,7 +34,7 @@ class FixedDecay(nn.Module):
         self.register_buffer("log", local, persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Move with the model, but stay fp32 if the model is cast: in bf16 it would be another decay."""
+        """Move with the model, but stay fp32 if it is cast: bf16 would be another decay."""
         log = self.log
         super()._apply(fn, recurse)
         self.log = log.to(self.log.device)

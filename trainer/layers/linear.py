@@ -193,8 +193,8 @@ class LightningBlock(LinearAttentionBlock):
 
 
 class RetentionBlock(LinearAttentionBlock):
-    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a norm
-    per head, a SiLU gate.
+    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a
+    norm per head, a SiLU gate.
 
     Rotary positions replace xPos, whose magnitudes are the decay; RMSNorm replaces GroupNorm, as in
     the authors' code. That code also divides weights by their sums, which the norm undoes, and
@@ -234,8 +234,8 @@ class SimpleGLABlock(LinearAttentionBlock):
 
 
 class GLABlock(LinearAttentionBlock):
-    """Gated linear attention: every key has a decay of its own, from a projection of low rank (arXiv
-    2312.06635 sec. 4).
+    """Gated linear attention: every key has a decay of its own, from a projection of low rank
+    (arXiv 2312.06635 sec. 4).
 
     RMSNorm replaces the paper's LayerNorm, as in the authors' code.
     """
@@ -262,8 +262,8 @@ class GLABlock(LinearAttentionBlock):
 
 
 class BasedBlock(LinearAttentionBlock):
-    """Based: the exponential's Taylor polynomial, with queries and keys of few dims, normalized (arXiv
-    2402.18668 sec. 4.1).
+    """Based: the exponential's Taylor polynomial, with queries and keys of few dims, normalized
+    (arXiv 2402.18668 sec. 4.1).
     """
 
     mixer: Literal["based"]
@@ -289,8 +289,8 @@ class _ConvolvedBlock(LinearAttentionBlock):
 
 
 class Mamba2Block(_ConvolvedBlock):
-    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): heads share queries and keys (C and B), and values are
-    multiplied by their step.
+    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): heads share queries and keys (C and B), and
+    values are multiplied by their step.
 
     Each head adds a multiple of its values. The norm is that of the gated output, over the heads of
     one key head together.
@@ -340,16 +340,16 @@ class _DeltaBlock(_ConvolvedBlock):
 
 
 class DeltaNetBlock(_DeltaBlock):
-    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): a new value replaces what its key recalls. Keys and
-    queries have unit length.
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): a new value replaces what its key recalls. Keys
+    and queries have unit length.
     """
 
     mixer: Literal["deltanet"]
 
 
 class GatedDeltaNetBlock(_DeltaBlock):
-    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`,
-    `olmo_hybrid`.
+    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head;
+    `qwen3_next`, `olmo_hybrid`.
     """
 
     mixer: Literal["gated_deltanet"]

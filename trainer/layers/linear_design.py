@@ -21,7 +21,7 @@ class LinearDesign:
     """Dims of a projected query or key."""
     value_dim: int
     conv_kernel: int = 0
-    """Width of the short convolution of queries, keys and values, with SiLU after it; 0 for none."""
+    """Width of the short convolution of queries, keys and values, before SiLU; 0 for none."""
     conv_bias: bool = False
     silu: str = ""
     """Which of ``q``, ``k`` and ``v`` go through SiLU if there is no convolution."""
@@ -72,7 +72,7 @@ class LinearDesign:
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Rows of one key head in the fused projection: query, key and values; gates; betas; decays."""
+        """Rows of a key head in the fused projection: query, key, values; gates; betas; decays."""
         mixed = self.conv_channels // self.key_heads
         has_gates = self.gate != "none" and not self.gate_rank
         gates = self.group * self.value_dim if has_gates else 0

@@ -1,5 +1,5 @@
-"""The module of every kind of linear attention: a :class:`.linear_design.LinearDesign` says which of
-its steps a published model has.
+"""The module of every kind of linear attention: a :class:`.linear_design.LinearDesign` says which
+of its steps a published model has.
 """
 
 import copy
@@ -128,7 +128,7 @@ class LinearAttention(Mixer):
         return q, k, v.unflatten(-1, (design.group, -1)).flatten(2, 3)
 
     def _features(self, q: Tensor, k: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor]:
-        """Return the features of queries and keys: ``[batch, time, local key heads, feature_dim]``."""
+        """Return the features of both: ``[batch, time, local key heads, feature_dim]``."""
         design = self.design
         if design.rotary:
             tables = sequence.rotary(design.key_dim, self.rope_theta)

@@ -21,7 +21,7 @@ from .base import MixerContext, Shapes
 from .recompute import recomputed
 
 InitialValues = Callable[[list[int], Generator], Tensor]
-"""A function that makes the whole parameter, before tensor parallelism splits it, from its shape."""
+"""A function that makes the whole parameter, before it is split over ranks, from its shape."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class Mixer(MegatronModule):
         }
 
     def around(self, function: Callable, *inputs):
-        """Return ``function(*inputs)``, which comes before the operation or after it, and compute it
-        again in the backward pass if this layer recomputes.
+        """Return ``function(*inputs)``, a step before the operation or after it.
+
+        If this layer recomputes, it is computed again in the backward pass.
         """
         return recomputed(function, *inputs) if self.recomputes else function(*inputs)
 

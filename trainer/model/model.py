@@ -113,7 +113,7 @@ def expert_tensor_parallel(recipe: Recipe) -> int:
 
 
 def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridModel:
-    """Build this rank's part of the model, its weights not yet set. Needs Megatron's process groups."""
+    """Build this rank's part of the model, without initial weights. Needs Megatron's groups."""
     config = transformer_config(recipe, dtype)
     names = recipe.model.stack_names
     spec = hybrid_stack_spec(

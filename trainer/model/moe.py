@@ -73,7 +73,7 @@ class GroupedExperts(SequentialMLP):
 
 
 class BalancedRouter(TopKRouter):
-    """Megatron's router, whose balance loss weighs the same on any number of context-parallel ranks.
+    """Megatron's router, with the same balance loss on any number of context-parallel ranks.
 
     Each of these ranks computes its part of the loss. Where losses are summed over tokens, as here,
     Megatron-core 0.16.1 weighs the part by the rank's tokens instead of by those of all ranks.

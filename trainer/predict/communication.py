@@ -1,4 +1,4 @@
-"""What a recipe's context parallelism moves: which rank holds which tokens, and the KV schedules."""
+"""What a recipe's context parallelism moves: which tokens ranks hold, and the KV schedules."""
 
 from typing import NamedTuple
 

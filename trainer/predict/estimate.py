@@ -74,7 +74,7 @@ class LayerEstimate:
     mlp_flops: float
     """Per token, forward."""
     received: float
-    """Bytes that a sequence's forward and backward pass brings from other context-parallel ranks."""
+    """Bytes from other context-parallel ranks in a microbatch's forward and backward pass."""
     work: float
     """Attention work of the rank with most, over the mean of all."""
     slowest_flops: float
@@ -266,7 +266,9 @@ def _bytes_held(
     recipe: Recipe, num_parameters: int, bytes_each: int, sharded_from_stage: int
 ) -> float:
     """Return the bytes of a rank that holds ``bytes_each`` for every parameter of its part of the
-    model; replicas share them from that ZeRO stage on (Megatron's distributed optimizer is stage 1).
+    model.
+
+    Replicas share them from that ZeRO stage on; Megatron's distributed optimizer is stage 1.
     """
     model, parallel = recipe.model, recipe.parallel
     is_sharded = recipe.engine.sharding_stage >= sharded_from_stage

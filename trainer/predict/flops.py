@@ -1,5 +1,6 @@
-"""How large a recipe's model is, what a sequence leaves behind in it and what a token costs, without
-building it.
+"""How large a recipe's model is, what a sequence leaves behind in it and what a token costs.
+
+All of it is counted without building the model.
 """
 
 from ..layers.base import Block

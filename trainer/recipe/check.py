@@ -1,4 +1,4 @@
-"""All that is wrong with a recipe's content, at once: each problem with its key, the reason and a fix."""
+"""All that is wrong with a recipe at once: each problem with its key, a reason and a fix."""
 
 from typing import Any
 

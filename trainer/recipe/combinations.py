@@ -124,7 +124,10 @@ def _training_problems(recipe: Recipe) -> Problems:
         )
         yield Problem("training.seq_length", reason)
     if recipe.checkpoint.keep_latest_k == 1:
-        reason = "1 would leave no checkpoint to fall back on if it is damaged; use 2 or more, or 0 for all"
+        reason = (
+            "1 would leave no checkpoint to fall back on if it is damaged; "
+            "use 2 or more, or 0 for all"
+        )
         yield Problem("checkpoint.keep_latest_k", reason)
     yield from _batch_problems(recipe)
 
@@ -205,7 +208,8 @@ def _batch_problems(recipe: Recipe) -> Problems:
     if training.global_batch_size % sequences:
         reason = (
             f"{training.global_batch_size} is not a multiple of training.micro_batch_size "
-            f"{training.micro_batch_size} x {recipe.data_parallel} data-parallel ranks = {sequences}"
+            f"{training.micro_batch_size} x {recipe.data_parallel} data-parallel ranks "
+            f"= {sequences}"
         )
         yield Problem("training.global_batch_size", reason)
 

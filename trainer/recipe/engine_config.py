@@ -1,4 +1,4 @@
-"""The engines that a recipe may name, each with its problems and with what it shares or offloads."""
+"""The engines that a recipe may name, each with its problems and what it shares or offloads."""
 
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
@@ -86,7 +86,7 @@ class EngineConfig(Section):
         return False
 
     def problems(self, pp: int, dtype: str) -> Problems:
-        """Yield what the engine cannot do, with the recipe's ``parallel.pp`` and ``training.dtype``."""
+        """Yield what the engine cannot do with such ``parallel.pp`` and ``training.dtype``."""
         yield from ()
 
 
@@ -137,15 +137,16 @@ class DeepSpeedConfig(EngineConfig):
     def problems(self, pp: int, dtype: str) -> Problems:
         """Yield what DeepSpeed cannot do, and keys that both it and the recipe set."""
         if pp > 1:
-            yield Problem(
-                "parallel.pp",
-                f"{pp} needs engine megatron: DeepSpeed's pipeline accepts only other models; use tp, cp or ZeRO",
+            reason = (
+                f"{pp} needs engine megatron: DeepSpeed's pipeline accepts only other models; "
+                "use tp, cp or ZeRO"
             )
+            yield Problem("parallel.pp", reason)
         if self.zero_stage == 0 and dtype != "float32":
-            yield Problem(
-                "engine.zero_stage",
-                "0 adds up gradients in the weights' dtype; use 1, or set training.dtype to float32",
+            reason = (
+                "0 adds up gradients in the weights' dtype; use 1, or set training.dtype to float32"
             )
+            yield Problem("engine.zero_stage", reason)
         for key in self.config:
             if key in _KEYS_OF_RECIPE:
                 reason = f"is {_KEYS_OF_RECIPE[key]} of the recipe; remove it"

@@ -11,7 +11,7 @@ from .check import check_recipe
 from .schema import Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# The last three: what PyYAML raises for a value that does not fit its explicit tag, as in `!!int x`.
+# PyYAML raises the last three for a value that does not fit its explicit tag, as in `!!int x`.
 _YAML_ERRORS = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
 
 
@@ -141,8 +141,8 @@ def _read(path: Path) -> dict:
 
 
 def _merge(base: dict, over: dict) -> dict:
-    """Return ``over`` laid on ``base``: mappings merge, other values replace, and a null removes the
-    inherited key.
+    """Return ``over`` laid on ``base``: mappings merge, other values replace, and a null removes
+    the inherited key.
 
     The sources of a mixture replace those inherited: their weights only mean something together.
     """

@@ -8,7 +8,7 @@ from .schema import ModelConfig, ParallelConfig
 
 
 def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
-    """Yield every schedule that is unknown, is for no block, or cannot do a block that it is for."""
+    """Yield every schedule that is unknown, is for no block, or cannot do its block."""
     blocks = model.layers.blocks
     for name in parallel.schedules:
         key = f"parallel.schedules.{name}"

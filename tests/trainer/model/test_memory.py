@@ -82,7 +82,7 @@ def test_inputs_that_wait_on_the_host_come_back_as_they_were(tiny_recipe):
 
 
 def kept(recipe_file, *overrides):
-    """Bytes that a forward pass keeps for its backward pass, of tensors that are no parameters, each once."""
+    """Return the bytes that a forward pass keeps besides parameters; each tensor counts once."""
     with batches_on(recipe_file, *overrides) as (engine, batches):
         weights = {parameter.data_ptr() for parameter in engine.model.parameters()}
         sizes = {}

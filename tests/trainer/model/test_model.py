@@ -1,4 +1,4 @@
-"""The model against a plain-torch forward of the same weights, and what casting and Megatron must not change."""
+"""The model against a forward pass in plain torch, and what casting must not change."""
 
 import contextlib
 
@@ -258,7 +258,7 @@ def test_every_mixer_decays_in_fp32_when_the_model_is_cast(
 
 
 def test_decays_are_those_of_transformers():
-    """Against the formula in transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
+    """Compare with transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
     from longspan.attention.linear.decays import minimax as minimax_decay
 
     assert minimax_decay(64, 0, 80)[[0, 63]].tolist() == pytest.approx(
