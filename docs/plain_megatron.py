@@ -94,7 +94,8 @@ def main() -> list[float]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    with megatron_on_cpu():  # on GPUs Megatron needs no such help: initialise NCCL, move model and tokens, and leave it out
+    # On GPUs, leave megatron_on_cpu out, initialize NCCL, and move the model and the tokens.
+    with megatron_on_cpu():
         losses = main()
     if dist.get_rank() == 0:
         print(f"{os.environ['WORLD_SIZE']} ranks: loss {losses[0]:.5f} -> {losses[-1]:.5f}")

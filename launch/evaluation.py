@@ -22,8 +22,8 @@ from .table import table
 if TYPE_CHECKING:  # these import torch, which bad input must not wait for
     from ..trainer.data.corpus import Corpus
     from ..trainer.engines.engine import Engine
+    from ..trainer.evaluation.examples import Example
     from ..trainer.evaluation.held_out import Haystack
-    from ..trainer.evaluation.tasks import Example
 
 _NAME_TOKENS = 32
 """Tokens by which two examples of a length may differ, since names are split in several ways."""
@@ -65,8 +65,9 @@ def _require_causal_choices(folder: RunFolder) -> None:
     for block in folder.recipe.model.stack:
         if block.queries_choose_together:
             raise UserError(
-                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an "
-                "answer would be seen before it is given; only eval loss can be measured"
+                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose "
+                "together: an answer would be seen before it is given; only eval loss can be "
+                "measured"
             )
 
 
@@ -105,7 +106,7 @@ def trained_length(folder: RunFolder) -> int:
     recipe = folder.recipe
     steps = folder.weights_step() or recipe.training.steps
     return max(
-        recipe.at(start).training.seq_length
+        recipe.at_step(start).training.seq_length
         for start in recipe.stage_starts
         if start < max(1, steps)
     )
@@ -125,7 +126,7 @@ def ask_questions(
         settings: each with a ``length`` in tokens, and what else ``examples`` needs.
         examples: ``examples(count, **setting)`` makes the examples of a setting.
     """
-    from ..trainer.evaluation.retrieval import measure
+    from ..trainer.evaluation.scoring import score_examples
 
     settings = _fitting(settings, examples, must_fit=bool(options.lengths))
     trained = trained_length(folder)
@@ -137,7 +138,7 @@ def ask_questions(
     ):
         for setting in settings:
             length = setting["length"]
-            result = measure(engine, examples(options.examples, **setting), length, advance)
+            result = score_examples(engine, examples(options.examples, **setting), length, advance)
             answers.append({**setting, "trained": length <= trained, **result._asdict()})
 
     print(_answers_table(answers, list(settings[0]), options.examples))

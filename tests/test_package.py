@@ -41,18 +41,3 @@ def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
         if not name.startswith(("tests/", "docs/"))
     }
     assert inside == {f"longspan/{name}" for name in expected}
-
-
-def test_no_folder_imports_upwards():
-    order = ["attention", "parallel", "trainer", "launch"]
-    for height, folder in enumerate(order):
-        for path in (ROOT / folder).rglob("*.py"):
-            depth = len(path.relative_to(ROOT).parts)
-            for line in path.read_text().splitlines():
-                for above in order[height + 1 :]:
-                    upwards = (
-                        f"from {'.' * depth}{above}",
-                        f"from longspan.{above}",
-                        f"import longspan.{above}",
-                    )
-                    assert not line.strip().startswith(upwards), f"{path}: {line}"

@@ -1,8 +1,8 @@
 """Training: recipes, the kinds of layer, model, data, engines and the loop.
 
-``hybrid_stack_spec`` takes the layers into a Megatron-core model of your own, ``load_recipe`` reads a recipe, and every kind of
-layer is a class: ``from longspan.trainer import hybrid_stack_spec, FullBlock, LightningBlock``. Nothing is imported before it
-is asked for.
+``hybrid_stack_spec`` brings the layers into a Megatron-core model of your own, ``load_recipe``
+reads a recipe, and every kind of layer is a class: ``from longspan.trainer import FullBlock,
+hybrid_stack_spec, load_recipe``. Nothing is imported before it is used.
 """
 
 __all__ = [

@@ -36,16 +36,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..softmax.triton.launch_config import MAX_DIM
+from ..softmax.triton.launch_config import MAX_HEAD_DIM
 from ..triton_device import (
     INTERPRETED,
     LOG2E,
-    aligned,
-    bulk_rows,
-    chip,
-    no_device,
-    unit_stride,
-    workspace,
+    allocate_workspace,
+    compute_capability,
+    device_unsupported_reason,
+    fits_bulk_copies,
+    tensor_descriptor,
+    with_unit_stride,
 )
 
 
@@ -99,7 +99,7 @@ def _load_tile(
 ):
     """Load ``BLOCK`` of the ``D`` dims of tokens ``t`` to ``t + SIZE``: ``[SIZE, BLOCK]``.
 
-    There are zeros beyond the last token and the last dim. ``tiles`` comes from ``bulk_rows``.
+    There are zeros beyond the last token and the last dim. ``tiles`` comes from ``tensor_descriptor``.
     """
     if TMA:
         x = tiles.load([t, first_dim])
@@ -186,11 +186,13 @@ def chunk_scan_kernel(
     x_head = h // x_group
     z_head = h // z_group
 
-    xs = bulk_rows(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
-    ys = bulk_rows(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
-    zs = bulk_rows(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
+    xs = tensor_descriptor(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
+    ys = tensor_descriptor(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
+    zs = tensor_descriptor(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
     if PARTNER is not None:
-        ps = bulk_rows(PARTNER + b * p_b + z_head * p_h, length, p_t, CHUNK, DZ, BLOCK_Z, TMA)
+        ps = tensor_descriptor(
+            PARTNER + b * p_b + z_head * p_h, length, p_t, CHUNK, DZ, BLOCK_Z, TMA
+        )
     first_token = b * length * heads + h  # of [batch, time, heads]
     if DOCUMENTS is not None:
         DOCUMENTS += b * length
@@ -366,7 +368,7 @@ def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> str | None:
     """Return why the kernels cannot compute the call, and what can, or None if they can."""
-    if reason := no_device(q):
+    if reason := device_unsupported_reason(q):
         return reason
     if beta is not None:
         return "has no delta rule (beta); use fla or torch"
@@ -384,8 +386,8 @@ def unsupported_reason(
             "use fla or torch"
         )
     largest_dim = max(q.shape[-1], v.shape[-1])
-    if largest_dim > MAX_DIM:
-        return f"takes head dims up to {MAX_DIM}, not {largest_dim}; use fla or torch"
+    if largest_dim > MAX_HEAD_DIM:
+        return f"takes head dims up to {MAX_HEAD_DIM}, not {largest_dim}; use fla or torch"
     return None
 
 
@@ -432,7 +434,7 @@ class _LinearAttention(torch.autograd.Function):
         scale: float,
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = map(unit_stride, (q, k, v))
+        q, k, v = map(with_unit_stride, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         decay = decay.float().clamp(min=STRONGEST.value).contiguous()
         blocks = triton.cdiv(v.shape[3], _scan_config(q, v).block)
@@ -575,9 +577,13 @@ class _Scan:
         config = _scan_config(x, z)
         heads = states.shape[2]
         tensors = [x, y, z] if partner is None else [x, y, z, partner]
-        bulk = chip(z.device) >= 90 and z.dtype != torch.float32 and aligned(*tensors)
+        bulk = (
+            compute_capability(z.device) >= 90
+            and z.dtype != torch.float32
+            and fits_bulk_copies(*tensors)
+        )
         if bulk:
-            triton.set_allocator(workspace)  # of this thread: autograd has its own
+            triton.set_allocator(allocate_workspace)  # of this thread: autograd has its own
         segments = triton.cdiv(z.shape[1], self.segment)
         blocks = triton.cdiv(z.shape[3], config.block)
         chunk_scan_kernel[segments * blocks, z.shape[0] * heads](
@@ -613,7 +619,7 @@ def _padded_dim(x: Tensor) -> int:
 def _scan_config(x: Tensor, z: Tensor) -> ScanConfig:
     """Return the launch config; the interpreter, which has no bf16, uses that of bf16 for fp32."""
     bytes_per_number = 2 if INTERPRETED else z.element_size()
-    config = scan_config(chip(z.device), bytes_per_number, x.shape[3])
+    config = scan_config(compute_capability(z.device), bytes_per_number, x.shape[3])
     return replace(config, block=min(config.block, _padded_dim(z)))
 
 

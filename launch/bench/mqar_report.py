@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...trainer.checkpoint.atomic import replace_file
 from ...trainer.errors import UserError
-from ...trainer.evaluation.mqar_settings import Setting, trained_settings
+from ...trainer.evaluation.mqar_settings import RecallSetting, trained_settings
 from ...trainer.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _best(name: str, recipe: Recipe, results: list[dict]) -> RecipeResult:
         return next(
             cell["mean"]
             for cell in accuracy_of_lr[lr]
-            if Setting(cell["length"], cell["pairs"]) == trained[-1]
+            if RecallSetting(cell["length"], cell["pairs"]) == trained[-1]
         )
 
     best_lr = max(accuracy_of_lr, key=hardest_mean)
@@ -133,12 +133,12 @@ def _best(name: str, recipe: Recipe, results: list[dict]) -> RecipeResult:
     )
 
 
-def _over_seeds(results: list[dict], trained: list[Setting]) -> Iterator[dict]:
+def _over_seeds(results: list[dict], trained: list[RecallSetting]) -> Iterator[dict]:
     """Yield for each setting the mean and the range of the seeds' accuracies."""
-    accuracies: dict[Setting, list[float]] = {}
+    accuracies: dict[RecallSetting, list[float]] = {}
     for result in results:
         for cell in result["settings"]:
-            setting = Setting(cell["length"], cell["pairs"])
+            setting = RecallSetting(cell["length"], cell["pairs"])
             accuracies.setdefault(setting, []).append(cell["accuracy"])
     for setting, values in accuracies.items():
         yield {

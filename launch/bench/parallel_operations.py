@@ -14,7 +14,7 @@ from ... import attention, parallel
 from ...attention import S2, Causal, Pattern, Window
 from ...parallel import Layout
 from ...parallel.schedules.names import KV_SCHEDULES, Schedule, schedules_named
-from .parallel import ParallelSettings, ParallelTiming
+from .parallel_timing import ParallelSettings, ParallelTiming
 
 BLOCK = 64
 """Tokens on whose multiples the layout cuts a sequence."""

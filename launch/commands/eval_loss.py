@@ -31,14 +31,14 @@ def run(options: argparse.Namespace) -> None:
 
     # Import torch, which is not needed to report what is checked so far.
     from ...trainer.evaluation.plots import plot_position_loss
-    from ...trainer.evaluation.position_loss import documents_of, lengths_of, position_loss
+    from ...trainer.evaluation.position_loss import choose_documents, choose_lengths, position_loss
     from ...trainer.progress import track
 
     corpus = open_corpus(folder, options.data)
     trained = trained_length(folder)
     documents_by_length = {
-        length: documents_of(corpus, length, options.documents)
-        for length in lengths_of(corpus, lengths, trained)
+        length: choose_documents(corpus, length, options.documents)
+        for length in choose_lengths(corpus, lengths, trained)
     }
     num_documents = sum(map(len, documents_by_length.values()))
 

@@ -26,13 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ...trainer.evaluation.mqar_settings import settings_of
+    from ...trainer.evaluation.mqar_settings import choose_settings
     from ..evaluation import draw_plot, inference_engine, open_run
 
     folder = open_run(options, "mqar")
     lengths = numbers("--lengths", options.lengths) if options.lengths else None
     pairs = numbers("--pairs", options.pairs) if options.pairs else None
-    settings = settings_of(folder.recipe, lengths, pairs)
+    settings = choose_settings(folder.recipe, lengths, pairs)
 
     # Imports torch, and is not needed to report bad input.
     from ...trainer.evaluation.mqar import evaluate_mqar

@@ -30,14 +30,14 @@ def run(options: argparse.Namespace) -> None:
     depths = [i / (options.depths - 1) for i in range(options.depths)]
     haystack, lengths = open_haystack(folder, options)
 
+    from ...trainer.evaluation.examples import needle_examples
     from ...trainer.evaluation.plots import plot_needle
-    from ...trainer.evaluation.retrieval import needles
 
     settings = [{"length": length, "depth": depth} for length in lengths for depth in depths]
     answers = ask_questions(
         folder,
         options,
         settings,
-        lambda count, **setting: needles(haystack, count, options.seed, **setting),
+        lambda count, **setting: needle_examples(haystack, count, options.seed, **setting),
     )
     save_answers(folder, "needle", options, answers, plot_needle)

@@ -2,7 +2,6 @@
 
 import argparse
 
-from ...trainer.errors import UserError
 from ..options import add_evaluated_text, add_examples
 
 
@@ -14,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_evaluated_text(parser)
     add_examples(parser, default=50)
     parser.add_argument(
-        "--tasks", metavar="NAME,NAME", help="several, crowd, chain, frequent (default: all)"
+        "--tasks",
+        metavar="NAME,NAME",
+        help="multi_query, multi_key, variable_tracking, frequent_words (default: all)",
     )
 
 
@@ -23,22 +24,19 @@ def run(options: argparse.Namespace) -> None:
 
     folder = open_run(options, "tasks")
 
-    from ...trainer.evaluation.tasks import TASKS
+    from ...trainer.evaluation.tasks import choose_tasks
 
-    tasks = options.tasks.split(",") if options.tasks else list(TASKS)
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks: {task} is not a task; known: {', '.join(TASKS)}")
+    tasks = choose_tasks(options.tasks.split(",") if options.tasks else None)
     haystack, lengths = open_haystack(folder, options)
 
+    from ...trainer.evaluation.examples import task_examples
     from ...trainer.evaluation.plots import plot_tasks
-    from ...trainer.evaluation.retrieval import examples
 
     settings = [{"task": task, "length": length} for task in tasks for length in lengths]
     answers = ask_questions(
         folder,
         options,
         settings,
-        lambda count, **setting: examples(haystack, count, options.seed, **setting),
+        lambda count, **setting: task_examples(haystack, count, options.seed, **setting),
     )
     save_answers(folder, "tasks", options, answers, plot_tasks)

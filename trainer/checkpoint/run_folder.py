@@ -190,7 +190,7 @@ class RunFolder:
         That is not the last stage if the run was given more steps and then stopped.
         """
         step = self.weights_step() or self.recipe.training.steps
-        return self.recipe.at(max(0, step - 1))
+        return self.recipe.at_step(max(0, step - 1))
 
     def evaluation(self, name: str) -> Path:
         """Return the path of the report of ``longspan eval NAME``."""

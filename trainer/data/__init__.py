@@ -1,1 +1,1 @@
-"""From text to batches: tokenizers, Megatron's .bin/.idx corpora, packing, mixtures."""
+"""From text to batches: tokenizers, Megatron's .bin/.idx corpora, packing and mixtures."""

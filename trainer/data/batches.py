@@ -1,4 +1,4 @@
-"""The batches of a run: which samples a rank sees at a step."""
+"""The batches of a run: which samples, and which of their tokens, a rank sees at a step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,21 +11,24 @@ from torch import Tensor
 from ...parallel import Sequence
 from ..predict.communication import recipe_layout
 from ..recipe.schema import Recipe
-from .packing import Sample
 from .prepare import PreparedData
+from .samples import Sample
 
 
 class BatchShard(NamedTuple):
-    """Which part of a global batch a rank sees: some of its sequences, and of those some of the tokens."""
+    """Which part of a global batch a rank sees: some of its sequences, and some of their tokens."""
 
     data_rank: int
+    """The rank among the data-parallel ones, which share the sequences."""
     data_ranks: int
+    """Their number."""
     context_rank: int
+    """The rank among the context-parallel ones, which share the tokens of each sequence."""
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one forward pass of one rank takes: whole sequences, or the tokens of its context-parallel rank."""
+    """What one rank's forward pass works on: the rank's tokens of some sequences."""
 
     tokens: Tensor
     """int64 ``[batch, local time]``."""
@@ -34,15 +37,24 @@ class Microbatch:
     weights: Tensor
     """float32 ``[batch, local time]``: 1 where the label counts."""
     sequence: Sequence
+    """Where these tokens stand in the whole sequences, and the documents of all tokens."""
     padding: int
-    """Tokens of the batch that are only padding; 0 but on the first context-parallel rank, so that they add up."""
+    """Tokens of the whole sequences that are only padding. It is 0 on all but the first
+    context-parallel rank, so that the sum over ranks is right.
+    """
 
 
 class Batches:
     """Training and held-out batches of a recipe, as one rank sees them.
 
     Args:
-        first: the step (from 0) at which the recipe begins, as a stage of a run may.
+        recipe: the run's, or that of one of its stages.
+        data: of the run.
+        vocab_size: ids that the model knows.
+        shard: this rank's part of each batch.
+        device: where the batches are put.
+        first_step: the step of the run (from 0) at which this recipe's data begins: not 0 in a
+            later stage.
     """
 
     def __init__(
@@ -50,53 +62,73 @@ class Batches:
         recipe: Recipe,
         data: PreparedData,
         vocab_size: int,
-        share: BatchShard,
+        shard: BatchShard,
         device: torch.device,
-        first: int = 0,
+        first_step: int = 0,
     ):
-        self.recipe, self.share, self.device, self.first = recipe, share, device, first
-        self.micro = recipe.training.micro_batch_size
+        self.recipe = recipe
+        self.shard = shard
+        self.device = device
+        self.first_step = first_step
+        self.micro_batch_size = recipe.training.micro_batch_size
         self.training, self.held_out = data.samples(recipe, vocab_size)
 
     def step(self, step: int) -> Iterator[Microbatch]:
-        """This rank's microbatches of training step ``step`` (from 0)."""
-        rank, ranks, _ = self.share
-        shorter = self.recipe.training.seq_length // self.length(step)
-        micro, sequences = self.micro * shorter, self.recipe.training.global_batch_size * shorter
-        for start in range(rank * micro, sequences, micro * ranks):
-            yield self._batch(
-                [
-                    self.training.sample(step - self.first, number)
-                    for number in range(start, start + micro)
-                ]
+        """Make this rank's microbatches of training step ``step`` (from 0)."""
+        # A step of shorter sequences has more of them, with the same number of tokens.
+        factor = self.recipe.training.seq_length // self.length(step)
+        micro_batch_size = self.micro_batch_size * factor
+        num_sequences = self.recipe.training.global_batch_size * factor
+
+        first = self.shard.data_rank * micro_batch_size
+        for start in range(first, num_sequences, micro_batch_size * self.shard.data_ranks):
+            numbers = range(start, start + micro_batch_size)
+            yield self._microbatch(
+                [self.training.sample(step - self.first_step, number) for number in numbers]
             )
 
     def length(self, step: int) -> int:
-        """Tokens of each sequence of training step ``step`` (from 0)."""
-        return self.training.length(step - self.first)
+        """Return the tokens of each sequence of training step ``step`` (from 0)."""
+        return self.training.length(step - self.first_step)
 
-    def evaluation(self, sequences: int | None) -> Iterator[Microbatch]:
-        """The first ``sequences`` held-out sequences (all for None); every rank gets equally many, short ones empty."""
-        assert self.held_out is not None
-        total = self.held_out.samples_per_epoch
-        total = total if sequences is None else min(sequences, total)
-        rank, ranks, _ = self.share
-        for first in range(0, total, self.micro * ranks):
-            numbers = range(first + rank * self.micro, first + (rank + 1) * self.micro)
-            samples = [self.held_out.sample(n) for n in numbers]
-            yield self._batch(
-                [
-                    s if n < total else s._replace(weights=s.weights * 0)
-                    for n, s in zip(numbers, samples, strict=True)
-                ]
-            )
+    def evaluation(self, max_sequences: int | None) -> Iterator[Microbatch]:
+        """Make this rank's microbatches of the held-out data.
 
-    def _batch(self, samples: list[Sample]) -> Microbatch:
-        tokens, labels, weights, documents = (
-            torch.from_numpy(np.stack([getattr(s, name) for s in samples]))
-            for name in ("tokens", "labels", "weights", "documents")
+        Every rank gets the same number of sequences; those beyond the end have no labels that
+        count.
+
+        Args:
+            max_sequences: how many of the held-out sequences to use, from the first; None for all.
+        """
+        assert self.held_out is not None, "the recipe holds nothing out"
+        samples, num_samples = self.held_out
+        if max_sequences is not None:
+            num_samples = min(max_sequences, num_samples)
+
+        for start in range(0, num_samples, self.micro_batch_size * self.shard.data_ranks):
+            first = start + self.shard.data_rank * self.micro_batch_size
+            microbatch = []
+            for number in range(first, first + self.micro_batch_size):
+                sample = samples.sample(number)
+                if number >= num_samples:
+                    sample = sample._replace(weights=sample.weights * 0)
+                microbatch.append(sample)
+            yield self._microbatch(microbatch)
+
+    def _microbatch(self, samples: list[Sample]) -> Microbatch:
+        """Stack samples, and keep the tokens of this context-parallel rank."""
+        # All are [batch, time].
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+        labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
+        weights = torch.from_numpy(np.stack([sample.weights for sample in samples]))
+        documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+
+        rank = self.shard.context_rank
+        layout = recipe_layout(self.recipe, tokens.shape[1])
+        return Microbatch(
+            tokens=layout.shard(tokens, rank).to(self.device),  # [batch, local time]
+            labels=layout.shard(labels, rank).to(self.device),
+            weights=layout.shard(weights, rank).to(self.device),
+            sequence=Sequence(layout, rank, documents.to(self.device)),
+            padding=sum(sample.padding for sample in samples) if rank == 0 else 0,
         )
-        rank, layout = self.share.context_rank, recipe_layout(self.recipe, tokens.shape[1])
-        own = (layout.shard(x, rank).to(self.device) for x in (tokens, labels, weights))
-        padding = sum(s.padding for s in samples) if rank == 0 else 0
-        return Microbatch(*own, Sequence(layout, rank, documents.to(self.device)), padding)

@@ -1,9 +1,9 @@
-"""Text files, folders, JSONL and Parquet to a tokenized corpus."""
+"""Build a tokenized corpus from text files, folders, JSONL and Parquet."""
 
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import UserError
 from ..progress import track
-from .corpus import Record, files, write_record
-from .documents import NotTextError, Part, grouped, parts
+from .corpus_files import CorpusRecord, corpus_files, write_record
+from .text_files import NotTextError, TextChunk, find_chunks, group_chunks
 from .tokenizer import Tokenizer
 
 
@@ -25,123 +25,176 @@ def build_corpus(
     description: str = "Tokenizing",
     workers: int = 1,
     key: str = "text",
-) -> Record:
-    """Tokenize every document of ``sources`` to ``prefix`` and return the record.
+) -> CorpusRecord:
+    """Tokenize every document of ``sources`` into the corpus ``prefix``, and return its record.
 
-    A text file is a document; a folder is all its files, by name (what is not UTF-8 is left out, and counted); each line of a
-    ``.jsonl`` and each row of a ``.parquet`` has a document under ``key``. Written beside the target and renamed, the index
-    last: a corpus is whole or not there, and the same whatever the number of ``workers``.
+    A text file is one document. A folder is all its files, by name; files in it that are not UTF-8
+    are left out and counted. Each line of a ``.jsonl`` and each row of a ``.parquet`` has a
+    document under ``key``. The files are written beside their place and then renamed, the index
+    last, so that a corpus is whole or not there. It is the same whatever the number of ``workers``.
+
+    Args:
+        sources: files and folders.
+        tokenizer: for all of them.
+        prefix: of the files to write.
+        description: shown beside the progress bar.
+        workers: processes that tokenize; 1 for this process.
+        key: of the text in JSONL and Parquet.
 
     Raises:
-        UserError: the target exists, a source does not, a named file is not UTF-8, a .jsonl is not JSONL.
+        UserError: if the target exists, if a source does not, if a named file is not UTF-8, or if a
+            .jsonl is not JSONL.
     """
-    for target in files(prefix):
+    for target in corpus_files(prefix):
         if target.exists():
-            raise UserError(f"{target}: exists already; remove it or choose another --out")
-    found = [part for source in sources for part in parts(source, key)]
-    if not found:
+            raise UserError(f"{target}: already exists; remove it or choose another --out")
+    chunks = [chunk for source in sources for chunk in find_chunks(source, key)]
+    if not chunks:
         raise UserError(f"no text found in {', '.join(map(str, sources))}")
-
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     building = f"{prefix}.building-{os.getpid()}"
-    data, index, record_file = files(building)
-    documents, tokens, size, left_out = 0, 0, 0, []
-    dtype = DType.optimal_dtype(tokenizer.vocab_size)
     try:
-        builder = IndexedDatasetBuilder(str(data), dtype=dtype)
-        groups = list(grouped(found))
-        with (
-            track(description, total=sum(part.size for part in found)) as advance,
-            _tokenizing(tokenizer, dtype, min(workers, len(groups))) as run,
-        ):
-            for group in run(groups):
-                builder.data_file.write(group.ids.tobytes())
-                builder.sequence_lengths.extend(group.lengths)
-                ends = range(
-                    len(builder.document_indices),
-                    len(builder.document_indices) + len(group.lengths),
-                )
-                builder.document_indices.extend(ends)
-                documents, tokens = documents + len(group.lengths), tokens + len(group.ids)
-                size, left_out = size + group.text_bytes, left_out + group.left_out
-                advance(group.size)
-        builder.finalize(str(index))
-        if not documents:
+        totals = _write_corpus(building, chunks, tokenizer, description, workers)
+        if not totals.documents:
             raise UserError(f"no document found in {', '.join(map(str, sources))}")
-        record = Record(
-            tokenizer.identity,
-            tokenizer.vocab_size,
-            tokenizer.end_of_document,
-            documents,
-            tokens,
-            size,
+        record = CorpusRecord(
+            tokenizer=tokenizer.identity,
+            vocab_size=tokenizer.vocab_size,
+            end_of_document=tokenizer.end_of_document,
+            documents=totals.documents,
+            tokens=totals.tokens,
+            bytes=totals.text_bytes,
         )
         write_record(building, record)
-        for built, target in zip(
-            (data, record_file, index), (files(prefix)[i] for i in (0, 2, 1)), strict=True
-        ):
-            built.rename(target)
+        _rename_corpus(building, prefix)
     finally:
-        for path in (data, index, record_file):
+        for path in corpus_files(building):
             path.unlink(missing_ok=True)
-    if left_out:
+
+    if totals.not_text:
         print(
-            f"longspan: left out {len(left_out)} files that are not UTF-8 text, such as {left_out[0]}",
+            f"longspan: left out {len(totals.not_text)} files that are not UTF-8 text, "
+            f"such as {totals.not_text[0]}",
             file=sys.stderr,
         )
     return record
 
 
-class _Tokenized(NamedTuple):
-    """What came of some parts."""
+class _Totals(NamedTuple):
+    documents: int
+    tokens: int
+    text_bytes: int
+    not_text: list[str]
+    """Files that were left out."""
+
+
+class _TokenizedGroup(NamedTuple):
+    """The documents of a group of chunks."""
 
     ids: np.ndarray
+    """Of all documents, one after another."""
     lengths: list[int]
-    """Of the documents, with their ends."""
+    """Tokens of each document, with its end."""
     text_bytes: int
-    size: int
-    """Of the parts on the disk."""
-    left_out: list[str]
+    disk_bytes: int
+    """Of the chunks."""
+    not_text: list[str]
+
+
+def _write_corpus(
+    prefix: str, chunks: list[TextChunk], tokenizer: Tokenizer, description: str, workers: int
+) -> _Totals:
+    """Write the .bin and .idx of ``prefix``."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    files = corpus_files(prefix)
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    builder = IndexedDatasetBuilder(str(files.bin), dtype=dtype)
+    groups = list(group_chunks(chunks))
+    disk_bytes = sum(chunk.num_bytes for chunk in chunks)
+
+    documents = 0
+    tokens = 0
+    text_bytes = 0
+    not_text: list[str] = []
+    with (
+        track(description, total=disk_bytes) as advance,
+        _tokenizing(tokenizer, dtype, min(workers, len(groups))) as tokenize,
+    ):
+        for group in tokenize(groups):
+            # What builder.add_item and end_document do for each document, for all of a group at
+            # once.
+            builder.data_file.write(group.ids.tobytes())
+            builder.sequence_lengths.extend(group.lengths)
+            first = len(builder.document_indices)
+            builder.document_indices.extend(range(first, first + len(group.lengths)))
+
+            documents += len(group.lengths)
+            tokens += len(group.ids)
+            text_bytes += group.text_bytes
+            not_text += group.not_text
+            advance(group.disk_bytes)
+    builder.finalize(str(files.idx))
+    return _Totals(documents, tokens, text_bytes, not_text)
+
+
+def _rename_corpus(building: str, prefix: str) -> None:
+    """Move a whole corpus to its place, the index last: without one there is no corpus."""
+    source = corpus_files(building)
+    target = corpus_files(prefix)
+    source.bin.rename(target.bin)
+    source.json.rename(target.json)
+    source.idx.rename(target.idx)
+
+
+TokenizeGroups = Callable[[Iterable[list[TextChunk]]], Iterator[_TokenizedGroup]]
 
 
 @contextmanager
-def _tokenizing(tokenizer: Tokenizer, dtype: type, workers: int) -> Iterator:
-    """``run(groups of parts)`` gives what came of each, in their order."""
+def _tokenizing(tokenizer: Tokenizer, dtype: type, workers: int) -> Iterator[TokenizeGroups]:
+    """Yield a function that tokenizes groups of chunks, and gives the results in their order."""
     if workers == 1:
-        _Worker.tokenizer, _Worker.dtype = tokenizer, dtype
-        yield lambda groups: map(_tokenize, groups)
+        _start_worker(tokenizer, dtype)
+        yield lambda groups: map(_tokenize_group, groups)
         return
-    # Not forked: the process may have threads of torch's by now.
+    # Spawned, not forked: the process may have threads of torch's by now.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, context, initializer=_begin, initargs=(tokenizer, dtype)
+        workers, context, initializer=_start_worker, initargs=(tokenizer, dtype)
     ) as pool:
-        yield lambda groups: pool.map(_tokenize, groups)
+        yield lambda groups: pool.map(_tokenize_group, groups)
 
 
 class _Worker:
-    """Of a process."""
+    """What every task of this process needs, sent to it once."""
 
     tokenizer: Tokenizer
     dtype: type
 
 
-def _begin(tokenizer: Tokenizer, dtype: type) -> None:
-    _Worker.tokenizer, _Worker.dtype = tokenizer, dtype
+def _start_worker(tokenizer: Tokenizer, dtype: type) -> None:
+    _Worker.tokenizer = tokenizer
+    _Worker.dtype = dtype
 
 
-def _tokenize(group: list[Part]) -> _Tokenized:
-    tokenizer, ids, lengths, text_bytes, left_out = _Worker.tokenizer, [], [], 0, []
-    for part in group:
+def _tokenize_group(group: list[TextChunk]) -> _TokenizedGroup:
+    tokenizer = _Worker.tokenizer
+    documents: list[np.ndarray] = []
+    text_bytes = 0
+    not_text: list[str] = []
+    for chunk in group:
         try:
-            for text in part.documents():
-                own = np.array([*tokenizer.encode(text), tokenizer.end_of_document], _Worker.dtype)
-                ids.append(own)
-                lengths.append(len(own))
+            for text in chunk.documents():
+                ids = [*tokenizer.encode(text), tokenizer.end_of_document]
+                documents.append(np.array(ids, _Worker.dtype))
                 text_bytes += len(text)
         except NotTextError as file:
-            left_out.append(str(file))
-    whole = np.concatenate(ids) if ids else np.zeros(0, _Worker.dtype)
-    return _Tokenized(whole, lengths, text_bytes, sum(part.size for part in group), left_out)
+            not_text.append(str(file))
+    return _TokenizedGroup(
+        ids=np.concatenate(documents) if documents else np.zeros(0, _Worker.dtype),
+        lengths=[len(ids) for ids in documents],
+        text_bytes=text_bytes,
+        disk_bytes=sum(chunk.num_bytes for chunk in group),
+        not_text=not_text,
+    )

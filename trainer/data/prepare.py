@@ -2,119 +2,187 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import UserError
 from ..recipe.schema import DataConfig, Recipe
-from .buckets import Buckets
-from .corpus import Corpus, check_corpus, fingerprint
+from .buckets import BucketSteps
+from .corpus import Corpus
+from .corpus_check import check_corpus
+from .corpus_files import fingerprint
+from .mixture import Mixture
 from .mqar import MQARData
-from .packing import BestFitCorpus, HeldOutSamples, Mixture, PackedCorpus
-from .stdlib import NAME, python_stdlib
-from .steps import FixedLengthSteps, StepSampler
+from .packing import BestFitCorpus, PackedCorpus
+from .samples import FixedLengthSteps, HeldOutSamples, Splits, StepSampler
+from .stdlib import PYTHON_STDLIB, python_stdlib
 from .tokenizer import recipe_tokenizer, recipe_vocab_size
 
 
 class PreparedData(Protocol):
-    """A recipe's data, found to be good."""
+    """The data of a recipe, found to be good."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of each part of it, by its name: what a run in the same folder must have again to go on."""
+        """A fingerprint of each part by its name. A run can only be resumed with the same ones."""
         ...
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, HeldOutSamples | None]:
-        """What is trained on, and what is held out; of a recipe that has this data, as a stage of a run may."""
+    @property
+    def text(self) -> "CorpusData | None":
+        """The corpora of the whole run; None if it trains on a task, or if its stages have data of
+        their own.
+        """
         ...
+
+    def samples(self, recipe: Recipe, vocab_size: int) -> Splits:
+        """Return what a recipe trains on and what it holds out.
+
+        Args:
+            recipe: the run's, or that of one of its stages.
+            vocab_size: ids that the model knows.
+        """
+        ...
+
+
+class Source(NamedTuple):
+    """A corpus to train on."""
+
+    name: str
+    """As in the recipe."""
+    prefix: str
+    """Of its files on this machine."""
+    weight: float
+    """In the mixture."""
 
 
 @dataclass(frozen=True)
 class CorpusData:
-    """The prefixes that a recipe's data section means on this machine."""
+    """The corpora of a recipe's data section, as they lie on this machine."""
 
-    sources: dict[str, float]
+    sources: tuple[Source, ...]
     validation: str | None
-    names: tuple[str, ...]
-    """Of the sources, as the recipe has them."""
+    """Prefix of the held-out corpus."""
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Of each source, by its name."""
-        return {
-            name: fingerprint(prefix) for name, prefix in zip(self.names, self.sources, strict=True)
-        }
+        """A fingerprint of each source by its name."""
+        return {source.name: fingerprint(source.prefix) for source in self.sources}
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, PackedCorpus | None]:
-        length, alignment, seed = (
-            recipe.training.seq_length,
-            recipe.model.document_alignment,
-            recipe.training.seed,
-        )
-        sequences, weights = recipe.training.global_batch_size, list(self.sources.values())
-        corpora = [Corpus(prefix, vocab_size) for prefix in self.sources]
-        held_out = None
-        if self.validation:
-            held_out = PackedCorpus(Corpus(self.validation, vocab_size), length, alignment, None)
+    @property
+    def text(self) -> "CorpusData":
+        return self
+
+    def samples(self, recipe: Recipe, vocab_size: int) -> Splits:
+        training = self._training_steps(recipe, vocab_size)
+        return Splits(training, self._held_out(recipe, vocab_size))
+
+    def _training_steps(self, recipe: Recipe, vocab_size: int) -> StepSampler:
+        length = recipe.training.seq_length
+        alignment = recipe.model.document_alignment
+        seed = recipe.training.seed
+        sequences_per_step = recipe.training.global_batch_size
+        corpora = [Corpus(source.prefix, vocab_size) for source in self.sources]
+        weights = [source.weight for source in self.sources]
+
         if recipe.data.packing == "buckets":
-            chosen, mixed = recipe.data.buckets, list(zip(corpora, weights, strict=True))
-            shape = length, chosen.shortest, sequences, alignment
-            return Buckets(mixed, *shape, chosen.odds, chosen.cycle_steps, (seed,)), held_out
-        kind = BestFitCorpus if recipe.data.packing == "best_fit" else PackedCorpus
-        packed = [kind(corpus, length, alignment, (seed, i)) for i, corpus in enumerate(corpora)]
-        return FixedLengthSteps(Mixture(packed, weights), length, sequences), held_out
+            buckets = recipe.data.buckets
+            return BucketSteps(
+                list(zip(corpora, weights, strict=True)),
+                longest=length,
+                shortest=buckets.shortest,
+                longest_per_step=sequences_per_step,
+                alignment=alignment,
+                odds=buckets.odds,
+                cycle_steps=buckets.cycle_steps,
+                seeds=(seed,),
+            )
+        packing = BestFitCorpus if recipe.data.packing == "best_fit" else PackedCorpus
+        packed = [
+            packing(corpus, length, alignment, (seed, number))
+            for number, corpus in enumerate(corpora)
+        ]
+        return FixedLengthSteps(Mixture(packed, weights), length, sequences_per_step)
+
+    def _held_out(self, recipe: Recipe, vocab_size: int) -> HeldOutSamples | None:
+        if not self.validation:
+            return None
+        corpus = Corpus(self.validation, vocab_size)
+        length = recipe.training.seq_length
+        alignment = recipe.model.document_alignment
+        packed = PackedCorpus(corpus, length, alignment, shuffle_seeds=None)
+        return HeldOutSamples(packed, packed.samples_per_epoch)
 
 
 @dataclass(frozen=True)
 class StagedData:
-    """Of a run whose stages have data of their own."""
+    """The data of a run whose stages have data of their own."""
 
-    stages: list[tuple[DataConfig, "PreparedData"]]
+    stages: list[tuple[DataConfig, PreparedData]]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {
-            name: digest for _, data in self.stages for name, digest in data.fingerprints.items()
-        }
+        merged: dict[str, str] = {}
+        for _, data in self.stages:
+            merged |= data.fingerprints
+        return merged
 
-    def samples(self, recipe: Recipe, vocab_size: int) -> tuple[StepSampler, HeldOutSamples | None]:
-        return next(data for section, data in self.stages if section == recipe.data).samples(
-            recipe, vocab_size
-        )
+    @property
+    def text(self) -> None:
+        return None
+
+    def samples(self, recipe: Recipe, vocab_size: int) -> Splits:
+        data = next(data for section, data in self.stages if section == recipe.data)
+        return data.samples(recipe, vocab_size)
 
 
 def prepare_data(recipe: Recipe) -> PreparedData:
-    """Build the embedded corpus where it is asked for and missing, and check every file. Needs no process group.
+    """Check every file of a recipe's data; build the embedded corpus if the recipe names it.
+
+    Needs no process group.
 
     Raises:
-        UserError: naming the key or file.
+        UserError: naming the key or file that is wrong.
     """
-    if any(stage.data for stage in recipe.stages):
-        return StagedData(
-            [(now.data, _prepare(now)) for now in map(recipe.at, recipe.stage_starts)]
-        )
-    return _prepare(recipe)
+    if not any(stage.data for stage in recipe.stages):
+        return _prepare_section(recipe)
+    stage_recipes = [recipe.at_step(start) for start in recipe.stage_starts]
+    return StagedData([(stage.data, _prepare_section(stage)) for stage in stage_recipes])
 
 
-def _prepare(recipe: Recipe) -> PreparedData:
+def _prepare_section(recipe: Recipe) -> PreparedData:
     if recipe.data.mqar:
         return MQARData(recipe.data.mqar)
-    tokenizer, vocab_size = recipe_tokenizer(recipe), recipe_vocab_size(recipe)
-    sources, validation = dict(recipe.data.sources), recipe.data.validation
-    if NAME in sources or validation == NAME:
-        train, held_out = python_stdlib(tokenizer)
-        sources = {
-            train if prefix == NAME else prefix: weight for prefix, weight in sources.items()
-        }
-        validation = held_out if validation in (None, NAME) else validation
+    tokenizer = recipe_tokenizer(recipe)
+    vocab_size = recipe_vocab_size(recipe)
+
+    weights = recipe.data.sources or {}
+    validation = recipe.data.validation
+    prefixes = {name: name for name in weights}
+    if PYTHON_STDLIB in weights or validation == PYTHON_STDLIB:
+        training_prefix, held_out_prefix = python_stdlib(tokenizer)
+        if PYTHON_STDLIB in weights:
+            prefixes[PYTHON_STDLIB] = training_prefix
+        if validation in (None, PYTHON_STDLIB):
+            validation = held_out_prefix
     if not validation:
-        for key, value in {
-            "interval": recipe.evaluation.interval,
-            "ngram_baseline": recipe.evaluation.ngram_baseline,
-        }.items():
-            if value:
-                raise UserError(
-                    f"evaluation.{key}: there is no held-out data; set data.validation, or {key} to 0 or false"
-                )
-    for prefix in (*sources, *([validation] if validation else [])):
+        _refuse_held_out_use(recipe)
+
+    for prefix in prefixes.values():
         check_corpus(prefix, tokenizer.identity, vocab_size)
-    return CorpusData(sources, validation, tuple(recipe.data.sources))
+    if validation:
+        check_corpus(validation, tokenizer.identity, vocab_size)
+    sources = [Source(name, prefixes[name], weight) for name, weight in weights.items()]
+    return CorpusData(tuple(sources), validation)
+
+
+def _refuse_held_out_use(recipe: Recipe) -> None:
+    """Refuse a recipe without held-out data that asks for what needs some."""
+    needs_held_out = {
+        "interval": recipe.evaluation.interval,
+        "ngram_baseline": recipe.evaluation.ngram_baseline,
+    }
+    for key, value in needs_held_out.items():
+        if value:
+            raise UserError(
+                f"evaluation.{key}: there is no held-out data; "
+                f"set data.validation, or {key} to 0 or false"
+            )

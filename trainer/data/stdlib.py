@@ -1,6 +1,6 @@
-"""The embedded corpus: the sources of the Python standard library on this machine, without its tests.
+"""The embedded corpus: this machine's Python standard library, without its tests.
 
-Real text with structure at long range, on every machine that can run this program.
+It is real text with structure at long range, on every machine that can run this program.
 """
 
 import fcntl
@@ -11,55 +11,65 @@ import zlib
 from pathlib import Path
 
 from .build import build_corpus
-from .corpus import files
+from .corpus_files import corpus_files
 from .tokenizer import Tokenizer
 
-NAME = "python-stdlib"
-_HELD_OUT = 48  # one file of so many
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+PYTHON_STDLIB = "python-stdlib"
+"""The corpus's name in a recipe, in the place of a prefix."""
+
+_HELD_OUT_ONE_IN = 48  # files
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def python_stdlib(tokenizer: Tokenizer) -> tuple[str, str]:
-    """Prefixes of the training and the held-out split, built into the cache on first use."""
-    cache = Path(
-        os.environ.get("LONGSPAN_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "longspan"
-    )
-    identity = f"{tokenizer.identity.replace(':', '-')[:24]}-{platform.python_version()}-v1"
-    cache = cache.expanduser()
+    """Return the prefixes of the training and the held-out split; build them on first use.
+
+    The cache is ``$LONGSPAN_CACHE``, or else ``longspan`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """
+    cache = _cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
-    prefixes = [str(cache / f"{NAME}-{identity}-{split}") for split in ("train", "held-out")]
+    identity = f"{tokenizer.identity.replace(':', '-')[:24]}-{platform.python_version()}-v1"
+    training = str(cache / f"{PYTHON_STDLIB}-{identity}-train")
+    held_out = str(cache / f"{PYTHON_STDLIB}-{identity}-held-out")
     with cache.joinpath("lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs, or two nodes on one home, build it once
-        for prefix, held_out in zip(prefixes, (False, True), strict=True):
-            if not all(path.exists() for path in files(prefix)):
-                for partial in files(prefix):
-                    partial.unlink(missing_ok=True)
-                build_corpus(
-                    _sources(held_out),
-                    tokenizer,
-                    prefix,
-                    f"Building {NAME} ({'held-out' if held_out else 'train'})",
-                )
-    return prefixes[0], prefixes[1]
+        # Two first runs, or two nodes that share a home folder, build it once.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build_if_missing(training, "train", tokenizer)
+        _build_if_missing(held_out, "held-out", tokenizer)
+    return training, held_out
 
 
-def _sources(held_out: bool) -> list[Path]:
+def _cache_folder() -> Path:
+    folder = os.environ.get("LONGSPAN_CACHE")
+    if folder:
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "longspan").expanduser()
+
+
+def _build_if_missing(prefix: str, split: str, tokenizer: Tokenizer) -> None:
+    if all(path.exists() for path in corpus_files(prefix)):
+        return
+    for partial in corpus_files(prefix):
+        partial.unlink(missing_ok=True)
+    files = _source_files(held_out=split == "held-out")
+    build_corpus(files, tokenizer, prefix, f"Building {PYTHON_STDLIB} ({split})")
+
+
+def _source_files(held_out: bool) -> list[Path]:
+    """Return the files of a split, by name. A file's path decides which split it is in."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [
-        path
-        for path in relative
-        if not _LEFT_OUT.intersection(path.parts) and _is_text(root / path)
-    ]
-    return [
-        root / path
-        for path in kept
-        if (zlib.crc32(path.as_posix().encode()) % _HELD_OUT == 0) == held_out
-    ]
+    files = []
+    for path in sorted(path.relative_to(root) for path in root.rglob("*.py")):
+        if _SKIPPED_FOLDERS.intersection(path.parts) or not _is_text(root / path):
+            continue
+        is_held_out = zlib.crc32(path.as_posix().encode()) % _HELD_OUT_ONE_IN == 0
+        if is_held_out == held_out:
+            files.append(root / path)
+    return files
 
 
 def _is_text(path: Path) -> bool:
+    """Tell whether a file is UTF-8 and more than white space."""
     try:
         return bool(path.read_text("utf-8").strip())
     except UnicodeDecodeError:

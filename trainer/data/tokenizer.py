@@ -8,23 +8,33 @@ from ..errors import UserError
 from ..recipe.schema import Recipe
 
 _END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+"""Tokens that end a document, in the order in which they are looked for."""
 
 
 class Tokenizer(Protocol):
+    """What turns text into token ids, with one id that ends every document."""
+
     identity: str
-    """The same for two tokenizers that give the same ids."""
+    """Equal for two tokenizers that give the same ids."""
     vocab_size: int
     end_of_document: int
+    """Token id."""
 
-    def encode(self, text: bytes) -> list[int]: ...
+    def encode(self, text: bytes) -> list[int]:
+        """Return the ids of UTF-8 text, without an end of document."""
+        ...
 
-    def decode(self, ids: list[int]) -> str: ...
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids."""
+        ...
 
 
 class ByteTokenizer:
-    """Each byte is its own id; 256 ends a document."""
+    """Each byte is its own id, and 256 ends a document."""
 
-    identity, vocab_size, end_of_document = "bytes", 257, 256
+    identity = "bytes"
+    vocab_size = 257
+    end_of_document = 256
 
     def encode(self, text: bytes) -> list[int]:
         return list(text)
@@ -34,7 +44,11 @@ class ByteTokenizer:
 
 
 class HubTokenizer:
-    """A Hugging Face ``tokenizer.json``; a document ends with the end-of-text token that it defines."""
+    """A Hugging Face ``tokenizer.json``; a document ends with the end-of-text token it defines.
+
+    Raises:
+        UserError: if the file is no tokenizer, or has none of the known end-of-text tokens.
+    """
 
     def __init__(self, path: Path):
         import tokenizers
@@ -45,13 +59,14 @@ class HubTokenizer:
             raise UserError(f"{path}: not a tokenizer.json: {error}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+
         ends = [self._tokenizer.token_to_id(token) for token in _END_OF_DOCUMENT]
-        known = [token for token in ends if token is not None]
-        if not known:
+        known_ends = [token for token in ends if token is not None]
+        if not known_ends:
             raise UserError(
                 f"{path}: has no end-of-document token; add one of {', '.join(_END_OF_DOCUMENT)}"
             )
-        self.end_of_document = known[0]
+        self.end_of_document = known_ends[0]
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.identity = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
@@ -63,7 +78,15 @@ class HubTokenizer:
 
 
 def load_tokenizer(name: str, key: str) -> Tokenizer:
-    """``bytes`` or the path of a ``tokenizer.json``; ``key`` names the option in errors."""
+    """Load a tokenizer by its ``name``: ``bytes``, or the path of a ``tokenizer.json``.
+
+    Args:
+        name: as the user gave it.
+        key: the option or recipe key, for errors.
+
+    Raises:
+        UserError: if there is no such tokenizer.
+    """
     if name == "bytes":
         return ByteTokenizer()
     path = Path(name)
@@ -73,20 +96,21 @@ def load_tokenizer(name: str, key: str) -> Tokenizer:
 
 
 def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer that ``data.tokenizer`` names.
+    """Return the tokenizer that ``data.tokenizer`` names.
 
     Raises:
-        UserError: where there is none, since the recipe's tokens are no text.
+        UserError: if the recipe trains on a task, whose tokens are not text.
     """
     if recipe.data.mqar:
         raise UserError(
-            "data.mqar: its tokens are no text; use `longspan eval mqar RUN` to see what the model has learned"
+            "data.mqar: its tokens are not text; "
+            "use `longspan eval mqar RUN` to see what the model has learned"
         )
     return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
 
 
 def recipe_vocab_size(recipe: Recipe) -> int:
-    """Ids that the recipe's model knows, before padding."""
+    """Return the number of ids that the recipe's model knows, before padding."""
     if recipe.data.mqar:
         return recipe.data.mqar.vocab_size
     return recipe.model.vocab_size or recipe_tokenizer(recipe).vocab_size

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...parallel import Sequence
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
+from ..layers.mixer import Mixer
 from ..model import weights
 from ..model.cpu import megatron_on_cpu
 from ..model.model import build_model, expert_tensor_parallel
@@ -65,7 +66,7 @@ class EngineBase(Engine):
         """The ranks with the same weights and other tokens, of other sequences or of the same."""
 
         self.model = build_model(recipe, vocab_size, self.dtype)
-        weights.initialise(
+        weights.initialize(
             self.model,
             recipe.training.seed,
             recipe.model.initializer_range,
@@ -75,7 +76,7 @@ class EngineBase(Engine):
     def begin_stage(self, recipe: Recipe) -> None:
         self.recipe = recipe
         for module in self.model.modules():
-            if hasattr(module, "rope_theta"):
+            if isinstance(module, Mixer):
                 module.rope_theta = recipe.model.rope_theta
 
     def state(self) -> dict[str, Shards]:

@@ -25,8 +25,8 @@ divided by the number of labels on all ranks.
   initialize them depending on the ranks.
 - Documents and positions reach the mixers as ``packed_seq_params``, the only argument that Megatron
   hands through to layers untouched, under pipeline parallelism and full recomputation too.
-- ``rope_theta`` of a mixer changes with a stage of the run: :meth:`EngineBase.begin_stage` sets it
-  on every module that has it, because the modules in between are Megatron's.
+- ``rope_theta`` of a mixer changes with a stage of the run: :meth:`EngineBase.begin_stage` finds
+  the mixers and sets it, because the modules in between are Megatron's.
 - ``moe_utils.te_general_gemm`` must exist without Transformer Engine (``trainer/model/moe.py``),
   ``torch.cuda`` must answer on a CPU (``trainer/model/cpu.py``).
 - Its config keeps functions of the DDP and the optimizer: :meth:`MegatronEngine.close` takes them

@@ -7,58 +7,80 @@ import numpy as np
 import torch
 
 from ..checkpoint.run_folder import RunFolder
-from ..data.mqar import EVALUATION, examples, stream
+from ..data.mqar import EVALUATION_STREAM, make_examples
+from ..data.samples import seeded_generator
 from ..engines.engine import Engine
 from ..progress import track
 from ..recipe.schema import MQARConfig
-from .at_once import sequences_at_once
-from .mqar_settings import Setting, trained_settings
+from .mqar_settings import RecallSetting, recall_task, trained_settings
+from .scoring import batch_slices, ignore_progress
 
 
 def accuracy(
     engine: Engine,
     task: MQARConfig,
-    setting: Setting,
+    setting: RecallSetting,
     count: int,
     seed: int,
-    advance: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], None] = ignore_progress,
 ) -> float:
-    """Mean over ``count`` examples of the share of their questions that the likeliest token answers.
+    """Return the mean, over examples, of the share of questions that the likeliest token answers.
 
-    The examples are a pure function of the ``seed`` and the setting, and no model was trained on them. All answers of the
-    whole vocabulary are possible ones.
+    The likeliest token is chosen from the whole vocabulary. The examples are a pure function of the
+    ``seed`` and the setting, and no model was trained on them.
+
+    Args:
+        engine: with the trained model.
+        task: that the model was trained on.
+        setting: of the examples.
+        count: number of examples.
+        seed: of the examples.
+        advance: called with the number of examples that are done.
     """
-    random = stream(EVALUATION, seed, setting.length, setting.pairs)
-    made = examples(task, count, setting.length, setting.pairs, random)
-    right, size = [], sequences_at_once(setting.length)
-    for first in range(0, count, size):
-        tokens, asked, answers = (
-            torch.from_numpy(part[first : first + size]).to(engine.device) for part in made
-        )
-        _, likeliest = engine.token_losses(
-            tokens, torch.zeros_like(tokens).scatter(1, asked, answers)
-        )
-        right.append(likeliest.gather(1, asked).double().mean(1).cpu().numpy())
+    generator = seeded_generator(EVALUATION_STREAM, seed, setting.length, setting.pairs)
+    examples = make_examples(task, count, setting.length, setting.pairs, generator)
+
+    shares = []  # of right answers, for each example
+    for batch in batch_slices(count, setting.length):
+        tokens = torch.from_numpy(examples.tokens[batch]).to(engine.device)  # [batch, length]
+        answers = torch.from_numpy(examples.answers[batch]).to(engine.device)  # [batch, pairs]
+        positions = torch.from_numpy(examples.query_positions[batch]).to(engine.device)
+
+        labels = torch.zeros_like(tokens).scatter(1, positions, answers)
+        _, is_likeliest = engine.token_losses(tokens, labels)
+        shares.append(is_likeliest.gather(1, positions).double().mean(1).cpu().numpy())
         advance(len(tokens))
-    return float(np.concatenate(right).mean())
+    return float(np.concatenate(shares).mean())
 
 
 def evaluate_mqar(
-    folder: RunFolder, engine: Engine, settings: list[Setting], count: int, seed: int
+    folder: RunFolder, engine: Engine, settings: list[RecallSetting], count: int, seed: int
 ) -> dict:
-    """The accuracy in each setting, with what it depends on; also written to ``RUN/eval/mqar.json``."""
-    recipe, task = folder.recipe, folder.recipe.data.mqar
-    trained, rows = trained_settings(recipe), []
+    """Measure the accuracy in each setting, and write the report to ``RUN/eval/mqar.json``.
+
+    Args:
+        folder: of the run.
+        engine: with its trained model.
+        settings: to measure.
+        count: examples of each setting.
+        seed: of the examples.
+
+    Returns:
+        the report: the accuracies, with all that they depend on.
+    """
+    task = recall_task(folder.recipe)
+    trained = trained_settings(folder.recipe)
+    results = []
     with track("asking", len(settings) * count, of_bytes=False) as advance:
         for setting in settings:
             reached = accuracy(engine, task, setting, count, seed, advance)
-            rows.append({**asdict(setting), "trained": setting in trained, "accuracy": reached})
+            results.append({**asdict(setting), "trained": setting in trained, "accuracy": reached})
     report = {
         "examples": count,
         "seed": seed,
         "vocab_size": task.vocab_size,
         "chance": 1 / task.values,
-        "settings": rows,
+        "settings": results,
     }
     folder.write_evaluation("mqar", report)
     return report

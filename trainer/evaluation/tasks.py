@@ -1,11 +1,10 @@
-"""Questions whose answers stand somewhere in a long text: a needle in a haystack, and tasks after those of RULER
-(arXiv 2404.06654), for models that go on with text and were taught no instructions.
+"""Puzzles to hide in a long text: a needle in a haystack, and tasks of RULER's kind.
 
-Names are made of syllables, values are numbers of five digits. ``length`` counts all tokens of an example, to its last answer.
+RULER is arXiv 2404.06654. The puzzles are for models that continue text and were trained on no
+instructions. Names are made of syllables, and values are numbers of five digits.
 """
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,212 +13,227 @@ from ..errors import UserError
 from .held_out import Haystack
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+_NEEDLES = 4
+"""Numbers of the multi-query task."""
 _HOPS = 3
+"""How often a number is passed on in the variable-tracking task."""
 _WORDS = 20
+"""Different words of the frequent-words task."""
+_EXAMPLE_WORDS = 24
+"""Words of the solved example of that task, and the least of the task itself."""
 
 
-class Asked(NamedTuple):
-    """A text with its questions and answers."""
+class Fact(NamedTuple):
+    """A line to hide in the text."""
 
-    tokens: list[int]
-    answers: list[range]
-    """Where the tokens of each answer are."""
-
-
-class Example(NamedTuple):
-    right: Asked
-    wrong: list[Asked]
-    """For each question the same text up to it, with right answers to those before, and then an answer that is wrong."""
+    depth: float
+    """The part of the text that lies before it, from 0 to 1."""
+    text: str
 
 
 class Question(NamedTuple):
+    """What is asked at the end of the text."""
+
     stem: str
-    """Up to the answer, without a space at its end."""
+    """All up to the answer, without a space at its end."""
     right: str
     wrong: str
-    """Also in the text, but not what is asked for."""
+    """Another answer, which is also in the text."""
 
 
 class Puzzle(NamedTuple):
-    """What is hidden in a text and asked after it."""
+    """What is hidden in a text and asked at its end."""
 
-    facts: list[tuple[float, str]]
-    """Each with the part of the text that lies before it, 0 to 1."""
+    facts: list[Fact]
     questions: list[Question]
-    solved: str = ""
-    """A small one with its solution, which stands before the text."""
+    solved_example: str = ""
+    """A small puzzle with its answer, which stands before the text."""
 
 
 def needle(random: np.random.Generator, depth: float) -> Puzzle:
-    """One number in the text, at a ``depth`` from 0 (its beginning) to 1; another one, anywhere, is wrong."""
-    (name, other), (number, wrong) = _names(random, 2), _numbers(random, 2)
-    return Puzzle(
-        [(depth, _fact(name, number)), (random.random(), _fact(other, wrong))],
-        [Question(_stem(name), number, wrong)],
-    )
-
-
-def several(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
-    """Four numbers under four names, all asked for one after the other (RULER's multi-query needles); the next is wrong."""
-    names, numbers = _names(random, 4), _numbers(random, 4)
+    """Hide one number at a ``depth`` from 0 (the beginning) to 1; another, anywhere, is wrong."""
+    name, other_name = _names(random, 2)
+    number, other_number = _numbers(random, 2)
     facts = [
-        (random.random(), _fact(name, number)) for name, number in zip(names, numbers, strict=True)
+        Fact(depth, _sentence(name, number)),
+        Fact(random.random(), _sentence(other_name, other_number)),
     ]
-    order = random.permutation(4)
-    return Puzzle(
-        facts, [Question(_stem(names[i]), numbers[i], numbers[(i + 1) % 4]) for i in order]
-    )
+    return Puzzle(facts, [Question(_stem(name), number, other_number)])
 
 
-def crowd(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
-    """As many numbers as fit, each under a name; one is asked for (RULER's multi-key needles), another is wrong."""
-    count = max(2, _fitting(haystack, length, _fact("{}", "12345"), beside=_stem("bababa")))
-    names, numbers = _names(random, count), _numbers(random, count)
+def multi_query(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
+    """Hide four numbers under four names, and ask for all, one after another.
+
+    RULER's multi-query needles (``niah_multiquery``). The number of the next name is wrong.
+    """
+    names = _names(random, _NEEDLES)
+    numbers = _numbers(random, _NEEDLES)
     facts = [
-        (i / count, _fact(name, number))
+        Fact(random.random(), _sentence(name, number))
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    questions = [
+        Question(_stem(names[i]), numbers[i], numbers[(i + 1) % _NEEDLES])
+        for i in random.permutation(_NEEDLES)
+    ]
+    return Puzzle(facts, questions)
+
+
+def multi_key(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
+    """Hide as many numbers as fit, each under a name, and ask for one of them.
+
+    RULER's multi-key needles (``niah_multikey``). Another one of the numbers is wrong.
+    """
+    count = max(2, _fitting(haystack, length, _sentence("{}", "12345"), reserved=_stem("bababa")))
+    names = _names(random, count)
+    numbers = _numbers(random, count)
+    facts = [
+        Fact(i / count, _sentence(name, number))
         for i, (name, number) in enumerate(zip(names, numbers, strict=True))
     ]
-    one, other = random.choice(count, 2, replace=False)
-    return Puzzle(facts, [Question(_stem(names[one]), numbers[one], numbers[other])])
+    asked, other = random.choice(count, 2, replace=False)
+    return Puzzle(facts, [Question(_stem(names[asked]), numbers[asked], numbers[other])])
 
 
-def chain(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
-    """A number that is passed on from name to name; the last's is asked for (RULER's variable tracking), another chain's is
-    wrong.
+def variable_tracking(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
+    """Pass a number on from name to name, and ask for the last name's.
+
+    RULER's variable tracking (``vt``). The number of another chain, which runs between, is wrong.
     """
-
-    def passed_on(depths: Iterator[float]) -> tuple[list[tuple[float, str]], str, str]:
-        names, (number,) = _names(random, _HOPS + 1), _numbers(random, 1)
-        facts = [(next(depths), _fact(names[0], number))]
-        facts += [
-            (next(depths), _fact(after, f"that of {name}")) for name, after in pairwise(names)
-        ]
-        return facts, f"\nIn digits, the number of {names[-1]} is", number
-
-    def placed() -> Iterator[float]:
-        return iter(sorted(random.random(_HOPS + 1)))
-
-    solved, stem, number = passed_on(placed())
-    example = "".join(fact for _, fact in solved) + f"{stem} {number}.\n"
-    (mine, stem, number), (others, _, other) = passed_on(placed()), passed_on(placed())
-    return Puzzle(mine + others, [Question(stem, number, other)], example)
-
-
-def frequent(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
-    """As many words as fit, by Zipf's law with exponent 2; the most frequent is asked for (RULER's frequent words), the second
-    is wrong.
-    """
-
-    def drawn(count: int) -> tuple[list[str], str, str]:
-        names, chances = _names(random, _WORDS), np.arange(1.0, _WORDS + 1) ** -2
-        times = np.floor(count * chances / chances.sum()).astype(int)
-        times[0] += count - times.sum()
-        words = random.permutation(np.repeat(names, times)).tolist()
-        return (
-            ["\n" + " ".join(words[i : i + 8]) + "\n" for i in range(0, count, 8)],
-            names[0],
-            names[1],
-        )
-
-    stem, (lines, first, _) = "\nThe most frequent word is", drawn(24)
-    example = "".join(lines) + f"{stem} {first}.\n"
-    lines, first, second = drawn(max(24, _fitting(haystack, length, " {}", beside=example + stem)))
+    solved = _chain(random)
+    asked = _chain(random)
+    other = _chain(random)
+    solved_facts = "".join(fact.text for fact in solved.facts)
     return Puzzle(
-        [(i / len(lines), line) for i, line in enumerate(lines)],
-        [Question(stem, first, second)],
-        example,
+        asked.facts + other.facts,
+        [Question(asked.stem, asked.number, other.number)],
+        solved_example=f"{solved_facts}{solved.stem} {solved.number}.\n",
     )
 
 
-TASKS: dict[str, Callable[[np.random.Generator, Haystack, int], Puzzle]] = {
-    task.__name__: task for task in (several, crowd, chain, frequent)
+class _Chain(NamedTuple):
+    facts: list[Fact]
+    stem: str
+    """Asks for the number of the last name."""
+    number: str
+
+
+def _chain(random: np.random.Generator) -> _Chain:
+    depths = sorted(random.random(_HOPS + 1))
+    names = _names(random, _HOPS + 1)
+    (number,) = _numbers(random, 1)
+    values = [number, *(f"that of {name}" for name in names[:-1])]
+    facts = [
+        Fact(depth, _sentence(name, value))
+        for depth, name, value in zip(depths, names, values, strict=True)
+    ]
+    return _Chain(facts, f"\nIn digits, the number of {names[-1]} is", number)
+
+
+def frequent_words(random: np.random.Generator, haystack: Haystack, length: int) -> Puzzle:
+    """Hide as many words as fit, by Zipf's law with exponent 2, and ask for the most frequent one.
+
+    RULER's frequent words extraction (``fwe``). The second most frequent word is wrong.
+    """
+    stem = "\nThe most frequent word is"
+    solved = _zipf_words(random, _EXAMPLE_WORDS)
+    solved_example = f"{''.join(solved.lines)}{stem} {solved.most_frequent}.\n"
+
+    count = _fitting(haystack, length, " {}", reserved=solved_example + stem)
+    words = _zipf_words(random, max(_EXAMPLE_WORDS, count))
+    facts = [Fact(i / len(words.lines), line) for i, line in enumerate(words.lines)]
+    question = Question(stem, words.most_frequent, words.second)
+    return Puzzle(facts, [question], solved_example)
+
+
+class _ZipfWords(NamedTuple):
+    lines: list[str]
+    """Of eight words each."""
+    most_frequent: str
+    second: str
+
+
+def _zipf_words(random: np.random.Generator, count: int) -> _ZipfWords:
+    names = _names(random, _WORDS)
+    frequencies = np.arange(1.0, _WORDS + 1) ** -2
+    times = np.floor(count * frequencies / frequencies.sum()).astype(int)
+    times[0] += count - times.sum()
+    words = random.permutation(np.repeat(names, times)).tolist()
+    lines = ["\n" + " ".join(words[i : i + 8]) + "\n" for i in range(0, count, 8)]
+    return _ZipfWords(lines, names[0], names[1])
+
+
+PuzzleMaker = Callable[[np.random.Generator, Haystack, int], Puzzle]
+"""``make(random, haystack, length)`` makes a puzzle for a text of ``length`` tokens."""
+
+TASKS: dict[str, PuzzleMaker] = {
+    "multi_query": multi_query,
+    "multi_key": multi_key,
+    "variable_tracking": variable_tracking,
+    "frequent_words": frequent_words,
 }
-"""Of RULER's kind, by name: what makes a puzzle for a text of so many tokens."""
+"""Tasks of RULER's kind by name. Their order is part of what seeds their examples."""
+
+EARLIER_NAMES = {
+    "several": "multi_query",
+    "crowd": "multi_key",
+    "chain": "variable_tracking",
+    "frequent": "frequent_words",
+}
+"""What the tasks were called before they had RULER's names."""
 
 
-def lay_out(
-    puzzle: Puzzle, haystack: Haystack, length: int, random: np.random.Generator
-) -> Example:
-    """The puzzle in a text of the haystack, ``length`` tokens with the right answers.
+def choose_tasks(names: list[str] | None) -> list[str]:
+    """Return tasks by their names, or by those that they had earlier; all of them for None.
 
     Raises:
-        UserError: where it does not fit.
+        UserError: if there is no such task.
+    """
+    if names is None:
+        return list(TASKS)
+    tasks = [EARLIER_NAMES.get(name, name) for name in names]
+    for task in tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks: {task} is not a task; known: {', '.join(TASKS)}")
+    return tasks
+
+
+def _fitting(haystack: Haystack, length: int, fact: str, reserved: str) -> int:
+    """Return how many facts fill about nine tenths of a text, besides what is ``reserved``.
+
+    Args:
+        haystack: whose tokenizer counts.
+        length: tokens of the text.
+        fact: with ``{}`` in the place of a name.
+        reserved: other text of the example.
     """
     encode = haystack.tokenizer.encode
-    facts = [(depth, encode(fact.encode())) for depth, fact in puzzle.facts]
-    solved, asked = encode(puzzle.solved.encode()), _questions(puzzle, haystack)
-    room = length - len(solved) - sum(len(fact) for _, fact in facts) - len(asked.right.tokens)
-    if room < 0:
-        raise UserError(
-            f"--lengths: a question and what it asks for take {length - room:,} tokens; use at least 64 more"
-        )
-    hay, text, done = haystack.text(room, random), solved, 0
-    for depth, fact in sorted(facts, key=lambda fact: fact[0]):
-        place = round(depth * room)
-        text = text + hay[done:place] + fact
-        done = place
-    text = text + hay[done:]
-    return Example(_after(text, asked.right), [_after(text, wrong) for wrong in asked.wrong])
-
-
-def _questions(puzzle: Puzzle, haystack: Haystack) -> Example:
-    """All questions with their answers, without the text."""
-    encode, tokens, answers, wrong = haystack.tokenizer.encode, [], [], []
-
-    def answered(stem: str, answer: str) -> tuple[list[int], range]:
-        alone, whole = encode(stem.encode()), encode(f"{stem} {answer}".encode())
-        same = next(
-            (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b),
-            min(len(alone), len(whole)),
-        )
-        return tokens + whole, range(len(tokens) + same, len(tokens) + len(whole))
-
-    for question in puzzle.questions:
-        instead, where = answered(question.stem, question.wrong)
-        wrong.append(Asked(instead, [where]))
-        tokens, where = answered(question.stem, question.right)
-        answers.append(where)
-    return Example(Asked(tokens, answers), wrong)
-
-
-def _after(text: list[int], asked: Asked) -> Asked:
-    return Asked(
-        text + asked.tokens,
-        [range(place.start + len(text), place.stop + len(text)) for place in asked.answers],
-    )
-
-
-def _fitting(haystack: Haystack, length: int, fact: str, beside: str) -> int:
-    """How many such facts, with names for ``{}``, fill about nine tenths of what is left ``beside`` a text."""
-    encode = haystack.tokenizer.encode
-    tried = "".join(fact.format(name) for name in _names(np.random.default_rng(0), 64))
-    return (
-        max(0, length - 16 - len(encode(beside.encode())))
-        * 64
-        * 9
-        // 10
-        // len(encode(tried.encode()))
-    )
+    tried = 64
+    facts = "".join(fact.format(name) for name in _names(np.random.default_rng(0), tried))
+    available = max(0, length - 16 - len(encode(reserved.encode())))
+    return available * tried * 9 // 10 // len(encode(facts.encode()))
 
 
 def _stem(name: str) -> str:
-    """Begins a line: so its tokens are the same in a fact and in a question."""
+    """Return a question, which begins a line, so that its tokens are the same as in a fact."""
     return f"\nThe number of {name} is"
 
 
-def _fact(name: str, number: str) -> str:
-    return f"{_stem(name)} {number}.\n"
+def _sentence(name: str, value: str) -> str:
+    return f"{_stem(name)} {value}.\n"
 
 
 def _names(random: np.random.Generator, count: int) -> list[str]:
-    """Different words of three syllables or, of very many, four."""
-    syllables, found = 3 if count < 10_000 else 4, {}
-    while len(found) < count:
-        drawn = random.integers(len(_SYLLABLES), size=(count, syllables))
-        found |= dict.fromkeys("".join(_SYLLABLES[number] for number in word) for word in drawn)
-    return list(found)[:count]
+    """Draw different words of three syllables, or four if there are very many."""
+    num_syllables = 3 if count < 10_000 else 4
+    names: dict[str, None] = {}  # a set that keeps its order
+    while len(names) < count:
+        words = random.integers(len(_SYLLABLES), size=(count, num_syllables))
+        names |= dict.fromkeys("".join(_SYLLABLES[i] for i in word) for word in words)
+    return list(names)[:count]
 
 
 def _numbers(random: np.random.Generator, count: int) -> list[str]:
-    """Different numbers, as long as there are some."""
-    return [str(10_000 + number) for number in random.choice(90_000, count, replace=count > 90_000)]
+    """Draw numbers of five digits, all different as long as there are enough."""
+    drawn = random.choice(90_000, count, replace=count > 90_000)
+    return [str(10_000 + number) for number in drawn]

@@ -47,7 +47,7 @@ class SavedRun:
                 f"{self.checkpoint.path}: {damage}; choose another with {path}@STEP{others}"
             )
         self.step = self.checkpoint.step
-        self.recipe: Recipe = whole.at(max(0, self.step - 1))
+        self.recipe: Recipe = whole.at_step(max(0, self.step - 1))
         self.source = ModelToExport(
             self.recipe.model, recipe_vocab_size(self.recipe), self.recipe.training.seq_length
         )

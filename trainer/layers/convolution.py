@@ -4,20 +4,30 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .base import Block, ContextSplit, ModelSizes, Positive, Shapes, Visibility
+from .base import (
+    Block,
+    ContextSplit,
+    MixerContext,
+    ModelSizes,
+    Positive,
+    Shapes,
+    Visibility,
+)
 
 
 class ConvolutionBlock(Block):
-    """A gated short convolution, ``c * conv(b * x)`` of three projections (LFM2; Based's arXiv 2402.18668 has one gate)."""
+    """A gated short convolution, ``c * conv(b * x)`` of three projections (LFM2; Based, arXiv
+    2402.18668, has one gate).
+    """
 
     mixer: Literal["conv"]
     conv_kernel: Positive = 3
-    """Tokens that it sees, the token itself among them."""
+    """Number of tokens that it sees, including the token itself."""
 
-    def mixer_class(self) -> type:
+    def build_mixer(self, context: MixerContext) -> Any:
         from .convolution_mixer import GatedConvolution
 
-        return GatedConvolution
+        return GatedConvolution(context, self.parameter_shapes(context.sizes, context.layer))
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         width = model.num_attention_heads * model.kv_channels

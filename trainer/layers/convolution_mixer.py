@@ -1,28 +1,19 @@
 """A gated short convolution, as a mixer of its own."""
 
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ...parallel import Sequence, short_convolution
-from .convolution import ConvolutionBlock
-from .mixer import Mixer, MixerOptions, conv1d_uniform
+from .base import MixerContext, Shapes
+from .mixer import Mixer, conv1d_uniform
 
 
 class GatedConvolution(Mixer):
     """``c * conv(b * x)``; per head, a group of channels, the rows are ``b``, ``c`` and ``x``."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        block: ConvolutionBlock,
-        options: MixerOptions,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-    ):
-        num_heads = config.num_attention_heads
-        super().__init__(config, block, options, layer_number, pg_collection, num_heads)
-        self.conv_weight = self.split_parameter("conv_weight", conv1d_uniform(block.conv_kernel))
+    def __init__(self, context: MixerContext, shapes: Shapes):
+        super().__init__(context, shapes, context.sizes.num_attention_heads)
+        _, kernel = shapes["conv_weight"]
+        self.conv_weight = self.split_parameter("conv_weight", conv1d_uniform(kernel))
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
         return self.around(self._mix, hidden, sequence)

@@ -2,130 +2,31 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from ...attention.errors import InvalidField
-from .base import Block, ContextSplit, ModelSizes, Natural, Positive, Shapes, Visibility
-
-
-@dataclass(frozen=True)
-class LinearDesign:
-    """What a mixer does around :func:`longspan.attention.linear_attention`, in the order in which it does it."""
-
-    heads: int
-    """Of values, and so of states."""
-    key_heads: int
-    """Of queries and keys; a divisor of ``heads``."""
-    key_dim: int
-    """Of a projected query or key."""
-    value_dim: int
-    conv_kernel: int = 0
-    """Width of the short convolution of queries, keys and values, with SiLU after it; 0 for none."""
-    conv_bias: bool = False
-    silu: str = ""
-    """Which of ``q``, ``k`` and ``v`` go through SiLU where no convolution has done so."""
-    rotary: bool = False
-    feature_map: Literal["none", "elu", "taylor", "hedgehog", "l2", "lrpe"] = "none"
-    """Of queries and keys."""
-    decay: Literal["none", "minimax", "paper", "retention", "sigmoid", "softplus"] = "none"
-    """Fixed, or of the token: ``logsigmoid(x) / 16``, or ``-exp(A) softplus(x + b)``."""
-    decay_rank: int = 0
-    """Of the projection that gives every key a decay of its own; 0 for one per head."""
-    steps: bool = False
-    """Values are multiplied by the step ``softplus(x + b)`` of the decay (Mamba-2's discretisation)."""
-    beta: float = 0.0
-    """The delta rule with this times a sigmoid; 0 for none."""
-    normalised: bool = False
-    """Weights sum to one."""
-    scale: float = 1.0
-    skip: bool = False
-    """A learned multiple of each head's values is added to its output."""
-    norm: Literal["none", "head", "key_head", "all"] = "none"
-    """RMSNorm of the output: of each head, of the heads of one key head together, or of all heads together."""
-    norm_weight: bool = True
-    gate: Literal["none", "sigmoid", "silu", "identity"] = "none"
-    """The output is multiplied by this of a projection."""
-    gate_rank: int = 0
-    """Of that projection; 0 for a full one."""
-    gate_first: bool = False
-    """Gate, then norm."""
-
-    @property
-    def feature_dim(self) -> int:
-        """Rows of a head's state."""
-        dim = self.key_dim
-        return {"taylor": 1 + dim + dim * (dim + 1) // 2, "hedgehog": 2 * dim, "lrpe": 2 * dim}.get(
-            self.feature_map, dim
-        )
-
-    @property
-    def width(self) -> int:
-        """Of all heads' outputs."""
-        return self.heads * self.value_dim
-
-    @property
-    def group(self) -> int:
-        """Heads that share a key head."""
-        return self.heads // self.key_heads
-
-    @property
-    def parts(self) -> tuple[int, ...]:
-        """Rows of one key head in the fused projection: query, key, values; gates, betas, decays."""
-        gates = self.group * self.value_dim if self.gate != "none" and not self.gate_rank else 0
-        decays = self.group if self.decay in ("sigmoid", "softplus") and not self.decay_rank else 0
-        return self.conv_channels // self.key_heads, gates, self.group if self.beta else 0, decays
-
-    @property
-    def conv_channels(self) -> int:
-        """Queries, keys and values of all heads."""
-        return self.key_heads * 2 * self.key_dim + self.width
-
-    @property
-    def state_numbers(self) -> int:
-        """Numbers of all heads' states."""
-        return self.heads * self.feature_dim * (self.value_dim + self.normalised)
-
-    def parameter_shapes(self, hidden_size: int) -> Shapes:
-        """Return the shape of every parameter of the mixer, by its name there."""
-        keys = self.heads * self.key_dim
-        shapes: Shapes = {
-            "linear_in.weight": (self.key_heads * sum(self.parts), hidden_size),
-            "linear_proj.weight": (hidden_size, self.width),
-        }
-        if self.conv_kernel:
-            shapes["conv_weight"] = (self.conv_channels, self.conv_kernel)
-            if self.conv_bias:
-                shapes["conv_bias"] = (self.conv_channels,)
-        if self.feature_map == "hedgehog":
-            shapes |= {"map_q": (keys, self.key_dim), "map_k": (keys, self.key_dim)}
-        if self.feature_map == "lrpe":
-            shapes["angles"] = (self.heads, self.key_dim)
-        if self.decay_rank:
-            shapes["decay_in.down.weight"] = (self.decay_rank, hidden_size)
-            shapes["decay_in.up.weight"] = (keys, self.decay_rank)
-        if self.decay in ("sigmoid", "softplus"):
-            shapes["decay.bias"] = (keys if self.decay_rank else self.heads,)
-        if self.decay == "softplus":
-            shapes["decay.rate_log"] = (self.heads,)
-        if self.skip:
-            shapes["skip"] = (self.heads,)
-        if self.norm != "none" and self.norm_weight:
-            shapes["norm.weight"] = (self.value_dim if self.norm == "head" else self.width,)
-        if self.gate_rank:
-            shapes["gate_in.down.weight"] = (self.gate_rank, hidden_size)
-            shapes["gate_in.up.weight"] = (self.width, self.gate_rank)
-        return shapes
+from .base import (
+    Block,
+    ContextSplit,
+    MixerContext,
+    ModelSizes,
+    Natural,
+    Positive,
+    Shapes,
+    Visibility,
+)
+from .linear_design import LinearDesign
 
 
 class LinearAttentionBlock(Block):
-    """Sizes that all kinds of linear attention share."""
+    """Keys that all kinds of linear attention share."""
 
     num_heads: Positive | None = None
-    """Defaults to num_attention_heads. Where head dims are not given, more heads have fewer dims each: the width,
-    num_attention_heads * head_dim, stays."""
+    """Number of heads; defaults to num_attention_heads. Unless head dims are given, more heads have
+    fewer dims each: the width, num_attention_heads * head_dim, stays."""
     key_head_dim: Positive | None = None
     """Dims of a query and a key."""
     value_head_dim: Positive | None = None
@@ -163,17 +64,18 @@ class LinearAttentionBlock(Block):
 
     @property
     def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of a head's part of the width, as fractions: key dims and value dims."""
+        """Default key dims and value dims, as fractions of a head's part of the width."""
         return (1, 1), (1, 1)
 
     @abstractmethod
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        """``plain`` as the paper has it."""
+        """Return ``plain`` with the steps of the paper."""
 
-    def mixer_class(self) -> type:
+    def build_mixer(self, context: MixerContext) -> Any:
         from .linear_mixer import LinearAttention
 
-        return LinearAttention
+        design = self.design(context.sizes, context.layer)
+        return LinearAttention(context, design)
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         return self.design(model, layer).parameter_shapes(model.hidden_size)
@@ -240,11 +142,11 @@ def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> in
         reason = f"{heads} does not divide the width, {width}; set {key}"
         raise InvalidField("num_heads", reason)
     part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
-    raise InvalidField(key, f"is by default {part}, {dim:g} with {heads} heads; set it")
+    raise InvalidField(key, f"defaults to {part}, {dim:g} with {heads} heads; set it")
 
 
 class LinearBlock(LinearAttentionBlock):
-    """Linear attention with ``elu + 1``, its weights normalised (arXiv 2006.16236 eq. 7-9)."""
+    """Linear attention with ``elu + 1``, its weights normalized (arXiv 2006.16236 eq. 7-9)."""
 
     mixer: Literal["linear"]
 
@@ -255,53 +157,54 @@ class LinearBlock(LinearAttentionBlock):
 class LightningBlock(LinearAttentionBlock):
     """Lightning attention: a fixed decay per head.
 
-    ``minimax`` (arXiv 2501.08313 sec. 2.2; `minimax` in transformers): SiLU of queries, keys and values, RMSNorm over all heads
-    together, a sigmoid gate. ``transnormer`` (arXiv 2307.14995): SiLU of queries and keys, a norm without weight, a gate
-    without activation, and in the first layer LRPE, a rotation with learned angles; TransNormerLLM also has
-    ``mlp_activation: identity``. MiniMax's code fixes the eps of its inner norm at 1e-6, which is here the model's; the norms
-    of TransNormerLLM's layers have no weight, ours do.
+    ``minimax`` (arXiv 2501.08313 sec. 2.2; `minimax` in transformers): SiLU of queries, keys and
+    values, RMSNorm over all heads together, a sigmoid gate. ``transnormer`` (arXiv 2307.14995):
+    SiLU of queries and keys, a norm without weight, a gate without activation, and in the first
+    layer LRPE, a rotation with learned angles; TransNormerLLM also has ``mlp_activation:
+    identity``. MiniMax's code fixes the eps of its inner norm at 1e-6, here it is the model's; the
+    norms of TransNormerLLM's layers have no weight, ours do.
     """
 
     mixer: Literal["lightning"]
     style: Literal["minimax", "transnormer"] = "minimax"
     """Whose activations, norm and gate it has."""
     decay: Literal["minimax", "paper"] = "minimax"
-    """minimax: ALiBi's slopes, weaker from layer to layer, which the published models have. paper: arXiv 2307.14995 eq. 10."""
+    """minimax: ALiBi's slopes, weaker from layer to layer, as in the published models. paper: arXiv
+    2307.14995 eq. 10."""
     output_gate: bool = True
-    """Multiply the normalised output by a gate, a projection of the layer's input."""
+    """Multiply the normalized output by a gate, a projection of the layer's input."""
 
     def design(self, model: ModelSizes, layer: int = 0) -> LinearDesign:
         design = super().design(model, layer)
-        return (
-            replace(design, feature_map="lrpe")
-            if self.style == "transnormer" and layer == 0
-            else design
-        )
+        if self.style == "transnormer" and layer == 0:
+            return replace(design, feature_map="lrpe")
+        return design
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        whole = self.style == "minimax"
-        gate = "none" if not self.output_gate else "sigmoid" if whole else "identity"
+        plain = replace(plain, decay=self.decay, norm="all")
+        if self.style == "minimax":
+            return replace(plain, silu="qkv", gate="sigmoid" if self.output_gate else "none")
         return replace(
             plain,
-            silu="qkv" if whole else "qk",
-            decay=self.decay,
-            norm="all",
-            norm_weight=whole,
-            gate=gate,
+            silu="qk",
+            norm_weight=False,
+            gate="identity" if self.output_gate else "none",
         )
 
 
 class RetentionBlock(LinearAttentionBlock):
-    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a norm per head, a SiLU gate.
+    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a
+    norm per head, a SiLU gate.
 
-    Rotary positions stand for xPos, whose magnitudes are the decay; RMSNorm for GroupNorm, as in the authors' code. That code
-    also divides weights by their sums, which the norm takes back, and spaces its angles as ``linspace`` does.
+    Rotary positions replace xPos, whose magnitudes are the decay; RMSNorm replaces GroupNorm, as in
+    the authors' code. That code also divides weights by their sums, which the norm undoes, and
+    spaces its angles like ``linspace``.
     """
 
     mixer: Literal["retention"]
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -320,7 +223,8 @@ class RetentionBlock(LinearAttentionBlock):
 class SimpleGLABlock(LinearAttentionBlock):
     """Gated linear attention with one decay per head and token (arXiv 2312.06635 sec. 4.4).
 
-    fla's `simple_gla` by default has a short convolution and a bias in its gate, which the paper has not.
+    By default, fla's `simple_gla` also has a short convolution and a bias in its gate, unlike the
+    paper.
     """
 
     mixer: Literal["simple_gla"]
@@ -330,18 +234,19 @@ class SimpleGLABlock(LinearAttentionBlock):
 
 
 class GLABlock(LinearAttentionBlock):
-    """Gated linear attention: every key has a decay of its own, from a projection of low rank (arXiv 2312.06635 sec. 4).
+    """Gated linear attention: every key has a decay of its own, from a projection of low rank
+    (arXiv 2312.06635 sec. 4).
 
-    RMSNorm for the paper's LayerNorm, as in the authors' code.
+    RMSNorm replaces the paper's LayerNorm, as in the authors' code.
     """
 
     mixer: Literal["gla"]
     decay_rank: Positive = 16
-    """Of the projection that the decays come from."""
+    """Rank of the projection that the decays come from."""
     decay_rank_key: ClassVar[str] = "decay_rank"
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 2), (1, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -357,18 +262,20 @@ class GLABlock(LinearAttentionBlock):
 
 
 class BasedBlock(LinearAttentionBlock):
-    """Based: the exponential's Taylor polynomial of queries and keys of few dims, normalised (arXiv 2402.18668 sec. 4.1)."""
+    """Based: the exponential's Taylor polynomial, with queries and keys of few dims, normalized
+    (arXiv 2402.18668 sec. 4.1).
+    """
 
     mixer: Literal["based"]
     key_head_dim: Positive | None = 16
-    """Dims of a query and a key; the state has 1 + d + d (d + 1) / 2 rows."""
+    """Dims d of a query and a key; the state has 1 + d + d (d + 1) / 2 rows."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         return replace(plain, feature_map="taylor", normalised=True)
 
 
 class HedgehogBlock(LinearAttentionBlock):
-    """Hedgehog: learned feature maps that imitate a softmax, normalised (arXiv 2402.04347)."""
+    """Hedgehog: learned feature maps that imitate a softmax, normalized (arXiv 2402.04347)."""
 
     mixer: Literal["hedgehog"]
 
@@ -378,35 +285,34 @@ class HedgehogBlock(LinearAttentionBlock):
 
 class _ConvolvedBlock(LinearAttentionBlock):
     conv_kernel: Natural = 4
-    """Tokens that the short convolution of queries, keys and values sees; 0 for none, and then SiLU alone."""
+    """Tokens that the short convolution of queries, keys and values sees; 0 for none, but SiLU."""
 
 
 class Mamba2Block(_ConvolvedBlock):
-    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): queries and keys (C and B) that heads share, values times their step.
+    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): heads share queries and keys (C and B), and
+    values are multiplied by their step.
 
-    Each head adds a multiple of its values. The norm is of the gated output, and of the heads of one key head together.
+    Each head adds a multiple of its values. The norm is that of the gated output, over the heads of
+    one key head together.
     """
 
     mixer: Literal["mamba2"]
     key_head_dim: Positive | None = 128
-    """The state's size."""
+    """Size of the state."""
     num_key_heads: Positive = 1
-    """Groups of heads that share queries and keys; tensor parallelism splits no group."""
+    """Number of groups of heads that share queries and keys; tensor parallelism splits no group."""
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = replace(
+        return replace(
             plain,
             key_heads=self.num_key_heads,
             conv_kernel=self.conv_kernel,
             conv_bias=True,
             silu="qkv",
-        )
-        return replace(
-            plain,
             decay="softplus",
             steps=True,
             skip=True,
@@ -416,43 +322,65 @@ class Mamba2Block(_ConvolvedBlock):
         )
 
 
-class DeltaNetBlock(_ConvolvedBlock):
-    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
-
-    mixer: Literal["deltanet"]
+class _DeltaBlock(_ConvolvedBlock):
+    mixer: Literal["deltanet", "gated_deltanet", "kda"]
     allow_negative_eigenvalues: bool = False
     """Replace up to twice what was recalled (arXiv 2411.12537)."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        beta, scale = 2.0 if self.allow_negative_eigenvalues else 1.0, plain.key_dim**-0.5
-        conv = {"conv_kernel": self.conv_kernel, "silu": "qkv"}
-        return replace(plain, **conv, feature_map="l2", beta=beta, scale=scale, norm="head")
+        return replace(
+            plain,
+            conv_kernel=self.conv_kernel,
+            silu="qkv",
+            feature_map="l2",
+            beta=2.0 if self.allow_negative_eigenvalues else 1.0,
+            scale=plain.key_dim**-0.5,
+            norm="head",
+        )
 
 
-class GatedDeltaNetBlock(DeltaNetBlock):
-    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`, `olmo_hybrid`."""
+class DeltaNetBlock(_DeltaBlock):
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): a new value replaces what its key recalls. Keys
+    and queries have unit length.
+    """
+
+    mixer: Literal["deltanet"]
+
+
+class GatedDeltaNetBlock(_DeltaBlock):
+    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head;
+    `qwen3_next`, `olmo_hybrid`.
+    """
 
     mixer: Literal["gated_deltanet"]
     num_key_heads: Positive | None = None
-    """Defaults to num_heads; fewer are shared by several heads each (Qwen3-Next)."""
+    """Number of key heads; defaults to num_heads. Several heads may share one (Qwen3-Next)."""
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (3, 4), (3, 2)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain = super()._preset(replace(plain, key_heads=self.num_key_heads or plain.heads))
-        return replace(plain, decay="softplus", gate="silu")
+        plain = replace(plain, key_heads=self.num_key_heads or plain.heads)
+        return replace(super()._preset(plain), decay="softplus", gate="silu")
 
 
-class KDABlock(DeltaNetBlock):
-    """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key; `kimi_linear`.
+class KDABlock(_DeltaBlock):
+    """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key;
+    `kimi_linear`.
 
-    Decays and the sigmoid gate come from projections of low rank, that of a head's dims; without a bias, which fla's gate has.
+    Decays and the sigmoid gate come from projections whose rank is the dims of a head. fla's gate
+    also has a bias.
     """
 
     mixer: Literal["kda"]
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        plain, rank = super()._preset(plain), plain.value_dim
-        return replace(plain, decay="softplus", decay_rank=rank, gate="sigmoid", gate_rank=rank)
+        rank = plain.value_dim
+        return replace(
+            super()._preset(plain),
+            decay="softplus",
+            decay_rank=rank,
+            gate="sigmoid",
+            gate_rank=rank,
+        )

@@ -1,14 +1,15 @@
-"""What all mixers are: an input and an output projection around an operation of :mod:`longspan.parallel`, for Megatron-core.
+"""The base of all mixers: an input and an output projection around an operation of
+:mod:`longspan.parallel`, for Megatron-core.
 
-Fused projections are laid out head by head, so that a tensor-parallel rank's rows are one slice of the whole matrix.
+Fused projections are laid out head by head, so that a tensor-parallel rank's rows are one slice of
+the whole matrix.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
@@ -16,16 +17,16 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Generator, Tensor, nn
 
 from ...parallel import Sequence
-from .base import Block
+from .base import MixerContext, Shapes
 from .recompute import recomputed
 
-Initial = Callable[[list[int], Generator], Tensor]
-"""First values of a parameter that are not those of every matrix or vector: of the whole one, by its shape."""
+InitialValues = Callable[[list[int], Generator], Tensor]
+"""A function that makes the whole parameter, before it is split over ranks, from its shape."""
 
 
 @dataclass(frozen=True)
 class MegatronSizes:
-    """The sizes that a Megatron config names otherwise, as :class:`.base.ModelSizes`."""
+    """The sizes in a Megatron config, by the names of :class:`.base.ModelSizes`."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -44,45 +45,30 @@ class MegatronSizes:
         )
 
 
-class MixerOptions(NamedTuple):
-    """What a mixer must know that neither its block nor Megatron's config says."""
-
-    rope_theta: float = 10000.0
-    schedule: str = "auto"
-    """How context-parallel ranks share softmax attention, as :func:`longspan.parallel.attend` takes it."""
-    recomputes: bool = False
-    """Whether what lies before and after the operation is computed again in the backward pass."""
-
-
 class Mixer(MegatronModule):
-    """Base: the two projections, and which heads are this rank's. Hidden states are Megatron's ``[time, batch, hidden]``,
-    of the tokens that the sequence's layout gives this rank.
+    """Base of all mixers: the two projections, and which heads are this rank's.
+
+    Hidden states are Megatron's ``[time, batch, hidden]``: the tokens that the sequence's layout
+    gives this rank.
 
     Args:
-        num_heads: how many equal parts the rows of the input projection have, which tensor parallelism divides among
-            ranks.
+        shapes: shapes of all parameters, as :meth:`.base.Block.parameter_shapes` returns them.
+        num_heads: number of heads whose rows the input projection has one after another, which
+            tensor parallelism divides among ranks.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        block: Block,
-        options: MixerOptions,
-        layer_number: int,
-        pg_collection: ProcessGroupCollection,
-        num_heads: int,
-    ):
+    def __init__(self, context: MixerContext, shapes: Shapes, num_heads: int):
+        config = context.config
         super().__init__(config)
-        self.layer = layer_number - 1  # Megatron counts from 1
-        self.shapes = block.parameter_shapes(MegatronSizes.of(config), self.layer)
-        self.rope_theta = options.rope_theta
-        self.recomputes = options.recomputes
-        self.cp_group, self.tp_group = pg_collection.cp, pg_collection.tp
+        self.shapes = shapes
+        self.rope_theta = context.rope_theta
+        self.recomputes = context.recomputes
+        self.cp_group, self.tp_group = context.process_groups.cp, context.process_groups.tp
         self.local_heads = num_heads // self.tp_group.size()
         self.first_head = self.tp_group.rank() * self.local_heads
 
-        projected, hidden_size = self.shapes["linear_in.weight"]
-        width = self.shapes["linear_proj.weight"][1]
+        input_rows, hidden_size = shapes["linear_in.weight"]
+        _, width = shapes["linear_proj.weight"]
         shared: dict[str, Any] = {
             "config": config,
             "bias": False,
@@ -91,7 +77,7 @@ class Mixer(MegatronModule):
         }
         self.linear_in = ColumnParallelLinear(
             hidden_size,
-            projected,
+            input_rows,
             init_method=config.init_method,
             gather_output=False,
             **shared,
@@ -105,19 +91,23 @@ class Mixer(MegatronModule):
         )
 
     def forward(self, hidden: Tensor, sequence: Sequence) -> Tensor:
-        """Mix the tokens of ``[time, batch, hidden]``; the same shape."""
+        """Mix the tokens of ``hidden [time, batch, hidden]``; the output has the same shape."""
         raise NotImplementedError
 
     def project(self, hidden: Tensor) -> Tensor:
-        """``[batch, time, local heads, rows]``."""
-        return self.linear_in(hidden)[0].transpose(0, 1).unflatten(-1, (self.local_heads, -1))
+        """Return the input projection, head by head: ``[batch, time, local heads, rows]``."""
+        projected, _ = self.linear_in(hidden)  # [time, batch, local rows]
+        return projected.transpose(0, 1).unflatten(-1, (self.local_heads, -1))
 
     def output(self, mixed: Tensor) -> Tensor:
-        """From ``[batch, time, local width]`` to ``[time, batch, hidden]``."""
-        return self.linear_proj(mixed.transpose(0, 1).contiguous())[0]
+        """Project ``[batch, time, local width]`` to ``[time, batch, hidden]``."""
+        projected, _ = self.linear_proj(mixed.transpose(0, 1).contiguous())
+        return projected
 
     def tokens_of(self, sequence: Sequence) -> dict[str, Any]:
-        """The keyword arguments by which operations of :mod:`longspan.parallel` know whose tokens these are."""
+        """Return the keyword arguments of :mod:`longspan.parallel` that say which tokens this rank
+        has, and which documents they belong to.
+        """
         return {
             "layout": sequence.layout,
             "group": self.cp_group,
@@ -125,14 +115,17 @@ class Mixer(MegatronModule):
         }
 
     def around(self, function: Callable, *inputs):
-        """``function(*inputs)``, which comes before the operation or after it."""
+        """Return ``function(*inputs)``, a step before the operation or after it.
+
+        If this layer recomputes, it is computed again in the backward pass.
+        """
         return recomputed(function, *inputs) if self.recomputes else function(*inputs)
 
-    def split_parameter(self, name: str, initial: Initial) -> nn.Parameter:
-        """The parameter ``name`` of ``shapes``, whose first dim tensor-parallel ranks share. ``initial`` makes the whole one."""
+    def split_parameter(self, name: str, initial: InitialValues) -> nn.Parameter:
+        """Make the parameter ``name`` of ``shapes``; tensor-parallel ranks split its first dim."""
         rows, *others = self.shapes[name]
-        local = self.linear_in.weight.new_zeros(rows // self.tp_group.size(), *others)
-        parameter = nn.Parameter(local)
+        values = self.linear_in.weight.new_zeros(rows // self.tp_group.size(), *others)
+        parameter: Any = nn.Parameter(values)  # with marks for Megatron and for our initialization
         set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         parameter.initial = initial
         return parameter
@@ -142,11 +135,15 @@ def zeros(shape: list[int], generator: Generator) -> Tensor:
     return torch.zeros(shape)
 
 
-def uniform(low: float, high: float) -> Initial:
+def ones(shape: list[int], generator: Generator) -> Tensor:
+    return torch.ones(shape)
+
+
+def uniform(low: float, high: float) -> InitialValues:
     return lambda shape, generator: torch.rand(shape, generator=generator) * (high - low) + low
 
 
-def conv1d_uniform(kernel: int) -> Initial:
-    """As torch.nn.Conv1d begins with, for a convolution of each channel alone."""
+def conv1d_uniform(kernel: int) -> InitialValues:
+    """Return the initial values of ``torch.nn.Conv1d`` with one channel per group."""
     bound = kernel**-0.5
     return uniform(-bound, bound)

@@ -16,6 +16,7 @@ from ...attention.patterns import (
     MoBA,
     Pattern,
     PerHead,
+    Rule,
     Selector,
     Streaming,
     Union,
@@ -26,25 +27,30 @@ from .base import (
     Block,
     ContextSplit,
     Fraction,
+    MixerContext,
     ModelSizes,
     Natural,
     Positive,
     Shapes,
     Visibility,
 )
+from .softmax_design import SoftmaxDesign
 
 
 class SoftmaxBlock(Block):
-    """Attention with grouped queries, under some pattern."""
+    """Softmax attention with grouped queries, under a pattern."""
 
     qk_norm: bool | Literal["all"] = False
-    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMo 2)."""
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together
+    (OLMo 2)."""
     output_gate: bool = False
-    """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
+    """Multiply the attention's output by a sigmoid of a projection of the layer's input
+    (Qwen3-Next)."""
     rotary_fraction: Fraction = 1.0
     """Share of the head dimension that is rotated; 0 for no position embedding."""
     attention_sink: bool = False
-    """A learned logit per query head that takes its share of the softmax and adds nothing (gpt-oss)."""
+    """A learned logit per query head, which takes its share of the softmax and adds nothing
+    (gpt-oss)."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
 
@@ -64,10 +70,25 @@ class SoftmaxBlock(Block):
     def norms_each_head(self) -> bool:
         return self.qk_norm is True
 
-    def mixer_class(self) -> type:
+    def design(self, model: ModelSizes) -> SoftmaxDesign:
+        """Return what the mixer does in such a model."""
+        return SoftmaxDesign(
+            pattern=self.attention_pattern(model.kv_heads),
+            num_heads=model.num_attention_heads,
+            num_kv_heads=model.kv_heads,
+            head_dim=model.kv_channels,
+            qk_norm=self.qk_norm,
+            rotary_dim=int(model.kv_channels * self.rotary_fraction),
+            output_gate=self.output_gate,
+            attention_sink=self.attention_sink,
+            softcap=self.softcap,
+        )
+
+    def build_mixer(self, context: MixerContext) -> Any:
         from .softmax_mixer import SoftmaxAttention
 
-        return SoftmaxAttention
+        shapes = self.parameter_shapes(context.sizes, context.layer)
+        return SoftmaxAttention(context, shapes, self.design(context.sizes))
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         width = model.num_attention_heads * model.kv_channels
@@ -90,31 +111,19 @@ class SoftmaxBlock(Block):
         width = model.num_attention_heads * model.kv_channels
         return 4 * width * self._visible_pairs(model, length) / (model.kv_heads * length)
 
+    @abstractmethod
     def _visible_pairs(self, model: ModelSizes, length: int) -> int:
         """Count the pairs of a query and a key that all KV heads see."""
-        pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
-        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
 
     def state_numbers(self, model: ModelSizes, length: int, layer: int) -> int:
         return self._kept_keys(model, length) * 2 * model.kv_channels
 
+    @abstractmethod
     def _kept_keys(self, model: ModelSizes, length: int) -> int:
-        """Count the keys of all KV heads that the last of ``length`` queries sees, or a later one
-        within a period of the pattern.
-        """
-        pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
-        count = 0
-        for head in range(model.kv_heads):
-            periods = [rule.block * rule.step for rule in pattern.rules(head) if rule.relative]
-            query_stop = length + max(periods, default=0)
-            for blocks in pattern.need(length - 1, query_stop, head):
-                count += int((blocks.positions() < length).sum())
-        return count
+        """Count the keys of all KV heads, out of ``length``, that the next tokens may see."""
 
     def exchanged_bytes(self, model: ModelSizes, layer: int, split: ContextSplit) -> float:
-        return 0.0  # keys and values alone, by a KV schedule
+        return 0.0  # only keys and values, by a KV schedule
 
     def problems(self, model: ModelSizes) -> Iterator[InvalidField]:
         yield from self._pattern_problems(model.kv_heads)
@@ -131,82 +140,98 @@ class SoftmaxBlock(Block):
         except InvalidField as error:  # keys of the block are named like those of the pattern
             yield error
 
-    def leaves_gaps(self, num_kv_heads: int) -> bool:
-        """Return whether it has stripes at every distance, and yet some positions are only seen
-        from nearby. A window on its own leaves none: it is meant to end.
-        """
+
+class ClosedFormBlock(SoftmaxBlock):
+    """Softmax attention under a pattern that is known before the text is."""
+
+    @abstractmethod
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern: ...
+
+    def _rules(self, num_kv_heads: int) -> list[Rule]:
+        """The rules of all KV heads."""
         pattern = self.attention_pattern(num_kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):
-            return False
-        rules = [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+        return [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+
+    def _visible_pairs(self, model: ModelSizes, length: int) -> int:
+        pattern = self.attention_pattern(model.kv_heads)
+        return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
+
+    def _kept_keys(self, model: ModelSizes, length: int) -> int:
+        """Count the keys that the last query sees, or a later one within a pattern's period."""
+        pattern = self.attention_pattern(model.kv_heads)
+        count = 0
+        for head in range(model.kv_heads):
+            periods = [rule.block * rule.step for rule in pattern.rules(head) if rule.relative]
+            query_stop = length + max(periods, default=0)
+            for blocks in pattern.need(length - 1, query_stop, head):
+                count += int((blocks.positions() < length).sum())
+        return count
+
+    def leaves_gaps(self, num_kv_heads: int) -> bool:
+        """Return whether it has stripes at every distance, and yet leaves gaps between them.
+
+        Some positions are then only seen from nearby. A window on its own leaves no gaps: it is
+        meant to end.
+        """
+        rules = self._rules(num_kv_heads)
         has_stripes = any(rule.reach is None and rule.step > 1 for rule in rules)
-        return has_stripes and not pattern.covers(num_kv_heads)
+        return has_stripes and not self.attention_pattern(num_kv_heads).covers(num_kv_heads)
 
     def visibility(self, model: ModelSizes, positions: np.ndarray, source: int) -> Visibility:
         pattern = self.attention_pattern(model.kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):  # the content decides
-            return super().visibility(model, positions, source)
         mask = pattern.mask(positions.clip(min=0), [source], model.kv_heads)  # [heads, queries, 1]
         visible = mask.any(0)[:, 0].numpy() | (positions == source)
         return Visibility(visible, visible)
 
     def telling_length(self, num_kv_heads: int) -> int:
-        pattern = self.attention_pattern(num_kv_heads)
-        if not isinstance(pattern, ClosedFormPattern):
-            return 0
-        rules = [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
+        rules = self._rules(num_kv_heads)
         return max(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)
 
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
         pattern = self.attention_pattern(model.kv_heads)
-        assert isinstance(pattern, ClosedFormPattern)
         rules = [
             [list(asdict(rule).values()) for rule in pattern.rules(head)]
             for head in range(model.kv_heads)
         ]
+        design = self.design(model)
         return {
             "kind": "softmax",
             "rules": rules,
-            "rotary_dim": int(model.kv_channels * self.rotary_fraction),
-            "output_gate": self.output_gate,
-            "softcap": self.softcap,
-            "qk_norm": self.qk_norm,
-            "attention_sink": self.attention_sink,
+            "rotary_dim": design.rotary_dim,
+            "output_gate": design.output_gate,
+            "softcap": design.softcap,
+            "qk_norm": design.qk_norm,
+            "attention_sink": design.attention_sink,
         }
 
-    def export_problem(self, model: ModelSizes) -> str | None:
-        if isinstance(self.attention_pattern(model.kv_heads), ClosedFormPattern):
-            return None
-        return "chooses its keys from the content, which no exported code does"
 
-
-class FullBlock(SoftmaxBlock):
+class FullBlock(ClosedFormBlock):
     """Causal attention over the whole document."""
 
     mixer: Literal["full"]
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Causal()
 
 
-class S2Block(SoftmaxBlock):
+class S2Block(ClosedFormBlock):
     """S2-Attention: a local band and stripes that differ per KV head (arXiv 2407.17678)."""
 
     mixer: Literal["s2"]
     block: Positive = 64
     """Tokens in a block of the pattern: a power of two."""
     local_blocks: Positive = 16
-    """Blocks in the local band, the query's own among them."""
+    """Blocks in the local band, including the query's own."""
     stride: Positive = 16
-    """Every stride-th block is seen at any distance."""
+    """Every stride-th block is visible at any distance."""
     dense_heads: Natural = 0
-    """The first so many KV heads see everything."""
+    """This number of KV heads, from the first on, see everything."""
     offset: Natural = 0
-    """Blocks by which the stripes are moved."""
+    """Blocks by which the stripes are shifted."""
     near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
-    """[blocks, stride]: a finer stride within so many blocks."""
+    """[blocks, stride]: a finer stride within that many blocks."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         pattern = S2(
             self.block,
             self.local_blocks,
@@ -225,39 +250,39 @@ class S2Block(SoftmaxBlock):
         yield from problems
 
 
-class WindowBlock(SoftmaxBlock):
-    """The last tokens alone."""
+class WindowBlock(ClosedFormBlock):
+    """Only the last tokens."""
 
     mixer: Literal["window"]
     window: Positive
-    """How many tokens, the query's own among them."""
+    """Number of tokens, including the query's own."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Window(self.window)
 
 
-class StreamingBlock(SoftmaxBlock):
+class StreamingBlock(ClosedFormBlock):
     """The first and the last tokens of what came before (StreamingLLM, arXiv 2309.17453)."""
 
     mixer: Literal["streaming"]
     sinks: Positive = 4
-    """The first so many tokens of the document."""
+    """Number of tokens at the start of the document."""
     window: Positive
-    """The last so many, the query's own among them."""
+    """Number of last tokens, including the query's own."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Streaming(self.sinks, self.window)
 
 
-class PatternBlock(SoftmaxBlock):
-    """Any pattern, as an expression."""
+class PatternBlock(ClosedFormBlock):
+    """Any pattern, written as an expression."""
 
     mixer: Literal["pattern"]
     pattern: str
-    """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
-    spread evenly over the heads."""
+    """Like "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV
+    head; stripes are spread evenly over the heads."""
 
-    def attention_pattern(self, num_kv_heads: int) -> Pattern:
+    def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return parse_pattern(self.pattern).spread(num_kv_heads)
 
     def _pattern_problems(self, num_kv_heads: int) -> Iterator[InvalidField]:
@@ -269,7 +294,7 @@ class PatternBlock(SoftmaxBlock):
         for per_head in _per_heads(pattern):
             if (per_head.first_head, len(per_head.patterns)) != (0, num_kv_heads):
                 reason = (
-                    f"PerHead lists {len(per_head.patterns)} patterns and the model has "
+                    f"PerHead lists {len(per_head.patterns)} patterns, but the model has "
                     f"{num_kv_heads} KV heads; list one for each, from head 0"
                 )
                 yield InvalidField("pattern", reason)
@@ -293,7 +318,7 @@ class MoBABlock(SoftmaxBlock):
     block: Positive = 64
     """Tokens in a block: a power of two."""
     top_k: Positive = 8
-    """Blocks that a block of queries sees, its own among them."""
+    """Number of blocks that a block of queries sees, including its own."""
 
     def attention_pattern(self, num_kv_heads: int) -> MoBA:
         return MoBA(self.block, self.top_k)
@@ -313,3 +338,9 @@ class MoBABlock(SoftmaxBlock):
     @property
     def queries_choose_together(self) -> bool:
         return True
+
+    def export_problem(self) -> str | None:
+        return "chooses its keys from the content, which no exported code does"
+
+    def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
+        raise ValueError(f"{self.kind()} {self.export_problem()}")

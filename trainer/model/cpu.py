@@ -1,10 +1,12 @@
 """Megatron-core on a machine without CUDA.
 
-Megatron-core names CUDA where it means "the device": tensors made on ``cuda``, random states of ``torch.cuda``, type names.
-Here those names lead to the CPU. Applied only where there is no CUDA, and only to what Megatron-core 0.16.1 uses.
+Megatron-core names CUDA where it means "the device": tensors made on ``cuda``, random states of
+``torch.cuda``, type names. Here those names lead to the CPU. This is applied only without CUDA, and
+only to what Megatron-core 0.16.1 uses.
 """
 
 import contextlib
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,14 +22,13 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return result.replace(
-                "torch.", "torch.cuda."
-            )  # the distributed optimizer asks for "torch.cuda.FloatTensor"
+            # The distributed optimizer asks for "torch.cuda.FloatTensor".
+            return result.replace("torch.", "torch.cuda.")
         return result
 
 
-class _Nothing:
-    """A stream or an event."""
+class _NoStream:
+    """Stands for a CUDA stream or event, which do nothing here."""
 
     def __init__(self, *_, **__): ...
 
@@ -35,33 +36,37 @@ class _Nothing:
         return lambda *_, **__: None
 
 
+_TENSOR_TYPES = (
+    "FloatTensor",
+    "HalfTensor",
+    "BFloat16Tensor",
+    "LongTensor",
+    "IntTensor",
+    "ByteTensor",
+)
+
+
 def megatron_on_cpu() -> contextlib.AbstractContextManager:
-    """A context in which Megatron-core runs on the CPU; nothing at all where there is CUDA.
+    """Return a context in which Megatron-core runs on the CPU; it does nothing if there is CUDA.
 
     The functions that it replaces stay replaced, since without CUDA they could only fail.
     """
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     cpu = torch.device("cpu")
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.manual_seed = torch.manual_seed
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    for name in (
-        "FloatTensor",
-        "HalfTensor",
-        "BFloat16Tensor",
-        "LongTensor",
-        "IntTensor",
-        "ByteTensor",
-    ):
-        setattr(torch.cuda, name, getattr(torch, name))
+    cuda = cast(Any, torch.cuda)
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda device=None: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    for name in _TENSOR_TYPES:
+        setattr(cuda, name, getattr(torch, name))
 
-    # Experts are given streams and events to overlap; here all is done in order.
-    torch.cuda.Stream = torch.cuda.Event = _Nothing
-    torch.cuda.stream = lambda stream: contextlib.nullcontext()
-    torch.cuda.current_stream = lambda device=None: _Nothing()
+    # Experts are given streams and events to overlap; here everything happens in order.
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = lambda device=None: _NoStream()
 
     from megatron.core.tensor_parallel import random
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,8 +18,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from ...parallel import Sequence
-from ..layers.base import Block
-from ..layers.mixer import MixerOptions
+from ..layers.base import Block, MixerContext
+from ..layers.mixer import MegatronSizes
 from ..layers.norm import RMSNorm
 from ..layers.recompute import LayerMemory, OnHost, in_tiles, recomputed
 from .moe import moe_spec
@@ -32,58 +33,61 @@ def hybrid_stack_spec(
     schedules: list[str] | None = None,
     memory: list[LayerMemory] | None = None,
 ) -> TransformerBlockSubmodules:
-    """Spec of the layers of this pipeline stage, for Megatron-core's ``GPTModel``.
+    """Return the spec of this pipeline stage's layers, for Megatron-core's ``GPTModel``.
 
-    Build the model with ``position_embedding_type="none"``: positions are the layers' business. Pass a
-    :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` where a batch holds several documents, or where its
-    tokens are spread over context-parallel ranks.
+    Build the model with ``position_embedding_type="none"``: the layers themselves know positions.
+    Pass a :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` if a batch holds several
+    documents, or if its tokens are spread over context-parallel ranks.
 
     Args:
         stack: the block of every layer of the whole model, bottom up.
-        schedules: of each layer, as :func:`longspan.parallel.attend` takes it; None for ``auto``.
-        memory: what each layer keeps for its backward pass; None for all.
+        schedules: the KV schedule of every layer, as :func:`longspan.parallel.attend` accepts it;
+            None for ``auto``.
+        memory: what every layer keeps for its backward pass; None for everything.
+
+    Raises:
+        ValueError: the stack does not have ``config.num_layers`` blocks.
     """
     if len(stack) != config.num_layers:
         raise ValueError(
             f"stack has {len(stack)} blocks, but config.num_layers is {config.num_layers}"
         )
-    offset = get_transformer_layer_offset(config, vp_stage)
-    mine = slice(offset, offset + get_num_layers_to_build(config, vp_stage))
-    schedules, memory = schedules or ["auto"] * len(stack), memory or [LayerMemory()] * len(stack)
-    layers = zip(stack[mine], schedules[mine], memory[mine], strict=True)
-    return TransformerBlockSubmodules(
-        [
-            _layer_spec(config, block, rope_theta, schedule, kept)
-            for block, schedule, kept in layers
-        ],
-        layer_norm=RMSNorm,
-    )
+    schedules = schedules or ["auto"] * len(stack)
+    memory = memory or [LayerMemory()] * len(stack)
+    first = get_transformer_layer_offset(config, vp_stage)
+    last = first + get_num_layers_to_build(config, vp_stage)
+    layers = [
+        _layer_spec(config, stack[layer], rope_theta, schedules[layer], memory[layer])
+        for layer in range(first, last)
+    ]
+    return TransformerBlockSubmodules(layers, layer_norm=RMSNorm)
 
 
 def _layer_spec(
-    config: TransformerConfig, block: Block, rope_theta: float, schedule: str, memory: LayerMemory
+    config: TransformerConfig,
+    block: Block,
+    rope_theta: float,
+    kv_schedule: str,
+    memory: LayerMemory,
 ) -> ModuleSpec:
-    options = MixerOptions(rope_theta, schedule, recomputes=memory.recompute == "selective")
-    mixer = ModuleSpec(block.mixer_class(), params={"block": block, "options": options})
     if block.mlp == "moe":
         mlp = moe_spec(config.num_moe_experts)
     else:
-        mlp = ModuleSpec(
-            MLP,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        )
-    return ModuleSpec(
-        HybridLayer,
-        params={"block": block, "memory": memory},
-        submodules=HybridLayerSubmodules(mixer, mlp),
-    )
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        mlp = ModuleSpec(MLP, submodules=linears)
+    params = {
+        "block": block,
+        "rope_theta": rope_theta,
+        "kv_schedule": kv_schedule,
+        "memory": memory,
+    }
+    return ModuleSpec(HybridLayer, params=params, submodules=HybridLayerSubmodules(mlp))
 
 
 @dataclass
 class HybridLayerSubmodules:
-    """Specs of a layer's two halves."""
+    """The spec of the MLP; the block itself builds the mixer."""
 
-    mixer: ModuleSpec
     mlp: ModuleSpec
 
 
@@ -95,6 +99,8 @@ class HybridLayer(MegatronModule):
         config: TransformerConfig,
         submodules: HybridLayerSubmodules,
         block: Block,
+        rope_theta: float,
+        kv_schedule: str,
         memory: LayerMemory,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
@@ -103,25 +109,34 @@ class HybridLayer(MegatronModule):
         super().__init__(config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.block, self.memory, self.tp_group = block, memory, pg_collection.tp
-        self.layer_number = layer_number + get_transformer_layer_offset(
-            config, vp_stage, pg_collection.pp.rank()
+        pipeline_offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        self.layer_number = layer_number + pipeline_offset
+        self.mixer = block.build_mixer(
+            MixerContext(
+                config=config,
+                process_groups=pg_collection,
+                sizes=MegatronSizes.of(config),
+                layer=self.layer_number - 1,  # Megatron counts from 1
+                rope_theta=rope_theta,
+                kv_schedule=kv_schedule,
+                recomputes=memory.recompute == "selective",
+            )
         )
-        self.mixer = submodules.mixer(
-            config=config, layer_number=self.layer_number, pg_collection=pg_collection
-        )
-        if block.mlp_activation == "identity":
+        self.mlp = self._build_mlp(submodules.mlp, pg_collection)
+        for name in sorted(block.norm_names):
+            norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+            self.add_module(name, norm)
+
+    def _build_mlp(self, spec: ModuleSpec, pg_collection: ProcessGroupCollection) -> MegatronModule:
+        config = self.config
+        if self.block.mlp_activation == "identity":
             config = copy.copy(config)
             config.activation_func, config.bias_activation_fusion = _identity, False
-        if block.mlp == "moe":
-            self.mlp = submodules.mlp(
-                config=config, layer_number=self.layer_number, pg_collection=pg_collection
-            )
-        else:
-            self.mlp = submodules.mlp(
-                config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
-            )
-        for name in sorted(block.norm_names):
-            self.add_module(name, RMSNorm(config, config.hidden_size, config.layernorm_epsilon))
+        if self.block.mlp == "moe":
+            return spec(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
+        return spec(
+            config=config, ffn_hidden_size=config.ffn_hidden_size, tp_group=pg_collection.tp
+        )
 
     def forward(
         self,
@@ -131,7 +146,11 @@ class HybridLayer(MegatronModule):
         packed_seq_params: Sequence | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        """``[time, batch, hidden]`` in and out, with the ``context`` that Megatron's blocks hand on."""
+        """Compute the layer on ``[time, batch, hidden]``.
+
+        Returns:
+            The same shape, and the ``context`` that Megatron's blocks pass from layer to layer.
+        """
         for name, value in {"attention_mask": attention_mask, "context": context, **others}.items():
             if value is not None:
                 raise ValueError(
@@ -139,38 +158,46 @@ class HybridLayer(MegatronModule):
                 )
         sequence = packed_seq_params or self._one_document(hidden_states)
         if self.memory.recompute != "full":
-            return self._layer(hidden_states, sequence), None
+            return self._compute(hidden_states, sequence), None
         with OnHost() if self.memory.offload else contextlib.nullcontext():
-            return recomputed(self._layer, hidden_states, sequence), None
+            return recomputed(self._compute, hidden_states, sequence), None
 
-    def _layer(self, x: Tensor, sequence: Sequence) -> Tensor:
-        def mix(x: Tensor) -> Tensor:
-            return self.mixer(x, sequence)
-
-        x = self._join(x, mix, "input_layernorm", "post_mixer_layernorm", self.block.mixer_residual)
-        return (
-            recomputed(self._feed_forward, x)
-            if self.memory.recompute == "selective"
-            else self._feed_forward(x)
+    def _compute(self, x: Tensor, sequence: Sequence) -> Tensor:
+        x = self._join(
+            x,
+            lambda normed: self.mixer(normed, sequence),
+            "input_layernorm",
+            "post_mixer_layernorm",
+            self.block.mixer_residual,
         )
+        if self.memory.recompute == "selective":
+            return recomputed(self._feed_forward, x)
+        return self._feed_forward(x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        def mlp(x: Tensor) -> Tensor:
-            return in_tiles(lambda part: self.mlp(part)[0], x, self.memory.mlp_tile)
+        def mlp(normed: Tensor) -> Tensor:
+            return in_tiles(lambda tile: self.mlp(tile)[0], normed, self.memory.mlp_tile)
 
         return self._join(
             x, mlp, "pre_mlp_layernorm", "post_mlp_layernorm", self.block.mlp_residual
         )
 
     def _join(
-        self, x: Tensor, branch, norm_before: str, norm_after: str, scales: tuple[float, float]
+        self,
+        x: Tensor,
+        branch: Callable[[Tensor], Tensor],
+        norm_before: str,
+        norm_after: str,
+        scales: tuple[float, float],
     ) -> Tensor:
+        """Add a branch's output to the residual stream, with the norms and scales of the block."""
         normed = self._modules[norm_before](x) if norm_before in self._modules else x
         out = branch(normed)
         if norm_after in self._modules:
             out = self._modules[norm_after](out)
-        skip = normed if self.block.norm == "post" else x
-        return _scaled(skip, scales[0]) + _scaled(out, scales[1])
+        residual = normed if self.block.norm == "post" else x
+        residual_scale, branch_scale = scales
+        return _scaled(residual, residual_scale) + _scaled(out, branch_scale)
 
     def _one_document(self, hidden_states: Tensor) -> Sequence:
         length, batch = hidden_states.shape[:2]

@@ -1,5 +1,5 @@
-"""The loss of a language model without its logits: a tile of tokens at a time, over a vocabulary that tensor-parallel ranks
-share.
+"""The loss of a language model without all of its logits: one tile of tokens at a time, over a
+vocabulary that tensor-parallel ranks share.
 """
 
 from collections.abc import Iterator
@@ -20,32 +20,34 @@ def cross_entropy_sum(
     vocab_size: int | None = None,
     tile: int = 1024,
 ) -> Tensor:
-    """Sum of ``token_weights * -log softmax(hidden @ weight.T)[labels]``, in nats, with its gradients of ``hidden`` and
-    ``weight``.
+    """Return the sum of ``token_weights * -log softmax(hidden @ weight.T)[labels]``, in nats, with
+    its gradients of ``hidden`` and ``weight``.
 
-    The gradients are made in the forward pass, while a tile's logits are at hand, and scaled in the backward pass: the three
-    matrix products of a plain loss, and no logits but those of one tile (the fused linear cross-entropy of Liger Kernel,
-    arXiv 2410.10989).
+    The gradients are computed in the forward pass, while a tile's logits exist, and scaled in the
+    backward pass: the three matrix products of a plain loss, and no logits but those of one tile
+    (the fused linear cross-entropy of Liger Kernel, arXiv 2410.10989).
 
     Args:
-        hidden: ``[tokens, hidden]``, the same on every rank of ``group``; its gradient here is of this rank's part of the
-            vocabulary.
-        weight: this rank's rows ``[local vocabulary, hidden]``, those of all ranks one after another.
+        hidden: ``[tokens, hidden]``, the same on every rank of ``group``; its gradient here is that
+            of this rank's part of the vocabulary.
+        weight: this rank's rows ``[local vocabulary, hidden]``; ranks hold consecutive rows.
         labels: int64 ``[tokens]``, ids of the whole vocabulary.
         token_weights: ``[tokens]``; not differentiated.
         group: the ranks that share the vocabulary; None for one.
-        vocab_size: rows of the whole vocabulary that are no padding; None for all.
-        tile: tokens whose logits exist at a time.
+        vocab_size: rows of the whole vocabulary that are not padding; None for all.
+        tile: number of tokens whose logits exist at a time.
 
     Returns:
         A scalar, fp32 (fp64 for fp64), the same on every rank of ``group``.
     """
-    if (
-        not torch.is_grad_enabled()
-    ):  # autograd would still ask for the gradient of what has one otherwise
+    if not torch.is_grad_enabled():
+        # autograd would still ask for the gradients of tensors that require one
         hidden, weight = hidden.detach(), weight.detach()
-    first, real = _part(weight, group, vocab_size)
-    return _CrossEntropySum.apply(hidden, weight, labels - first, token_weights, group, real, tile)
+    first_row, num_real = _local_vocabulary(weight, group, vocab_size)
+    local_labels = labels - first_row
+    return _CrossEntropySum.apply(
+        hidden, weight, local_labels, token_weights, group, num_real, tile
+    )
 
 
 @torch.no_grad()
@@ -57,108 +59,137 @@ def token_losses(
     vocab_size: int | None = None,
     tile: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether ``argmax`` says its label: ``[tokens]``.
+    """Return ``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether its
+    label is the likeliest id; both ``[tokens]``, without gradients.
 
-    Without gradients; the arguments are those of :func:`cross_entropy_sum`.
+    The arguments are those of :func:`cross_entropy_sum`.
     """
-    first, real = _part(weight, group, vocab_size)
-    found = []
-    for each in _tiles(hidden, weight[:real], labels - first, group, _exact(hidden), tile):
-        # Of several that are as likely the first one, over all ranks.
-        last = torch.full_like(each.where[:, 0], torch.iinfo(torch.int64).max)
-        said = (
-            (each.exponentials.argmax(1) + first).where(each.exponentials.amax(1) == 1, last)
-            if real
-            else last
-        )
+    first_row, num_real = _local_vocabulary(weight, group, vocab_size)
+    dtype = _accumulation_dtype(hidden)
+    losses, is_likeliest = [], []
+    for part in _tiles(hidden, weight[:num_real], labels - first_row, group, dtype, tile):
+        likeliest = _likeliest_ids(part, first_row, num_real)
         if group is not None and group.size() > 1:
-            dist.all_reduce(said, dist.ReduceOp.MIN, group=group)
-        found.append((each.losses, said == labels[each.part]))
-    losses, likeliest = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(likeliest)
+            dist.all_reduce(likeliest, dist.ReduceOp.MIN, group=group)
+        losses.append(part.losses)
+        is_likeliest.append(likeliest == labels[part.tokens])
+    return torch.cat(losses), torch.cat(is_likeliest)
 
 
-def _part(
+def _likeliest_ids(tile: "_Tile", first_row: int, num_real: int) -> Tensor:
+    """Return the first id of this rank with the largest logit of all ranks, or the largest int64 if
+    another rank has it: int64 ``[tokens]``.
+    """
+    nowhere = torch.full_like(tile.label_rows[:, 0], torch.iinfo(torch.int64).max)
+    if not num_real:
+        return nowhere
+    has_largest = tile.exponentials.amax(1) == 1  # logits are less the largest of all ranks
+    return (tile.exponentials.argmax(1) + first_row).where(has_largest, nowhere)
+
+
+def _local_vocabulary(
     weight: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None
 ) -> tuple[int, int]:
-    """Of the vocabulary this rank's first row, and how many of its rows are no padding."""
-    local = weight.shape[0]
-    first = local * (group.rank() if group else 0)
-    return first, local if vocab_size is None else max(0, min(vocab_size - first, local))
+    """Return the id of this rank's first row, and how many of its rows are not padding."""
+    num_rows = weight.shape[0]
+    first_row = num_rows * (group.rank() if group else 0)
+    if vocab_size is None:
+        return first_row, num_rows
+    return first_row, max(0, min(vocab_size - first_row, num_rows))
 
 
-def _exact(hidden: Tensor) -> torch.dtype:
+def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 class _Tile(NamedTuple):
-    part: slice
-    """Its tokens."""
+    """The softmax of some tokens, as far as this rank's part of the vocabulary goes."""
+
+    tokens: slice
     exponentials: Tensor
-    """Of the logits less the largest of all ranks, ``[tokens, real]``; the next tile may take their memory."""
+    """Of the logits less the largest of all ranks: ``[tokens, real rows]``. The next tile may reuse
+    the memory."""
     sums: Tensor
-    """Of the exponentials over the whole vocabulary, ``[tokens]``."""
+    """Sums of the exponentials over the whole vocabulary: ``[tokens]``."""
     losses: Tensor
-    where: Tensor
-    """The row that is a label's, ``[tokens, 1]``, where it is ``mine``."""
-    mine: Tensor
+    """``[tokens]``."""
+    label_rows: Tensor
+    """This rank's row of each label, ``[tokens, 1]``, if the label ``is_local``."""
+    is_local: Tensor
+    """Whether this rank has the label's row: bool ``[tokens]``."""
 
 
 def _tiles(
     hidden: Tensor,
-    rows: Tensor,
-    labels: Tensor,
+    real_weight: Tensor,
+    local_labels: Tensor,
     group: dist.ProcessGroup | None,
-    exact: torch.dtype,
-    size: int,
+    dtype: torch.dtype,
+    tile: int,
 ) -> Iterator[_Tile]:
-    """The softmax of ``size`` tokens after another; ``labels`` count from this rank's first row."""
-    real, shared = len(rows), group is not None and group.size() > 1
-    buffer = hidden.new_empty(
-        min(size, len(hidden)), real
-    )  # of all tiles: new memory costs a CPU as much as the product
-    for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
-        x = hidden[part]
-        logits = torch.mm(x, rows.T, out=buffer[: len(x)]).to(exact)
-        mine = (labels[part] >= 0) & (labels[part] < real)
-        where = labels[part].clamp(0, max(real - 1, 0))[:, None]
-        most = logits.amax(1) if real else logits.new_full((len(x),), -torch.inf)
-        if shared:
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-        logits -= most[:, None]
-        asked = logits.gather(1, where)[:, 0].where(mine, 0.0) if real else torch.zeros_like(most)
-        sums = torch.stack([asked, logits.exp_().sum(1)])
-        if shared:
+    """Yield the softmax of ``tile`` tokens after another.
+
+    Args:
+        real_weight: this rank's rows that are not padding, ``[real rows, hidden]``.
+        local_labels: labels, counted from this rank's first row.
+        dtype: of all results.
+    """
+    num_real = len(real_weight)
+    is_shared = group is not None and group.size() > 1
+    # One buffer for all tiles: on a CPU, new memory takes as long as the product.
+    buffer = hidden.new_empty(min(tile, len(hidden)), num_real)
+    for start in range(0, len(hidden), tile):
+        tokens = slice(start, start + tile)
+        x, labels = hidden[tokens], local_labels[tokens]
+        logits = torch.mm(x, real_weight.T, out=buffer[: len(x)]).to(dtype)  # [tokens, real rows]
+        is_local = (labels >= 0) & (labels < num_real)
+        label_rows = labels.clamp(0, max(num_real - 1, 0))[:, None]
+
+        largest = logits.amax(1) if num_real else logits.new_full((len(x),), -torch.inf)
+        if is_shared:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        logits -= largest[:, None]
+        if num_real:
+            label_logits = logits.gather(1, label_rows)[:, 0].where(is_local, 0.0)
+        else:
+            label_logits = torch.zeros_like(largest)
+
+        sums = torch.stack([label_logits, logits.exp_().sum(1)])
+        if is_shared:
             dist.all_reduce(sums, group=group)
-        yield _Tile(part, logits, sums[1], sums[1].log() - sums[0], where, mine)
+        losses = sums[1].log() - sums[0]
+        yield _Tile(tokens, logits, sums[1], losses, label_rows, is_local)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, group, real, tile_size):
-        exact = _exact(hidden)
+    def forward(ctx, hidden, weight, local_labels, token_weights, group, num_real, tile_size):
+        dtype = _accumulation_dtype(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
-        total, rows = hidden.new_zeros((), dtype=exact), weight[:real]
-        for tile in _tiles(hidden, rows, labels, group, exact, tile_size):
-            x, scale = hidden[tile.part], token_weights[tile.part].to(exact)
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
+        total = hidden.new_zeros((), dtype=dtype)
+        real_weight = weight[:num_real]
+        for tile in _tiles(hidden, real_weight, local_labels, group, dtype, tile_size):
+            x, scale = hidden[tile.tokens], token_weights[tile.tokens].to(dtype)
             total += (scale * tile.losses).sum()
-            if not (want_hidden or want_weight):
+            if grad_hidden is None and grad_weight is None:
                 continue
-            gradient = tile.exponentials.mul_((scale / tile.sums)[:, None])
-            if real:
-                gradient.scatter_add_(1, tile.where, -(scale * tile.mine)[:, None])
-            gradient = gradient.to(hidden.dtype)
-            if want_hidden:
-                torch.mm(gradient, rows, out=grad_hidden[tile.part])
-            if want_weight and grad_weight.dtype == hidden.dtype:
-                grad_weight[:real].addmm_(gradient.T, x)
-            elif want_weight:
-                grad_weight[:real] += gradient.T @ x
+            # scale * (softmax - one_hot(label)), in the memory of the exponentials
+            grad_logits = tile.exponentials.mul_((scale / tile.sums)[:, None])
+            if num_real:
+                grad_logits.scatter_add_(1, tile.label_rows, -(scale * tile.is_local)[:, None])
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, real_weight, out=grad_hidden[tile.tokens])
+            if grad_weight is None:
+                continue
+            if grad_weight.dtype == hidden.dtype:
+                grad_weight[:num_real].addmm_(grad_logits.T, x)
+            else:
+                grad_weight[:num_real] += grad_logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -168,5 +199,5 @@ class _CrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.dtype)
+            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, None

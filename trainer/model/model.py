@@ -20,10 +20,12 @@ from .moe import moe_config
 
 
 class HybridModel(GPTModel):
-    """``GPTModel`` whose loss has no logits but those of ``loss_tile`` tokens, and none of the vocabulary's padding.
+    """``GPTModel`` whose loss never has more logits than those of ``loss_tile`` tokens, and none of
+    the vocabulary's padding.
 
-    Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it gives the sum of the losses;
-    without gradients and without weights what :func:`~.loss.token_losses` does.
+    Called with ``labels`` and their weights as ``loss_mask``, both ``[batch, local time]``, it
+    returns the sum of the losses; without gradients and without weights what
+    :func:`~.loss.token_losses` returns.
     """
 
     def __init__(self, *args, real_vocab_size: int, loss_tile: int, **kwargs):
@@ -40,28 +42,32 @@ class HybridModel(GPTModel):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        asked = hidden.flatten(0, 1), weight, labels.T.flatten()
-        vocabulary = group, self.real_vocab_size, self.loss_tile
         if loss_mask is None and torch.is_grad_enabled():
             raise ValueError(
                 "HybridModel: labels to train on come with their weights, as loss_mask"
             )
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        hidden = hidden.flatten(0, 1)  # [time * batch, hidden]
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        flat_labels = labels.T.flatten()  # [time * batch]
+        vocabulary = tp_group, self.real_vocab_size, self.loss_tile
         if loss_mask is not None:
-            return cross_entropy_sum(*asked, loss_mask.T.flatten(), *vocabulary)
-        return tuple(
-            each.unflatten(0, labels.T.shape).T for each in token_losses(*asked, *vocabulary)
-        )
+            weights = loss_mask.T.flatten()
+            return cross_entropy_sum(hidden, weight, flat_labels, weights, *vocabulary)
+        losses, is_likeliest = token_losses(hidden, weight, flat_labels, *vocabulary)
+        time_batch = labels.T.shape
+        return losses.unflatten(0, time_batch).T, is_likeliest.unflatten(0, time_batch).T
 
 
 def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's view of a recipe's model."""
+    """Return Megatron's config of a recipe's model."""
     model = recipe.model
     return TransformerConfig(
         num_layers=model.num_hidden_layers,
@@ -100,22 +106,26 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
 
 
 def expert_tensor_parallel(recipe: Recipe) -> int:
-    """Over how many ranks the matrices of an expert are split: where experts are spread over ranks, each is whole."""
+    """Return the number of ranks that split an expert's matrices: with expert parallelism, each
+    expert is whole.
+    """
     return 1 if recipe.parallel.ep > 1 else recipe.parallel.tp
 
 
 def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridModel:
-    """This rank's part of the model, its weights not yet set. Needs Megatron's process groups."""
+    """Build this rank's part of the model, without initial weights. Needs Megatron's groups."""
     config = transformer_config(recipe, dtype)
+    names = recipe.model.stack_names
+    spec = hybrid_stack_spec(
+        config,
+        recipe.model.stack,
+        recipe.model.rope_theta,
+        schedules=[recipe.parallel.schedule_of(name) for name in names],
+        memory=[layer_memory(recipe, name) for name in names],
+    )
     return HybridModel(
         config,
-        hybrid_stack_spec(
-            config,
-            recipe.model.stack,
-            recipe.model.rope_theta,
-            schedules=[recipe.parallel.schedule_of(name) for name in recipe.model.stack_names],
-            memory=[layer_memory(recipe, name) for name in recipe.model.stack_names],
-        ),
+        spec,
         vocab_size=padded_vocab_size(vocab_size),
         real_vocab_size=vocab_size,
         loss_tile=recipe.memory.loss_tile,
@@ -127,10 +137,10 @@ def build_model(recipe: Recipe, vocab_size: int, dtype: torch.dtype) -> HybridMo
     )
 
 
-def layer_memory(recipe: Recipe, block: str) -> LayerMemory:
-    """Of the layers of one block."""
+def layer_memory(recipe: Recipe, block_name: str) -> LayerMemory:
+    """Return what the layers of one block keep for their backward pass."""
     memory = recipe.memory
-    return LayerMemory(memory.recompute_of(block), memory.mlp_tile, memory.offload_inputs)
+    return LayerMemory(memory.recompute_of(block_name), memory.mlp_tile, memory.offload_inputs)
 
 
 def _leave_as_is(weight: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What a recipe's context parallelism moves: which rank holds which tokens, and the KV schedules."""
+"""What a recipe's context parallelism moves: which tokens ranks hold, and the KV schedules."""
 
 from typing import NamedTuple
 
+from ...attention.patterns import Pattern, Selector
 from ...parallel import Layout
 from ...parallel.schedules.balance import balance
 from ...parallel.schedules.choose import choose_schedule, cost
@@ -18,56 +19,72 @@ def recipe_layout(recipe: Recipe, length: int | None = None) -> Layout:
 
 
 class Choice(NamedTuple):
-    """The schedule of a block, and what it and the others that can do it take."""
+    """The KV schedule of a block, and what it and the others that can do the block cost."""
 
     block: str
     schedule: Schedule
     received: dict[Schedule, int]
-    """Bytes a layer, forward and backward, that the rank which receives most receives."""
+    """Bytes that the rank which receives most receives in one layer, forward and backward."""
     work: dict[Schedule, float]
-    """That of the rank with most, over the mean."""
+    """Work of the rank with most, over the mean of all."""
     buffer: int
     """Bytes of others' keys and values that a rank holds at a time."""
 
     def __str__(self) -> str:
-        taken = {
-            one: f"{self.received[one] / 2**20:,.1f} MiB"
-            for one in sorted(self.received, key=self.received.__getitem__)
-        }
-        taken = {
-            one: f"{text}, work x {self.work[one]:.2f}" if self.work[one] > 1.02 else text
-            for one, text in taken.items()
-        }
-        others = "; ".join(f"{one} {text}" for one, text in taken.items() if one != self.schedule)
-        return f"{self.block}: schedule {self.schedule}, {taken[self.schedule]} a layer and rank (others: {others or 'none'})"
+        by_bytes = sorted(self.received, key=self.received.__getitem__)
+        rivals = [f"{each} {self._cost(each)}" for each in by_bytes if each != self.schedule]
+        return (
+            f"{self.block}: schedule {self.schedule}, {self._cost(self.schedule)} "
+            f"a layer and rank (others: {'; '.join(rivals) or 'none'})"
+        )
+
+    def _cost(self, schedule: Schedule) -> str:
+        text = f"{self.received[schedule] / 2**20:,.1f} MiB"
+        work = self.work[schedule]
+        return f"{text}, work x {work:.2f}" if work > 1.02 else text
 
 
 def choices(recipe: Recipe, bytes_per_number: int) -> list[Choice]:
-    """Of every block with softmax attention that the model has."""
-    model, parallel, found = recipe.model, recipe.parallel, []
-    layout, heads, kv_heads = (
-        recipe_layout(recipe),
-        model.num_attention_heads // parallel.tp,
-        model.kv_heads // parallel.tp,
+    """Return the choice for every block with softmax attention that the model has."""
+    patterns = {
+        name: recipe.model.layers.blocks[name].attention_pattern(recipe.model.kv_heads)
+        for name in dict.fromkeys(recipe.model.stack_names)
+    }
+    return [
+        _choice(recipe, name, pattern, bytes_per_number)
+        for name, pattern in patterns.items()
+        if pattern is not None
+    ]
+
+
+def _choice(
+    recipe: Recipe, name: str, pattern: Pattern | Selector, bytes_per_number: int
+) -> Choice:
+    model, parallel = recipe.model, recipe.parallel
+    layout = recipe_layout(recipe)
+    heads, kv_heads = model.num_attention_heads // parallel.tp, model.kv_heads // parallel.tp
+    head_dims = model.kv_channels, model.kv_channels  # of keys and of values
+    chosen = choose_schedule(
+        parallel.schedule_of(name), layout, pattern, heads, kv_heads, head_dims
     )
-    dims = model.kv_channels, model.kv_channels
-    for name in dict.fromkeys(model.stack_names):
-        block = model.layers.blocks[name]
-        pattern = block.attention_pattern(model.kv_heads)
-        if pattern is None:
-            continue
-        chosen = choose_schedule(parallel.schedule_of(name), layout, pattern, heads, kv_heads, dims)
-        able = [
-            one
-            for one in schedules_named("auto", parallel.cp)
-            if not one.unsupported_reason(parallel.cp, pattern, heads, kv_heads)
-        ]
-        bytes_of = bytes_per_number * recipe.training.micro_batch_size
-        costs = {
-            one: cost(one, layout, pattern, heads, kv_heads, dims)
-            for one in dict.fromkeys([chosen, *able])  # a set's order would differ from run to run
-        }
-        moved = {one: each.received * bytes_of for one, each in costs.items()}
-        work = {one: balance(one, layout, pattern, heads, kv_heads) for one in costs}
-        found.append(Choice(name, chosen, moved, work, costs[chosen].buffer * bytes_of))
-    return found
+    able = [
+        schedule
+        for schedule in schedules_named("auto", parallel.cp)
+        if not schedule.unsupported_reason(parallel.cp, pattern, heads, kv_heads)
+    ]
+    # A set's order would differ from run to run.
+    schedules = list(dict.fromkeys([chosen, *able]))
+    costs = {
+        schedule: cost(schedule, layout, pattern, heads, kv_heads, head_dims)
+        for schedule in schedules
+    }
+    bytes_each = bytes_per_number * recipe.training.micro_batch_size
+    return Choice(
+        block=name,
+        schedule=chosen,
+        received={schedule: each.received * bytes_each for schedule, each in costs.items()},
+        work={
+            schedule: balance(schedule, layout, pattern, heads, kv_heads) for schedule in schedules
+        },
+        buffer=costs[chosen].buffer * bytes_each,
+    )

@@ -1,4 +1,6 @@
-"""What a recipe will take on GPUs that are not here: memory, arithmetic, messages and time. Everything is predicted."""
+"""What a recipe will need on GPUs that are not here: memory, arithmetic, messages and time. All of
+it is predicted.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,19 +18,20 @@ from .flops import (
 )
 
 GIB = 2**30
+_BF16_BYTES, _FP32_BYTES = 2, 4
 
 
 class Device(NamedTuple):
-    """A GPU of a data sheet, eight to a node."""
+    """A GPU as its data sheet has it, eight to a node."""
 
     name: str
     tflops: float
-    """Dense bf16 matrix products, at their peak."""
+    """Peak of dense bf16 matrix products, in 10^12 operations per second."""
     memory_gib: float
     link_gb_s: float
-    """To the other GPUs of its node, one way."""
+    """GB/s to the other GPUs of its node, one way."""
     network_gb_s: float
-    """To other nodes, of its own network card, one way."""
+    """GB/s to other nodes through its own network card, one way."""
 
 
 DEVICES = {
@@ -42,9 +45,9 @@ DEVICES = {
 }
 PER_NODE = 8
 EFFICIENCY = 0.5
-"""Of the peak, that matrix products and attention reach."""
+"""Share of the peak that matrix products and attention reach."""
 BANDWIDTH = 0.8
-"""Of a link's, that messages reach."""
+"""Share of a link's bandwidth that messages reach."""
 
 
 class MemoryEstimate(NamedTuple):
@@ -59,32 +62,38 @@ class MemoryEstimate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """One block of the stack. Bytes and numbers of operations are those of one layer."""
+class LayerEstimate:
+    """One block of the stack; bytes and numbers of operations are those of one layer."""
 
     name: str
     mixer: str
     layers: int
+    """Number of layers with this block."""
     mixer_flops: float
-    """A token, forward."""
+    """Per token, forward."""
     mlp_flops: float
+    """Per token, forward."""
     received: float
-    """Bytes over context-parallel ranks, a sequence's forward and backward."""
+    """Bytes from other context-parallel ranks in a microbatch's forward and backward pass."""
     work: float
-    """Of its attention, that of the rank with most over the mean."""
+    """Attention work of the rank with most, over the mean of all."""
     slowest_flops: float
-    """A token, forward, of mixer and MLP on that rank."""
+    """Per token, forward, of mixer and MLP on that rank."""
     recomputed_flops: float
-    """Of these, what the backward pass does again."""
+    """Of these, what the backward pass computes again."""
     choice: Choice | None
+    """The KV schedule; None if the block has none, or there is one context-parallel rank."""
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """What a training step needs."""
+
     parameters: int
     memory: MemoryEstimate
-    kinds: list[LayerKind]
+    kinds: list[LayerEstimate]
     head_flops: float
+    """Per token, forward, of the output matrix."""
     compute_s: float
     messages_s: float
     step_s: float
@@ -92,104 +101,152 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, vocab_size: int, device: Device) -> Estimate:
-    """Of a training step on ``launch.processes`` GPUs, in bf16 with fp32 gradients and a distributed optimizer."""
-    model, parallel, training = recipe.model, recipe.parallel, recipe.training
-    total, vocabulary = parameter_count(model, vocab_size), padded_vocab_size(vocab_size)
-    tokens = training.micro_batch_size * training.seq_length / parallel.cp
-    chosen = {choice.block: choice for choice in choices(recipe, 2)} if parallel.cp > 1 else {}
-    kinds = [_kind(recipe, name, chosen.get(name)) for name in dict.fromkeys(model.stack_names)]
-    saved = (
-        sum(_saved_numbers(recipe, layer) for layer in range(model.num_hidden_layers)) / parallel.pp
+    """Predict a training step on ``launch.processes`` GPUs, in bf16 with fp32 gradients and a
+    distributed optimizer.
+    """
+    choice_of = {}
+    if recipe.parallel.cp > 1:
+        choice_of = {choice.block: choice for choice in choices(recipe, _BF16_BYTES)}
+    names = dict.fromkeys(recipe.model.stack_names)
+    kinds = [_layer_estimate(recipe, name, choice_of.get(name)) for name in names]
+    head_flops = 2.0 * recipe.model.hidden_size * padded_vocab_size(vocab_size)
+    compute_s = _compute_seconds(recipe, kinds, head_flops, device)
+    messages_s = _message_seconds(recipe, kinds, device)
+    step_s = compute_s + messages_s
+    return Estimate(
+        parameters=parameter_count(recipe.model, vocab_size),
+        memory=_memory(recipe, vocab_size, list(choice_of.values())),
+        kinds=kinds,
+        head_flops=head_flops,
+        compute_s=compute_s,
+        messages_s=messages_s,
+        step_s=step_s,
+        tokens_per_second=recipe.tokens_per_step / step_s,
     )
-    in_flight = min(
-        parallel.pp,
-        training.global_batch_size // (recipe.data_parallel * training.micro_batch_size),
-    )
-    # What is recomputed is there again for one layer at a time.
-    modes = [recipe.memory.recompute_of(name) for name in model.stack_names]
-    again = [
-        _saved_numbers(recipe, layer, "none") for layer, mode in enumerate(modes) if mode != "none"
-    ]
-    loss = min(tokens, recipe.memory.loss_tile) * vocabulary / parallel.tp * (2 + 4)
-    loss += (
-        2 * tokens * model.hidden_size + 4 * model.hidden_size * vocabulary / parallel.tp
-    )  # gradients made with it
-    memory = MemoryEstimate(
-        weights=_held(recipe, total, 2, 3),
-        gradients=_held(recipe, total, 4, 2),
-        optimizer=0.0 if recipe.engine.offloads_optimizer else _held(recipe, total, 12, 1),
-        activations=2 * tokens * (saved * in_flight + max(again, default=0)),
-        loss=loss,
-        key_buffers=max((_buffer(recipe, choice) for choice in chosen.values()), default=0),
-    )
-    head = 2.0 * model.hidden_size * vocabulary
-    forward = head + sum(kind.layers * kind.slowest_flops for kind in kinds)
-    tokens_per_step = training.global_batch_size * training.seq_length
+
+
+def _compute_seconds(
+    recipe: Recipe, kinds: list[LayerEstimate], head_flops: float, device: Device
+) -> float:
+    forward = head_flops + sum(kind.layers * kind.slowest_flops for kind in kinds)
     recomputed = sum(kind.layers * kind.recomputed_flops for kind in kinds)
-    compute = (
-        (3 * forward + recomputed)
-        * tokens_per_step
-        / recipe.launch.processes
-        / (device.tflops * 1e12 * EFFICIENCY)
-    )
-    speed = (
-        (device.link_gb_s if parallel.cp * parallel.tp <= PER_NODE else device.network_gb_s)
-        * 1e9
-        * BANDWIDTH
-    )
-    sequences = (
+    step_flops = (3 * forward + recomputed) * recipe.tokens_per_step
+    return step_flops / recipe.launch.processes / (device.tflops * 1e12 * EFFICIENCY)
+
+
+def _message_seconds(recipe: Recipe, kinds: list[LayerEstimate], device: Device) -> float:
+    training, parallel = recipe.training, recipe.parallel
+    within_node = parallel.cp * parallel.tp <= PER_NODE
+    link_gb_s = device.link_gb_s if within_node else device.network_gb_s
+    microbatches = (
         training.global_batch_size / recipe.data_parallel / training.micro_batch_size / parallel.pp
     )
-    messages = sequences * sum(kind.layers * kind.received for kind in kinds) / speed
-    step = compute + messages
-    return Estimate(total, memory, kinds, head, compute, messages, step, tokens_per_step / step)
+    received = sum(kind.layers * kind.received for kind in kinds)
+    return microbatches * received / (link_gb_s * 1e9 * BANDWIDTH)
+
+
+def _memory(recipe: Recipe, vocab_size: int, schedule_choices: list[Choice]) -> MemoryEstimate:
+    num_parameters = parameter_count(recipe.model, vocab_size)
+    tokens = _tokens_per_rank(recipe)
+    # Master weights and both moments, in fp32.
+    optimizer = _bytes_held(recipe, num_parameters, 3 * _FP32_BYTES, sharded_from_stage=1)
+    buffers = [_key_buffer_bytes(choice) for choice in schedule_choices]
+    return MemoryEstimate(
+        weights=_bytes_held(recipe, num_parameters, _BF16_BYTES, sharded_from_stage=3),
+        gradients=_bytes_held(recipe, num_parameters, _FP32_BYTES, sharded_from_stage=2),
+        optimizer=0.0 if recipe.engine.offloads_optimizer else optimizer,
+        activations=_BF16_BYTES * tokens * _saved_numbers_of_stage(recipe),
+        loss=_loss_bytes(recipe, tokens, vocab_size),
+        key_buffers=max(buffers, default=0),
+    )
+
+
+def _tokens_per_rank(recipe: Recipe) -> float:
+    """Return the tokens of a microbatch on one context-parallel rank."""
+    return recipe.training.micro_batch_size * recipe.training.seq_length / recipe.parallel.cp
+
+
+def _saved_numbers_of_stage(recipe: Recipe) -> float:
+    """Return the numbers per token that a pipeline stage keeps for all microbatches in flight."""
+    training, parallel = recipe.training, recipe.parallel
+    names = recipe.model.stack_names
+    modes = [recipe.memory.recompute_of(name) for name in names]
+    saved = sum(_saved_numbers(recipe, layer, mode) for layer, mode in enumerate(modes))
+    saved /= parallel.pp
+    microbatches = training.global_batch_size // (recipe.data_parallel * training.micro_batch_size)
+    in_flight = min(parallel.pp, microbatches)
+    # What a layer recomputes exists again, for one layer at a time.
+    recomputed = [
+        _saved_numbers(recipe, layer, "none") for layer, mode in enumerate(modes) if mode != "none"
+    ]
+    return saved * in_flight + max(recomputed, default=0)
+
+
+def _loss_bytes(recipe: Recipe, tokens: float, vocab_size: int) -> float:
+    hidden_size, tp = recipe.model.hidden_size, recipe.parallel.tp
+    vocab_rows = padded_vocab_size(vocab_size)
+    tile_logits = min(tokens, recipe.memory.loss_tile) * vocab_rows / tp
+    logits = tile_logits * (_BF16_BYTES + _FP32_BYTES)
+    grad_hidden = _BF16_BYTES * tokens * hidden_size
+    grad_weight = _FP32_BYTES * hidden_size * vocab_rows / tp
+    return logits + (grad_hidden + grad_weight)
 
 
 def host_bytes(recipe: Recipe, vocab_size: int) -> float:
-    """That one rank keeps in the host's memory where the recipe moves something there."""
-    model, training = recipe.model, recipe.training
-    total, needed = parameter_count(model, vocab_size), 0.0
-    if recipe.engine.offloads_optimizer:  # weights, both moments and gradients in fp32
-        needed += _held(recipe, total, 16, 1)
-    if recipe.engine.offloads_weights:
-        needed += _held(recipe, total, 2, 3)
+    """Return the bytes that one rank keeps in host memory, if the recipe moves something there."""
+    model, engine = recipe.model, recipe.engine
+    num_parameters = parameter_count(model, vocab_size)
+    needed = 0.0
+    if engine.offloads_optimizer:
+        # Weights, both moments and gradients, in fp32.
+        needed += _bytes_held(recipe, num_parameters, 4 * _FP32_BYTES, sharded_from_stage=1)
+    if engine.offloads_weights:
+        needed += _bytes_held(recipe, num_parameters, _BF16_BYTES, sharded_from_stage=3)
     if recipe.memory.offload_inputs:
-        tokens = training.micro_batch_size * training.seq_length / recipe.parallel.cp
-        needed += 2 * tokens * model.hidden_size * model.num_hidden_layers / recipe.parallel.pp
+        inputs = _BF16_BYTES * _tokens_per_rank(recipe) * model.hidden_size
+        needed += inputs * model.num_hidden_layers / recipe.parallel.pp
     return needed
 
 
-def _kind(recipe: Recipe, name: str, choice: Choice | None) -> LayerKind:
+def _layer_estimate(recipe: Recipe, name: str, choice: Choice | None) -> LayerEstimate:
     model = recipe.model
     layer = model.stack_names.index(name)
     block = model.stack[layer]
-    received = choice.received[choice.schedule] if choice else _state_bytes_moved(recipe, layer)
-    work = choice.work[choice.schedule] if choice else 1.0
-    mixer, mlp = (
-        flops_per_token(model, recipe.training.seq_length, layer),
-        2.0 * mlp_parameters(model, block, per_token=True),
-    )
-    projections = 2.0 * mixer_parameters(model, layer)
-    slowest = mixer + mlp + (work - 1) * (mixer - projections)
-    tiled = mlp if recipe.memory.mlp_tile else 0.0  # once more, whatever is recomputed around it
-    again = {"full": slowest + tiled, "selective": projections + mlp + tiled, "none": tiled}
-    mode = recipe.memory.recompute_of(name)
-    return LayerKind(
-        name,
-        block.kind(),
-        model.stack_names.count(name),
-        mixer,
-        mlp,
-        received,
-        work,
-        slowest,
-        again[mode],
-        choice,
+    mixer_flops = flops_per_token(model, recipe.training.seq_length, layer)
+    mlp_flops = 2.0 * mlp_parameters(model, block, per_token=True)
+    projection_flops = 2.0 * mixer_parameters(model, layer)
+
+    if choice is None:
+        received, work = _exchanged_bytes(recipe, layer), 1.0
+    else:
+        received, work = choice.received[choice.schedule], choice.work[choice.schedule]
+    slowest_flops = mixer_flops + mlp_flops + (work - 1) * (mixer_flops - projection_flops)
+
+    # Tiles of an MLP are computed once more, whatever else is recomputed.
+    tiled_flops = mlp_flops if recipe.memory.mlp_tile else 0.0
+    recomputed_flops = {
+        "full": slowest_flops + tiled_flops,
+        "selective": projection_flops + mlp_flops + tiled_flops,
+        "none": tiled_flops,
+    }
+    return LayerEstimate(
+        name=name,
+        mixer=block.kind(),
+        layers=model.stack_names.count(name),
+        mixer_flops=mixer_flops,
+        mlp_flops=mlp_flops,
+        received=received,
+        work=work,
+        slowest_flops=slowest_flops,
+        recomputed_flops=recomputed_flops[recipe.memory.recompute_of(name)],
+        choice=choice,
     )
 
 
-def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
-    """What the maps of segments and the halos of convolutions bring a rank, forward and backward."""
+def _exchanged_bytes(recipe: Recipe, layer: int) -> float:
+    """Return the bytes of states and halos that a microbatch's forward and backward pass brings a
+    context-parallel rank.
+    """
     parallel = recipe.parallel
     if parallel.cp == 1:
         return 0.0
@@ -205,43 +262,48 @@ def _state_bytes_moved(recipe: Recipe, layer: int) -> float:
     return batch * block.exchanged_bytes(recipe.model, layer, split)
 
 
-def _held(recipe: Recipe, total: int, each: int, stage: int) -> float:
-    """Bytes of a rank that has ``each`` for every parameter, which ZeRO shares among ranks from ``stage`` on (Megatron's
-    distributed optimizer is the first).
+def _bytes_held(
+    recipe: Recipe, num_parameters: int, bytes_each: int, sharded_from_stage: int
+) -> float:
+    """Return the bytes of a rank that holds ``bytes_each`` for every parameter of its part of the
+    model.
+
+    Replicas share them from that ZeRO stage on; Megatron's distributed optimizer is stage 1.
     """
     model, parallel = recipe.model, recipe.parallel
-    shared = recipe.engine.sharding_stage >= stage
+    is_sharded = recipe.engine.sharding_stage >= sharded_from_stage
     replicas = recipe.data_parallel * parallel.cp
     experts = sum(mlp_parameters(model, block) for block in model.stack if block.mlp == "moe")
-    of_dense = (total - experts) / parallel.tp / (replicas if shared else 1)
-    copies = replicas * parallel.tp / parallel.ep if parallel.ep > 1 else replicas
-    of_experts = (
-        experts / (parallel.ep if parallel.ep > 1 else parallel.tp) / (copies if shared else 1)
-    )
-    return each * (of_dense + of_experts) / parallel.pp
+
+    dense_per_rank = (num_parameters - experts) / parallel.tp / (replicas if is_sharded else 1)
+    if parallel.ep > 1:  # each expert is whole on its rank
+        expert_ranks = parallel.ep
+        expert_replicas = replicas * parallel.tp / parallel.ep
+    else:
+        expert_ranks, expert_replicas = parallel.tp, float(replicas)
+    experts_per_rank = experts / expert_ranks / (expert_replicas if is_sharded else 1)
+    return bytes_each * (dense_per_rank + experts_per_rank) / parallel.pp
 
 
-def _saved_numbers(recipe: Recipe, layer: int, mode: str | None = None) -> float:
-    """For each token, what a layer keeps for its backward pass on one tensor-parallel rank: inputs of its norms, projections,
-    attention and MLP, or of those that are not recomputed.
+def _saved_numbers(recipe: Recipe, layer: int, recompute: str) -> float:
+    """Return the numbers per token that a layer keeps for its backward pass on one tensor-parallel
+    rank: inputs of norms, projections, attention and MLP, or of those that are not recomputed.
     """
     model, tp = recipe.model, recipe.parallel.tp
+    block = model.stack[layer]
     hidden = model.hidden_size / (tp if recipe.parallel.sequence_parallel else 1)
-    mode = mode or recipe.memory.recompute_of(model.stack_names[layer])
-    if mode == "full":
+    if recompute == "full":
         return 0 if recipe.memory.offload_inputs else hidden
     width = model.num_attention_heads * model.kv_channels
-    projected = model.stack[layer].projected_numbers(model, layer)
-    if mode == "selective":
+    projected = block.projected_numbers(model, layer)
+    if recompute == "selective":
         return 3 * hidden + (projected + width) / tp
-    wide = (
-        0
-        if recipe.memory.mlp_tile
-        else mlp_parameters(model, model.stack[layer], per_token=True) / model.hidden_size
-    )
-    return 4 * hidden + (projected + 2 * width + wide) / tp
+    mlp = 0.0
+    if not recipe.memory.mlp_tile:
+        mlp = mlp_parameters(model, block, per_token=True) / model.hidden_size
+    return 4 * hidden + (projected + 2 * width + mlp) / tp
 
 
-def _buffer(recipe: Recipe, choice: Choice) -> float:
-    """Keys and values of others, and in backward their gradients in fp32 beside them."""
-    return choice.buffer * (1 + 4 / 2)
+def _key_buffer_bytes(choice: Choice) -> float:
+    """Return the bytes of others' keys and values, and of their fp32 gradients beside them."""
+    return choice.buffer * (1 + _FP32_BYTES / _BF16_BYTES)

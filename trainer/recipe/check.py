@@ -1,4 +1,4 @@
-"""All that is wrong with a recipe's content, at once: each problem with its key, the reason and a fix."""
+"""All that is wrong with a recipe at once: each problem with its key, a reason and a fix."""
 
 from typing import Any
 
@@ -110,7 +110,7 @@ def _reason(item: Any) -> str:
         case "union_tag_not_found":
             key = _discriminator(item)
             example = {"mixer": "full", "name": "deepspeed"}[key]
-            return f"has no {key}; as in {{{key}: {example}}}"
+            return f"needs a {key}, as in {{{key}: {example}}}"
     reason = item["msg"].removeprefix("Input ")
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 

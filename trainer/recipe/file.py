@@ -1,8 +1,8 @@
 """From a YAML file, its bases and the command line's overrides to a checked :class:`Recipe`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import yaml
 
@@ -11,14 +11,14 @@ from .check import check_recipe
 from .schema import Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# The last three: what PyYAML lets through of a value that does not fit its explicit tag, as in `!!int x`.
-_NOT_YAML = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
+# PyYAML raises the last three for a value that does not fit its explicit tag, as in `!!int x`.
+_YAML_ERRORS = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without its traps: 1e-3 is a number, `no` and 12:30 and 2026-01-01 are strings, a duplicate key is an error."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    """YAML without its traps: 1e-3 is a number; `no`, 12:30 and 2026-01-01 are strings; a duplicate
+    key is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -31,39 +31,39 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for _tag, _pattern, _first in (
+_FLOAT = (
+    r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"  # 1e-3 too
+)
+_SCALARS = (
+    # YAML's type, the text of such a value, its first characters
     ("null", r"~|null|", "~n\0"),
     ("bool", r"true|false", "tf"),
     ("int", r"[-+]?(0|[1-9][0-9]*(_[0-9]+)*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        "-+.0123456789",
-    ),
-):
+    ("float", _FLOAT, "-+.0123456789"),
+)
+_StrictLoader.yaml_implicit_resolvers = {}
+for _type, _text, _first in _SCALARS:
     _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        f"tag:yaml.org,2002:{_type}", re.compile(f"^(?:{_text})$"), list(_first)
     )
 _StrictLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or the strict loader would not read as the string it is."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {
-        first: [
-            *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-            *_StrictLoader.yaml_implicit_resolvers.get(first, []),
-        ]
-        for first in {
-            **yaml.SafeDumper.yaml_implicit_resolvers,
-            **_StrictLoader.yaml_implicit_resolvers,
-        }
-    }
+    """Quotes a string that either YAML 1.1 or the strict loader would read as something else."""
 
 
-def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
-    """The recipe of that path or shipped name, with ``section.key=value`` overrides.
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_StrictLoader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in yaml.SafeDumper.yaml_implicit_resolvers | _StrictLoader.yaml_implicit_resolvers
+}
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe at a path or of a shipped name, with ``section.key=value`` overrides.
 
     Raises:
         UserError: with every problem found, one a line.
@@ -76,54 +76,73 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
 
 
 def find_recipe(name: str, beside: Path | None = None) -> Path:
-    """The file of a recipe given by path (also relative to ``beside``) or by a shipped recipe's name."""
+    """Return the file of a recipe by its path, which may be relative to ``beside``, or by its
+    shipped name.
+
+    Raises:
+        UserError: there is none.
+    """
     for candidate in ((beside or Path()) / name, SHIPPED / name, SHIPPED / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
     shipped = [str(path.relative_to(SHIPPED).with_suffix("")) for path in shipped_recipes()]
     raise UserError(
-        f"recipe {name}: no such file or shipped recipe{suggest(name, shipped)}; shipped: {', '.join(shipped)}"
+        f"recipe {name}: no such file or shipped recipe{suggest(name, shipped)}; "
+        f"shipped: {', '.join(shipped)}"
     )
 
 
 def shipped_recipes() -> list[Path]:
-    """All but those that begin with an underscore, which are parts of others."""
+    """Return all shipped recipes but those whose names begin with an underscore, which are parts of
+    others.
+    """
     return sorted(path for path in SHIPPED.rglob("*.yaml") if not path.name.startswith("_"))
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """YAML that loads as the same recipe."""
+    """Return YAML that loads as the same recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
-def _with_bases(path: Path, inside: tuple[Path, ...]) -> dict:
-    if path.resolve() in inside:
+def _with_bases(path: Path, descendants: tuple[Path, ...]) -> dict:
+    """Return a recipe's content merged over that of its bases.
+
+    Args:
+        descendants: the recipes that have this one as a base.
+    """
+    if path.resolve() in descendants:
         raise UserError(f"{path}: base: is its own ancestor")
-    try:
-        content = yaml.load(path.read_text(), _StrictLoader)
-    except _NOT_YAML as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: a recipe is a mapping of sections, this is {type(content).__name__}"
-        )
-    bases, merged = content.pop("base", []), {}
+    content = _read(path)
+    bases = content.pop("base", [])
     bases = bases if isinstance(bases, list) else [bases]
     if not all(isinstance(base, str) for base in bases):
         raise UserError(
             f"{path}: base: must be the path or name of a recipe, or a list of them, got {bases!r}"
         )
+    merged: dict = {}
     for base in bases:
-        merged = _merge(
-            merged, _with_bases(find_recipe(base, path.parent), (*inside, path.resolve()))
-        )
+        base_path = find_recipe(base, path.parent)
+        merged = _merge(merged, _with_bases(base_path, (*descendants, path.resolve())))
     return _merge(merged, content)
 
 
+def _read(path: Path) -> dict:
+    try:
+        content = yaml.load(path.read_text(), _StrictLoader)
+    except _YAML_ERRORS as error:
+        mark = getattr(error, "problem_mark", None)
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UserError(f"{path}{position}: {problem}") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path}: a recipe is a mapping of sections, this is {kind}")
+    return content
+
+
 def _merge(base: dict, over: dict) -> dict:
-    """``over`` laid on ``base``: mappings merge, other values replace, and a null takes the inherited key away.
+    """Return ``over`` laid on ``base``: mappings merge, other values replace, and a null removes
+    the inherited key.
 
     The sources of a mixture replace those inherited: their weights only mean something together.
     """
@@ -139,21 +158,20 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def _apply_override(content: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override}: an override is section.key=value, as in training.steps=100")
     try:
-        parsed = yaml.load(value, _StrictLoader)
-    except _NOT_YAML as error:
-        raise UserError(
-            f"{key}: {value!r} is not YAML: {getattr(error, 'problem', error)}"
-        ) from None
+        value = yaml.load(text, _StrictLoader)
+    except _YAML_ERRORS as error:
+        problem = getattr(error, "problem", error)
+        raise UserError(f"{key}: {text!r} is not YAML: {problem}") from None
     *parents, last = key.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
             raise UserError(f"{key}: {parent} is not a section")
-    if parsed is None:
+    if value is None:
         content.pop(last, None)
     else:
-        content[last] = parsed
+        content[last] = value

@@ -8,13 +8,13 @@ from .schema import ModelConfig, ParallelConfig
 
 
 def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
-    """Yield every schedule that is unknown, is for no block, or cannot do a block that it is for."""
+    """Yield every schedule that is unknown, is for no block, or cannot do its block."""
     blocks = model.layers.blocks
     for name in parallel.schedules:
         key = f"parallel.schedules.{name}"
         if name not in blocks:
             suggestion = suggest(name, list(blocks))
-            yield Problem(key, f"names no block{suggestion}; known: {', '.join(blocks)}")
+            yield Problem(key, f"is not a block{suggestion}; known: {', '.join(blocks)}")
         elif not blocks[name].has_kv_schedule:
             kind = blocks[name].kind()
             reason = f"is for softmax attention, but the block is {kind}; remove it"
@@ -41,9 +41,9 @@ def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
             continue
         if pattern is None:
             continue
-        if reason := _why_none_can(schedule, pattern, model, parallel):
+        if refusal := _why_none_can(schedule, pattern, model, parallel):
             key = f"schedules.{name}" if name in parallel.schedules else "schedule"
-            reason = f"{schedule} cannot do model.layers.blocks.{name}: {reason}"
+            reason = f"{schedule} cannot do model.layers.blocks.{name}: {refusal}"
             yield Problem(f"parallel.{key}", reason)
 
 
@@ -53,7 +53,7 @@ def _why_none_can(
     """Return why none of the schedules of that name can do the pattern, or None if one can."""
     local_heads = max(1, model.num_attention_heads // parallel.tp)
     local_kv_heads = max(1, model.kv_heads // parallel.tp)
-    reason = f"parallel.cp {parallel.cp} is no grid; take ring"
+    reason = f"parallel.cp {parallel.cp} cannot form a grid; use ring"
     for number, candidate in enumerate(schedules_named(schedule, parallel.cp)):
         refusal = candidate.unsupported_reason(parallel.cp, pattern, local_heads, local_kv_heads)
         if refusal is None:

@@ -53,7 +53,7 @@ def _stage(recipe: Recipe, start: int) -> Stage:
     lr_starts = [stage.from_step for stage in recipe.stages if stage.lr_scheduler]
     return Stage(
         start=start,
-        recipe=recipe.at(start),
+        recipe=recipe.at_step(start),
         data_start=max((step for step in data_starts if step <= start), default=0),
         lr_start=max((step for step in lr_starts if step <= start), default=0),
         lr_stop=min((step for step in lr_starts if step > start), default=recipe.training.steps),

@@ -71,7 +71,7 @@ def test_a_leak_and_a_loss_are_both_seen():
     ):
         changed = may.clone()
         changed[position] = not changed[position]
-        assert f"with token {probe} position {position} {what}" in find_leak(
+        assert f"with token {probe} replaced, position {position} {what}" in find_leak(
             found["sparse"], documents, {probe: changed}
         )
     across = torch.zeros(documents.shape[1], dtype=torch.bool)

@@ -4,11 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longspan.trainer.data import documents as document_parts
-from longspan.trainer.data.buckets import BucketCorpus, Buckets
+from longspan.trainer.data import text_files
+from longspan.trainer.data.buckets import BucketCorpus, BucketSteps
 from longspan.trainer.data.build import build_corpus
-from longspan.trainer.data.corpus import Corpus, check_corpus, read_record
-from longspan.trainer.data.packing import BestFitCorpus, Mixture, PackedCorpus
+from longspan.trainer.data.corpus import Corpus
+from longspan.trainer.data.corpus_check import check_corpus
+from longspan.trainer.data.corpus_files import read_record
+from longspan.trainer.data.mixture import Mixture
+from longspan.trainer.data.packing import BestFitCorpus, PackedCorpus
 from longspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 from longspan.trainer.errors import UserError
 
@@ -133,7 +136,7 @@ def test_a_file_named_itself_must_be_text(tmp_path):
 
 def test_an_existing_corpus_is_not_overwritten(corpus):
     before = Path(f"{corpus}.bin").read_bytes()
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         build_corpus([Path(__file__)], ByteTokenizer(), corpus)
     assert Path(f"{corpus}.bin").read_bytes() == before
 
@@ -158,7 +161,7 @@ def damage(path, how):
         ("idx", None, "copy.idx: no such file"),
         ("bin", lambda b: b[:-2], r"copy.bin: is \d+ bytes long, but copy.idx describes \d+"),
         ("bin", lambda b: b + b"x", r"copy.bin: is \d+ bytes long"),
-        ("idx", lambda b: b[:20], "copy.idx: not an index of Megatron's format, or cut short"),
+        ("idx", lambda b: b[:20], "copy.idx: not an index in Megatron's format, or cut short"),
         ("idx", lambda b: b[:-8], r"copy.idx: is \d+ bytes long, but its header asks for \d+"),
         ("idx", lambda b: b"x" + b[1:], "copy.idx: not an index"),
         ("idx", lambda b: b[:9] + b"\2" + b[10:], "copy.idx: version 2"),
@@ -198,8 +201,9 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_offset(damaged):
 
 @pytest.mark.parametrize(("length", "alignment"), [(64, 1), (64, 8), (32, 32), (256, 4)])
 def test_packing_keeps_every_token_once(corpus, length, alignment, texts):
-    packed = PackedCorpus(Corpus(corpus, 257), length, alignment, order=(7,))
-    pieces, padding = [], 0
+    packed = PackedCorpus(Corpus(corpus, 257), length, alignment, shuffle_seeds=(7,))
+    counted_labels = []
+    padding = 0
     for number in range(packed.samples_per_epoch):
         sample = packed.sample(number)
         edges = np.flatnonzero(np.diff(sample.documents, prepend=-1))
@@ -207,18 +211,16 @@ def test_packing_keeps_every_token_once(corpus, length, alignment, texts):
         assert (np.diff(sample.documents) >= 0).all()
         padding += sample.padding
         for start, stop in zip(edges, [*edges[1:], length], strict=True):
-            counted = sample.weights[start:stop]
-            real = int(counted.sum()) if counted.any() else 0
-            assert (
-                counted[:real] == 1
-            ).all()  # labels that count come first, then the last token and padding
-            assert (
-                sample.labels[start : start + real][: stop - start - 1]
-                == sample.tokens[start + 1 : start + real + 1][: stop - start - 1]
-            ).all()
-            pieces.append((sample.tokens[start:stop], sample.labels[start:stop], real))
-    # Glue the pieces of cut documents together: each text must come back, predicted token by predicted token.
-    predicted = sorted(int(label) for _, labels, real in pieces for label in labels[:real])
+            weights = sample.weights[start:stop]
+            num_labels = int(weights.sum()) if weights.any() else 0
+            # Labels that count come first, then the last token and padding.
+            assert (weights[:num_labels] == 1).all()
+            labels = sample.labels[start : start + num_labels]
+            next_tokens = sample.tokens[start + 1 : start + num_labels + 1]
+            assert (labels[: stop - start - 1] == next_tokens[: stop - start - 1]).all()
+            counted_labels.append(labels)
+    # Together, the slices of cut documents predict every token of every text but the first.
+    predicted = sorted(int(label) for labels in counted_labels for label in labels)
     expected = sorted(byte for text in texts for byte in [*text.encode(), END][1:])
     assert predicted == expected
     assert padding == packed.samples_per_epoch * length - read_record(corpus).tokens
@@ -261,13 +263,14 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, repli
     from longspan.trainer.recipe.file import load_recipe
 
     recipe = load_recipe(str(tiny_recipe), ["training.global_batch_size=8"])
-    paths, cpu = prepare_data(recipe), torch.device("cpu")
+    data = prepare_data(recipe)
+    cpu = torch.device("cpu")
     for step in (0, 5):
-        alone = list(Batches(recipe, paths, 257, BatchShard(0, 1, 0), cpu).step(step))
+        alone = list(Batches(recipe, data, 257, BatchShard(0, 1, 0), cpu).step(step))
         shared = [
             batch
             for rank in range(replicas)
-            for batch in Batches(recipe, paths, 257, BatchShard(rank, replicas, 0), cpu).step(step)
+            for batch in Batches(recipe, data, 257, BatchShard(rank, replicas, 0), cpu).step(step)
         ]
         assert len(shared) == 8
         seen, expected = (
@@ -286,9 +289,10 @@ def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
     recipe = load_recipe(
         str(tiny_recipe), ["parallel.cp=3", f"parallel.layout={layout}", "launch.processes=3"]
     )
-    paths, cpu = prepare_data(recipe), torch.device("cpu")
-    alone = Batches(load_recipe(str(tiny_recipe)), paths, 257, BatchShard(0, 1, 0), cpu)
-    ranks = [Batches(recipe, paths, 257, BatchShard(0, 1, rank), cpu) for rank in range(3)]
+    data = prepare_data(recipe)
+    cpu = torch.device("cpu")
+    alone = Batches(load_recipe(str(tiny_recipe)), data, 257, BatchShard(0, 1, 0), cpu)
+    ranks = [Batches(recipe, data, 257, BatchShard(0, 1, rank), cpu) for rank in range(3)]
     for whole, *parts in zip(alone.step(3), *(batches.step(3) for batches in ranks), strict=True):
         unshard = parts[0].sequence.layout.unshard
         for name in ("tokens", "labels", "weights"):
@@ -303,9 +307,11 @@ def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
 
 def test_an_epoch_is_laid_out_once(corpus, monkeypatch):
     laid_out = []
-    real = PackedCorpus._line
+    real = PackedCorpus._lay_end_to_end
     monkeypatch.setattr(
-        PackedCorpus, "_line", lambda self, epoch: laid_out.append(epoch) or real(self, epoch)
+        PackedCorpus,
+        "_lay_end_to_end",
+        lambda self, epoch: laid_out.append(epoch) or real(self, epoch),
     )
     mixture = Mixture(
         [PackedCorpus(Corpus(corpus, 257), 64, 1, (seed,)) for seed in range(3)], [1.0, 1.0, 1.0]
@@ -346,15 +352,15 @@ def test_the_embedded_corpus_is_built_once(tmp_path, monkeypatch):
 
 
 def test_held_out_files_are_not_trained_on():
-    from longspan.trainer.data.stdlib import _sources
+    from longspan.trainer.data.stdlib import _source_files
 
-    train, held_out = set(_sources(False)), set(_sources(True))
+    train, held_out = set(_source_files(False)), set(_source_files(True))
     assert not train & held_out
     assert not any("test" in path.parts for path in train | held_out)
 
 
 def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
-    """Of lines that are cut to many parts, rows of a Parquet file and small files."""
+    """From lines that are cut into many chunks, rows of a Parquet file and small files."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -365,7 +371,7 @@ def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
     parquet.write_table(pa.table({"content": texts[:30]}), source / "b.parquet", row_group_size=7)
     for n, text in enumerate(texts[:5]):
         (source / f"c{n}.txt").write_text(text)
-    monkeypatch.setattr(document_parts, "PART", 100)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
     made = []
     for workers in (1, 3):
         record = build_corpus(
@@ -385,7 +391,7 @@ def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
 
 
 def test_a_bad_line_is_numbered_from_the_start_of_its_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(document_parts, "PART", 10)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 10)
     lines = ['{"text": "one"}'] * 5 + ["no"] + ['{"text": "one"}'] * 5
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(
@@ -411,17 +417,12 @@ def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path):
         build_corpus([tmp_path / "b.parquet"], ByteTokenizer(), str(tmp_path / "out"))
 
 
-def seen_pieces(sample):
-    """(document's own ids, labels that count) of each document in a sample."""
+def documents_in(sample):
+    """For each document in a sample: its mask, its tokens, and its labels that count."""
     for number in range(sample.documents.max() + 1):
         inside = sample.documents == number
-        counted = sample.weights[inside] > 0
-        count = int(counted.sum())
-        yield inside, sample.tokens[inside], sample.labels[inside][:count], count
-
-
-def texts_of(corpus):
-    return [corpus.read(d, 0, int(corpus.lengths[d])).tolist() for d in range(len(corpus))]
+        num_labels = int((sample.weights[inside] > 0).sum())
+        yield inside, sample.tokens[inside], sample.labels[inside][:num_labels]
 
 
 @pytest.mark.parametrize("alignment", [1, 8])
@@ -432,32 +433,30 @@ def test_best_fit_cuts_only_what_is_too_long_and_wastes_little(corpus, alignment
     concat = PackedCorpus(ours, length, alignment, (3,))
     orders = []
     for epoch in range(2):
-        pieces = [list(packed.pieces(epoch, n)) for n in range(packed.samples_per_epoch)]
-        orders.append(pieces)
-        flat = [piece for sample in pieces for piece in sample]
-        whole = {}
-        for document, start, count in flat:
+        samples = [list(packed.slices(epoch, n)) for n in range(packed.samples_per_epoch)]
+        orders.append(samples)
+        packed_tokens = {}  # of each document
+        for document, start, num_tokens in (part for sample in samples for part in sample):
             assert start % length == 0
-            assert count == min(length, ours.lengths[document] - start)
-            whole[document] = whole.get(document, 0) + count
-        assert whole == dict(enumerate(ours.lengths.tolist()))
+            assert num_tokens == min(length, ours.lengths[document] - start)
+            packed_tokens[document] = packed_tokens.get(document, 0) + num_tokens
+        assert packed_tokens == dict(enumerate(ours.lengths.tolist()))
         assert all(
-            sum(-(-p.count // alignment) * alignment for p in sample) <= length for sample in pieces
+            sum(-(-part.num_tokens // alignment) * alignment for part in sample) <= length
+            for sample in samples
         )
     assert orders[0] != orders[1]
     room = int((-(-ours.lengths // alignment) * alignment).sum())
     assert packed.samples_per_epoch <= 1.25 * max(concat.samples_per_epoch, room / length) + 1
     sample = packed.sample(packed.samples_per_epoch + 1)
-    for (inside, tokens, labels, count), piece in zip(
-        seen_pieces(sample), orders[1][1], strict=True
+    for (inside, tokens, labels), (document, start, num_tokens) in zip(
+        documents_in(sample), orders[1][1], strict=True
     ):
-        ids = ours.read(
-            piece.document, piece.start, int(ours.lengths[piece.document]) - piece.start
-        )
+        ids = ours.read(document, start, int(ours.lengths[document]) - start)
         assert np.flatnonzero(inside)[0] % alignment == 0
-        assert tokens[: piece.count].tolist() == ids[: piece.count].tolist()
-        assert labels.tolist() == ids[1 : count + 1].tolist()
-        assert count == min(piece.count, len(ids) - 1)
+        assert tokens[:num_tokens].tolist() == ids[:num_tokens].tolist()
+        assert labels.tolist() == ids[1 : len(labels) + 1].tolist()
+        assert len(labels) == min(num_tokens, len(ids) - 1)
 
 
 def test_buckets_hold_every_token_once_in_sequences_of_one_document(corpus):
@@ -466,29 +465,30 @@ def test_buckets_hold_every_token_once_in_sequences_of_one_document(corpus):
     covered = [np.zeros(length, int) for length in ours.lengths]
     for bucket in buckets:
         for number in range(bucket.samples_per_epoch):
-            (piece,) = bucket.pieces(0, number)
-            covered[piece.document][piece.start : piece.start + piece.count] += 1
-            assert piece.count == bucket.seq_length or bucket.seq_length == 16
+            ((document, start, num_tokens),) = bucket.slices(0, number)
+            covered[document][start : start + num_tokens] += 1
+            assert num_tokens == bucket.seq_length or bucket.seq_length == 16
             sample = bucket.sample(number)
             assert set(sample.documents) == {0}
-            assert sample.padding == bucket.seq_length - piece.count
+            assert sample.padding == bucket.seq_length - num_tokens
     assert all((counts == 1).all() for counts in covered)
 
 
 @pytest.mark.parametrize("odds", ["uniform", "grow_p2", "grow_p100", "shrink_p100"])
 def test_a_cycle_of_steps_has_every_length_in_proportion(corpus, odds):
     ours = Corpus(corpus, 257)
-    made = Buckets([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
-    lengths = [made.length(step) for step in range(150)]
-    again = Buckets([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
+    steps = BucketSteps([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
+    lengths = [steps.length(step) for step in range(150)]
+    again = BucketSteps([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
     assert [again.length(step) for step in reversed(range(150))] == lengths[::-1]
     assert "100" in odds or lengths[:50] != lengths[50:100]
     tokens = {
-        length: BucketCorpus(ours, length, 128, 16, 8, (0,)).tokens for length in (16, 32, 64, 128)
+        length: BucketCorpus(ours, length, 128, 16, 8, (0,)).num_tokens
+        for length in (16, 32, 64, 128)
     }
-    for length, own in tokens.items():
+    for length, num_tokens in tokens.items():
         for cycle in (lengths[:50], lengths[50:100]):
-            assert abs(cycle.count(length) - 50 * own / sum(tokens.values())) <= 1
+            assert abs(cycle.count(length) - 50 * num_tokens / sum(tokens.values())) <= 1
     first, last = np.mean(lengths[:10]), np.mean(lengths[40:50])
     assert {
         "uniform": True,
@@ -497,9 +497,11 @@ def test_a_cycle_of_steps_has_every_length_in_proportion(corpus, odds):
         "shrink_p100": first > last,
     }[odds]
     # A step of a length takes the samples after those of the steps before it.
-    steps = [step for step in range(150) if lengths[step] == 64]
+    steps_of_64 = [step for step in range(150) if lengths[step] == 64]
     seen = [
-        made.sample(step, number).tokens.tolist() for step in steps[:3] for number in range(4 * 2)
+        steps.sample(step, number).tokens.tolist()
+        for step in steps_of_64[:3]
+        for number in range(4 * 2)
     ]
-    own = BucketCorpus(ours, 64, 128, 16, 8, (1, 0))
-    assert seen == [own.sample(number).tokens.tolist() for number in range(len(seen))]
+    bucket = BucketCorpus(ours, 64, 128, 16, 8, (1, 0))
+    assert seen == [bucket.sample(number).tokens.tolist() for number in range(len(seen))]

@@ -1,4 +1,7 @@
-"""What ``longspan eval`` asks and how it counts, by models whose answers are known; then the commands on a run."""
+"""What ``longspan eval`` asks and how it counts.
+
+First with models whose answers are known, then with the commands on a run.
+"""
 
 import json
 import shutil
@@ -12,10 +15,15 @@ from longspan.trainer.data.build import build_corpus
 from longspan.trainer.data.corpus import Corpus
 from longspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
 from longspan.trainer.errors import UserError
+from longspan.trainer.evaluation.examples import needle_examples, task_examples
 from longspan.trainer.evaluation.held_out import Haystack
-from longspan.trainer.evaluation.position_loss import documents_of, lengths_of, position_loss
-from longspan.trainer.evaluation.retrieval import examples, measure, needles
-from longspan.trainer.evaluation.tasks import TASKS
+from longspan.trainer.evaluation.position_loss import (
+    choose_documents,
+    choose_lengths,
+    position_loss,
+)
+from longspan.trainer.evaluation.scoring import score_examples
+from longspan.trainer.evaluation.tasks import EARLIER_NAMES, TASKS, choose_tasks
 
 LENGTH = 700
 
@@ -26,10 +34,8 @@ def tokenizers(tmp_path_factory, texts):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer, pairs.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     more = ["The number of kuvamu is 53132.\n In digits, the most frequent word"] * 9
     trainer = trainers.BpeTrainer(
@@ -46,17 +52,22 @@ def tokenizers(tmp_path_factory, texts):
 
 @pytest.fixture(scope="module")
 def haystack(tmp_path_factory, texts, tokenizers):
-    def make(name="bytes"):
+    def make(tokenizer_name="bytes"):
         prefix = str(tmp_path_factory.mktemp("held-out") / "text")
-        (tmp_path_factory.getbasetemp() / "lines.txt").write_text("\n".join(texts))
-        build_corpus([tmp_path_factory.getbasetemp() / "lines.txt"], tokenizers[name], prefix)
-        return Haystack(Corpus(prefix, 500), tokenizers[name])
+        source = tmp_path_factory.getbasetemp() / "lines.txt"
+        source.write_text("\n".join(texts))
+        tokenizer = tokenizers[tokenizer_name]
+        build_corpus([source], tokenizer, prefix)
+        return Haystack(Corpus(prefix, 500), tokenizer)
 
     return make
 
 
 class Copying:
-    """After the last ``seen`` tokens it says what followed where they stood last, up to ``reach`` tokens back."""
+    """Predicts what followed the last ``seen`` tokens when they last occurred.
+
+    It looks back at most ``reach`` tokens.
+    """
 
     device = torch.device("cpu")
 
@@ -64,51 +75,52 @@ class Copying:
         self.seen, self.reach = seen, reach
 
     def token_losses(self, tokens, labels):
-        said = torch.full_like(tokens, -1)
+        predicted = torch.full_like(tokens, -1)
         for row, text in enumerate(tokens.tolist()):
-            last = {}
-            for at in range(self.seen - 1, len(text)):
-                here = tuple(text[at - self.seen + 1 : at + 1])
-                found = last.get(here)
-                if found is not None and at - found <= self.reach:
-                    said[row, at] = text[found + 1]
-                last[here] = at
-        right = said == labels
-        return torch.where(right, 0.1, 5.0), right
+            last_occurrence = {}
+            for position in range(self.seen - 1, len(text)):
+                context = tuple(text[position - self.seen + 1 : position + 1])
+                earlier = last_occurrence.get(context)
+                if earlier is not None and position - earlier <= self.reach:
+                    predicted[row, position] = text[earlier + 1]
+                last_occurrence[context] = position
+        is_likeliest = predicted == labels
+        return torch.where(is_likeliest, 0.1, 5.0), is_likeliest
 
 
-def text_of(haystack, asked):
+def decoded(haystack, answered):
+    """The text and the answers of an AnsweredText."""
     decode = haystack.tokenizer.decode
-    return decode(asked.tokens), [
-        decode([asked.tokens[i] for i in answer]) for answer in asked.answers
-    ]
+    answers = [decode([answered.tokens[i] for i in answer]) for answer in answered.answers]
+    return decode(answered.tokens), answers
 
 
-@pytest.mark.parametrize("name", ["bytes", "pairs"])
+@pytest.mark.parametrize("tokenizer_name", ["bytes", "pairs"])
 @pytest.mark.parametrize("task", ["needle", *TASKS])
-def test_what_is_asked_stands_in_the_text(haystack, name, task):
-    made = haystack(name)
-    asked = (
-        needles(made, 5, 1, LENGTH, 0.5)
-        if task == "needle"
-        else list(examples(made, 5, 1, task, LENGTH))
-    )
+def test_what_is_asked_stands_in_the_text(haystack, tokenizer_name, task):
+    hay = haystack(tokenizer_name)
+    if task == "needle":
+        examples = needle_examples(hay, 5, 1, LENGTH, 0.5)
+    else:
+        examples = list(task_examples(hay, 5, 1, task, LENGTH))
     seen = set()
-    for right, wrong in asked:
+    for right, wrong in examples:
         assert len(right.tokens) == LENGTH
-        (text, answers), others = text_of(made, right), [text_of(made, each) for each in wrong]
+        text, answers = decoded(hay, right)
+        wrong_texts = [decoded(hay, text) for text in wrong]
         seen.add(text)
-        assert len(answers) == len(others) == (4 if task == "several" else 1)
+        assert len(answers) == len(wrong_texts) == (4 if task == "multi_query" else 1)
         assert text.endswith(answers[-1])
-        for answer, (other, (instead,)) in zip(answers, others, strict=True):
-            assert answer != instead
-            assert other.endswith(instead)
-            assert text.startswith(other.removesuffix(instead) + answer), "all is right before it"
-            if task in ("needle", "several", "crowd"):
+        for answer, (wrong_text, (wrong_answer,)) in zip(answers, wrong_texts, strict=True):
+            assert answer != wrong_answer
+            assert wrong_text.endswith(wrong_answer)
+            before = wrong_text.removesuffix(wrong_answer)
+            assert text.startswith(before + answer), "all is right before it"
+            if task in ("needle", "multi_query", "multi_key"):
                 assert text.count(f" is{answer}") == 2, "once in the text and once as the answer"
-                assert f" is{instead}." in text
+                assert f" is{wrong_answer}." in text
         body, question = text.rsplit("\n", 1)
-        if task == "chain":
+        if task == "variable_tracking":
             name_asked = question.removeprefix("In digits, the number of ").split(" ")[0]
             for _ in range(3):
                 (name_asked,) = [
@@ -117,46 +129,53 @@ def test_what_is_asked_stands_in_the_text(haystack, name, task):
                     if f"The number of {name_asked} is that of" in line
                 ]
             assert f"The number of {name_asked} is{answers[0]}." in body
-        if task == "frequent":
+        if task == "frequent_words":
             first, second = (
                 body.split("is ", 1)[1].split().count(word.strip())
-                for word in (answers[0], others[0][1][0])
+                for word in (answers[0], wrong_texts[0][1][0])
             )
             assert first > second > 0
     assert len(seen) == 5
 
 
 def test_a_needle_is_as_deep_as_it_says(haystack):
-    made, fact = haystack(), len("\nThe number of kuvamu is 53132.\n")
+    hay = haystack()
+    fact_length = len("\nThe number of kuvamu is 53132.\n")
     for depth in (0.0, 0.25, 1.0):
-        for right, _ in needles(made, 8, 0, 1500, depth):
-            text, (answer,) = text_of(made, right)
-            place = text.index(f"is{answer}.") - (fact - 9)
-            assert place == pytest.approx(depth * (1500 - 3 * fact), abs=fact + 2), (
+        for right, _ in needle_examples(hay, 8, 0, 1500, depth):
+            text, (answer,) = decoded(hay, right)
+            place = text.index(f"is{answer}.") - (fact_length - 9)
+            expected = depth * (1500 - 3 * fact_length)
+            assert place == pytest.approx(expected, abs=fact_length + 2), (
                 "another fact may lie before it"
             )
 
 
 def test_a_model_that_copies_is_seen_to(haystack):
-    made, model = haystack(), Copying(12)
+    hay = haystack()
+    model = Copying(12)
     advanced = []
-    assert measure(model, needles(made, 30, 0, LENGTH, 0.2), LENGTH, advanced.append)[:4] == (
-        1.0,
-        0.0,
-        1.0,
-        0.0,
-    )
+    needles = needle_examples(hay, 30, 0, LENGTH, 0.2)
+    score = score_examples(model, needles, LENGTH, advanced.append)
+    assert score[:4] == (1.0, 0.0, 1.0, 0.0)
     assert sum(advanced) == 30
-    found = {task: measure(model, examples(made, 20, 0, task, LENGTH), LENGTH) for task in TASKS}
-    assert found["several"][:4] == found["crowd"][:4] == (1.0, 0.0, 1.0, 0.0)
-    assert found["crowd"].loss == pytest.approx(0.1, abs=1e-6)
-    assert found["chain"].exact == 0.0, "the last name leads to another name"
-    assert found["frequent"].exact == 0.0, "it says the example's word"
+    scores = {
+        task: score_examples(model, task_examples(hay, 20, 0, task, LENGTH), LENGTH)
+        for task in TASKS
+    }
+    assert scores["multi_query"][:4] == scores["multi_key"][:4] == (1.0, 0.0, 1.0, 0.0)
+    assert scores["multi_key"].loss == pytest.approx(0.1, abs=1e-6)
+    assert scores["variable_tracking"].exact == 0.0, "the last name leads to another name"
+    assert scores["frequent_words"].exact == 0.0, "it says the example's word"
 
 
 def test_a_model_of_a_short_reach_misses_what_lies_deep(haystack):
-    made, model = haystack(), Copying(12, reach=400)
-    near, far = (measure(model, needles(made, 20, 0, 1500, depth), 1500) for depth in (1.0, 0.0))
+    hay = haystack()
+    model = Copying(12, reach=400)
+    near, far = (
+        score_examples(model, needle_examples(hay, 20, 0, 1500, depth), 1500)
+        for depth in (1.0, 0.0)
+    )
     assert near[:4] == (1.0, 0.0, 1.0, 0.0)
     assert far.exact == 0.0
     assert 0.0 <= far.preferred < 0.9, "the other number is near in some of them"
@@ -164,15 +183,22 @@ def test_a_model_of_a_short_reach_misses_what_lies_deep(haystack):
 
 
 def test_examples_are_a_pure_function_of_the_seed(haystack):
-    made = haystack()
-    once, again, other = (list(examples(made, 4, seed, "several", LENGTH)) for seed in (0, 0, 1))
+    hay = haystack()
+    once, again, other_seed = (
+        list(task_examples(hay, 4, seed, "multi_query", LENGTH)) for seed in (0, 0, 1)
+    )
     assert once == again
-    assert not any(a == b for a, b in zip(once, other, strict=True))
-    assert list(examples(made, 2, 0, "several", LENGTH)) == once[:2]
+    assert not any(a == b for a, b in zip(once, other_seed, strict=True))
+    assert list(task_examples(hay, 2, 0, "multi_query", LENGTH)) == once[:2]
+
+
+def test_tasks_may_be_called_by_their_earlier_names():
+    assert choose_tasks(["chain", "multi_key"]) == ["variable_tracking", "multi_key"]
+    assert choose_tasks(list(EARLIER_NAMES)) == choose_tasks(None) == list(TASKS)
 
 
 class Knowing:
-    """A token with ``n`` others before it, as far as it sees, costs ``8 / (1 + n)`` nats and its own id over 1,000."""
+    """A token with ``n`` visible others before it costs ``8 / (1 + n) + id / 1000`` nats."""
 
     device = torch.device("cpu")
 
@@ -191,22 +217,22 @@ def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
             bytes((7 * i + j) % 100 + 20 for j in range(length - 1))
         )  # and its end
     build_corpus([tmp_path], ByteTokenizer(), str(tmp_path / "held"))
-    corpus, advanced = Corpus(str(tmp_path / "held"), 257), []
-    chosen = documents_of(corpus, 97, 8)
+    corpus = Corpus(str(tmp_path / "held"), 257)
+    advanced = []
+    chosen = choose_documents(corpus, 97, 8)
     assert chosen.tolist() == [1, 3, 4], "one of 97 tokens has 96 labels"
-    assert documents_of(corpus, 97, 2).tolist() == [1, 4]
+    assert choose_documents(corpus, 97, 2).tolist() == [1, 4]
     ranges = position_loss(Knowing(), corpus, 97, chosen, advanced.append)
     assert sum(advanced) == 3
     assert [r[:2] for r in ranges] == [(0, 16), (16, 32), (32, 64), (64, 97)]
     texts = np.stack([corpus.read(document, 0, 98) for document in chosen])
     for start, stop, loss, gain, error in ranges:
-        own = texts[:, start + 1 : stop + 1].mean() / 1000
-        assert loss == pytest.approx(
-            own + np.mean([8 / (1 + p) for p in range(start, stop)]), rel=1e-5
-        )
+        id_cost = texts[:, start + 1 : stop + 1].mean() / 1000
+        context_cost = np.mean([8 / (1 + p) for p in range(start, stop)])
+        assert loss == pytest.approx(id_cost + context_cost, rel=1e-5)
         if start:
-            without = own + np.mean([8 / (1 + p - start // 2) for p in range(start, stop)])
-            assert gain == pytest.approx(without - loss, abs=1e-6)
+            shorter_context_cost = np.mean([8 / (1 + p - start // 2) for p in range(start, stop)])
+            assert gain == pytest.approx(id_cost + shorter_context_cost - loss, abs=1e-6)
             assert error == pytest.approx(0, abs=1e-6), "it is the same for all documents"
     assert ranges[0].gain is ranges[0].error is None
     assert ranges[1].gain > 0.1
@@ -217,26 +243,26 @@ def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
         "nothing that lies farther back than it sees"
     )
 
-    assert lengths_of(corpus, None, 97) == [97, 194], "two documents should have them"
-    assert lengths_of(corpus, None, 1000) == [128]
-    assert lengths_of(corpus, [16, 399], 97) == [16, 399]
-    assert position_loss(Knowing(), corpus, 399, documents_of(corpus, 399, 8))[1].error is None
+    assert choose_lengths(corpus, None, 97) == [97, 194], "two documents should have them"
+    assert choose_lengths(corpus, None, 1000) == [128]
+    assert choose_lengths(corpus, [16, 399], 97) == [16, 399]
+    assert position_loss(Knowing(), corpus, 399, choose_documents(corpus, 399, 8))[1].error is None
     with pytest.raises(
         UserError, match=r"--lengths: 400, but the longest document of .* has 399 labels"
     ):
-        lengths_of(corpus, [400], 97)
+        choose_lengths(corpus, [400], 97)
 
 
 def test_documents_that_are_empty_end(tmp_path, tokenizers):
     tmp_path.joinpath("none.jsonl").write_text('{"text": ""}\n' * 3)
     build_corpus([tmp_path / "none.jsonl"], tokenizers["bytes"], str(tmp_path / "none"))
-    made = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
+    hay = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
     with pytest.raises(UserError, match="has no document of more than one token"):
-        made.text(10, np.random.default_rng(0))
+        hay.text(10, np.random.default_rng(0))
     with pytest.raises(
         UserError, match=r"--lengths: 16, but the longest document of .* has 0 labels"
     ):
-        lengths_of(Corpus(str(tmp_path / "none"), 257), None, 64)
+        choose_lengths(Corpus(str(tmp_path / "none"), 257), None, 64)
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +307,16 @@ def ended(capsys, *arguments) -> tuple[int, str, str]:
         ("loss --lengths 64,150", "ranges", "       150  128 .. 150  "),
         ("loss --lengths 16", "ranges", "        16  0 .. 16  "),
         ("needle --lengths 200,256 --depths 2 --examples 3", "settings", "   256   100%  "),
-        ("tasks --tasks several,chain --lengths 700 --examples 3", "settings", "chain       700  "),
-        ("tasks --tasks chain,frequent --examples 1", "settings", "frequent     512  "),
+        (  # by the names that they had before RULER's
+            "tasks --tasks several,chain --lengths 700 --examples 3",
+            "settings",
+            "variable_tracking     700  ",
+        ),
+        (
+            "tasks --tasks variable_tracking,frequent_words --examples 1",
+            "settings",
+            "frequent_words     512  ",
+        ),
     ],
 )
 def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
@@ -315,8 +349,9 @@ def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
         ("needle {run} --depths 1", "--depths: must be at least 2, got 1"),
         ("needle {run} --examples 0", "--examples: must be at least 1, got 0"),
         (
-            "tasks {run} --tasks chain,ruler",
-            "--tasks: ruler is not a task; known: several, crowd, chain, frequent",
+            "tasks {run} --tasks variable_tracking,ruler",
+            "--tasks: ruler is not a task; "
+            "known: multi_query, multi_key, variable_tracking, frequent_words",
         ),
         ("tasks {run} --lengths 300", "tokens; use at least 64 more"),
         ("tasks {run} --seed -1", "--seed: must not be negative, got -1"),

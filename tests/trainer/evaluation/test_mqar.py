@@ -1,4 +1,8 @@
-"""The recall task: its law, the recipes' errors, runs that are stopped and taken up, what is measured, and the table."""
+"""The recall task.
+
+How its examples are drawn, errors in recipes, runs that are stopped and resumed, what is measured,
+and the table of results.
+"""
 
 import json
 import os
@@ -15,15 +19,20 @@ import yaml
 from longspan.launch.bench.mqar_report import BEGIN, END, MQARReport
 from longspan.launch.cli import main
 from longspan.trainer.checkpoint.run_folder import RunFolder
-from longspan.trainer.data.mqar import MQARData, MQARSamples, examples, stream
+from longspan.trainer.data.mqar import MQARData, MQARSamples, make_examples
+from longspan.trainer.data.samples import seeded_generator
 from longspan.trainer.errors import UserError
-from longspan.trainer.evaluation.mqar_settings import Setting, default_settings, settings_of
+from longspan.trainer.evaluation.mqar_settings import (
+    RecallSetting,
+    choose_settings,
+    default_settings,
+)
 from longspan.trainer.predict import flops as size
 from longspan.trainer.recipe.file import load_recipe, shipped_recipes, to_yaml
 from longspan.trainer.recipe.schema import MQARConfig
 
 TASK = MQARConfig(pairs=[2, 4, 8], vocab_size=64)
-STEPS = 300  # of the tiny run: some seconds, so that it can be killed in the middle
+STEPS = 300  # of the tiny run, which takes some seconds, so that it can be killed in the middle
 TINY = {
     "base": "mqar/base",
     "description": "a tiny run",
@@ -121,7 +130,7 @@ def close(counts, chances):
 @pytest.mark.parametrize("power", [0.01, 0.5, 1.0])
 def test_places_follow_the_power_law_one_after_the_other(power):
     task = TASK.model_copy(update={"power_a": power})
-    places = (examples(task, 40_000, 32, 4, stream(9)).asked - 8) // 2
+    places = (make_examples(task, 40_000, 32, 4, seeded_generator(9)).query_positions - 8) // 2
     chances = power * np.arange(1, 13) ** (power - 1)
     chances /= chances.sum()
     close(np.bincount(places[:, 0], minlength=12), chances)
@@ -134,7 +143,7 @@ def test_places_follow_the_power_law_one_after_the_other(power):
 
 
 def test_keys_values_and_numbers_of_pairs_are_drawn_evenly():
-    made = examples(TASK, 20_000, 16, 4, stream(3))
+    made = make_examples(TASK, 20_000, 16, 4, seeded_generator(3))
     close(
         np.bincount(made.tokens[:, [0, 2, 4, 6]].reshape(-1), minlength=64)[1:32],
         np.full(31, 1 / 31),
@@ -151,7 +160,7 @@ def test_a_sample_is_a_pure_function_of_seed_and_number():
     def tokens(seed, which, numbers):
         recipe = load_recipe("mqar/base", [f"training.seed={seed}"])
         training, held_out = MQARData(recipe.data.mqar).samples(recipe, 256)
-        samples = held_out if which else training.samples
+        samples = held_out.samples if which else training.samples
         return [samples.sample(n).tokens.tobytes() for n in numbers]
 
     once = tokens(0, 0, range(300))
@@ -191,7 +200,7 @@ def test_ranks_share_the_examples_of_a_step_and_their_tokens():
         (["data.mqar=null"], "data.sources: is required, or data.mqar in its place"),
         (
             ["data.sources={python-stdlib: 1.0}"],
-            "data.mqar: is given beside data.sources; set one of the two to null",
+            "data.mqar: is set together with data.sources; set one of the two to null",
         ),
         (
             ["data.mqar.vocab_size=33"],
@@ -199,7 +208,8 @@ def test_ranks_share_the_examples_of_a_step_and_their_tokens():
         ),
         (
             ["data.mqar.pairs=[4, 20]"],
-            "data.mqar.pairs: 20 pairs and their questions take 80 tokens, training.seq_length is 64",
+            "data.mqar.pairs: 20 pairs and their questions take 80 tokens, "
+            "training.seq_length is 64",
         ),
         (
             ["training.seq_length=65"],
@@ -209,22 +219,23 @@ def test_ranks_share_the_examples_of_a_step_and_their_tokens():
             ["model.vocab_size=600"],
             "model.vocab_size: 600 is not that of data.mqar, 256; remove it",
         ),
-        (["data.tokenizer=t.json"], "data.tokenizer: means nothing to data.mqar"),
-        (["data.validation=held-out"], "data.validation: means nothing to data.mqar"),
+        (["data.tokenizer=t.json"], "data.tokenizer: has no effect on data.mqar"),
+        (["data.validation=held-out"], "data.validation: has no effect on data.mqar"),
         (
             ["evaluation.ngram_baseline=true"],
             "evaluation.ngram_baseline: counts bytes: needs data.sources",
         ),
         (
             ["evaluation.sample_prompt=x"],
-            "evaluation.sample_prompt: needs text to go on from, and data.mqar has none",
+            "evaluation.sample_prompt: needs text to continue, and data.mqar has none",
         ),
         (["data.mqar.pairs=[]"], "data.mqar.pairs: list should have at least 1 item"),
         (["data.mqar.pairs=null"], "data.mqar.pairs: is required"),
         (["data.mqar.power_a=0"], "data.mqar.power_a: should be greater than 0"),
         (
             ["data.mqar.pars=[4]"],
-            "data.mqar.pars: unknown key (did you mean pairs?); known here: pairs, vocab_size, power_a",
+            "data.mqar.pars: unknown key (did you mean pairs?); "
+            "known here: pairs, vocab_size, power_a",
         ),
     ],
 )
@@ -258,27 +269,33 @@ def test_shipped_recipes_differ_in_their_mixers_alone(path):
 
 def test_settings_that_are_asked_by_default_and_that_fit():
     recipe = load_recipe("mqar/base")
-    trained = [Setting(64, 4), Setting(64, 8), Setting(64, 16)]
-    assert default_settings(recipe) == [*trained, Setting(128, 32), Setting(256, 64)]
+    trained = [RecallSetting(64, 4), RecallSetting(64, 8), RecallSetting(64, 16)]
+    assert default_settings(recipe) == [*trained, RecallSetting(128, 32), RecallSetting(256, 64)]
     assert default_settings(load_recipe("mqar/base", ["data.mqar.vocab_size=66"])) == [
         *trained,
-        Setting(128, 32),
+        RecallSetting(128, 32),
     ]
-    assert settings_of(recipe, [128, 64], [32, 8]) == [
-        Setting(64, 8),
-        Setting(128, 8),
-        Setting(128, 32),
+    assert choose_settings(recipe, [128, 64], [32, 8]) == [
+        RecallSetting(64, 8),
+        RecallSetting(128, 8),
+        RecallSetting(128, 32),
     ]
-    assert settings_of(recipe, [128], None) == [Setting(128, pairs) for pairs in (4, 8, 16)]
-    assert settings_of(recipe, None, [2]) == [Setting(64, 2)]
+    assert choose_settings(recipe, [128], None) == [
+        RecallSetting(128, pairs) for pairs in (4, 8, 16)
+    ]
+    assert choose_settings(recipe, None, [2]) == [RecallSetting(64, 2)]
     for lengths, pairs, message in (
-        ([63], None, "--lengths: 63 fits nothing: 63 tokens are odd"),
-        ([8], [4], "--lengths: 8 fits nothing: 4 pairs and their questions take 16 tokens"),
-        (None, [4, 17], "--pairs: 17 fits nothing: 17 pairs and their questions take 68 tokens"),
-        ([4096], [128], "--lengths: 4096 fits nothing: data.mqar.vocab_size 256 has 127 keys"),
+        (
+            [63],
+            None,
+            "--lengths: 63 is not possible: an example needs an even number of tokens, not 63",
+        ),
+        ([8], [4], "--lengths: 8 is not possible: 4 pairs and their questions take 16 tokens"),
+        (None, [4, 17], "--pairs: 17 is not possible: 17 pairs and their questions take 68 tokens"),
+        ([4096], [128], "--lengths: 4096 is not possible: data.mqar.vocab_size 256 has 127 keys"),
     ):
         with pytest.raises(UserError, match=message):
-            settings_of(recipe, lengths, pairs)
+            choose_settings(recipe, lengths, pairs)
 
 
 @pytest.fixture
@@ -295,7 +312,7 @@ def untrained(tmp_path):
     [
         (
             ["generate", "{tmp}/mqar"],
-            "data.mqar: its tokens are no text; use `longspan eval mqar RUN`",
+            "data.mqar: its tokens are not text; use `longspan eval mqar RUN`",
         ),
         (
             ["eval", "mqar", "{tmp}/text"],
@@ -307,7 +324,10 @@ def untrained(tmp_path):
             "--lengths: must be whole numbers, such as 64,128, got '64,x'",
         ),
         (["eval", "mqar", "{tmp}/mqar", "--pairs", "0"], "--pairs: must be at least 1, got 0"),
-        (["eval", "mqar", "{tmp}/mqar", "--lengths", "14"], "--lengths: 14 fits nothing: 4 pairs"),
+        (
+            ["eval", "mqar", "{tmp}/mqar", "--lengths", "14"],
+            "--lengths: 14 is not possible: 4 pairs",
+        ),
         (
             ["eval", "mqar", "{tmp}/mqar", "--examples", "0"],
             "--examples: must be at least 1, got 0",
@@ -410,7 +430,7 @@ def test_accuracy_is_that_of_the_answers():
             return None, likeliest == labels
 
     advanced = []
-    assert accuracy(Reader(), TASK, Setting(20, 4), 70, 0, advanced.append) == 0.75
+    assert accuracy(Reader(), TASK, RecallSetting(20, 4), 70, 0, advanced.append) == 0.75
     assert sum(advanced) == 70
 
 
@@ -519,7 +539,8 @@ def test_a_run_that_fails_ends_the_bench_and_one_that_diverges_does_not(
     ended, _, err = run(capsys, *command)
     assert ended == 2
     assert re.search(
-        r"lr-(.)-seed-(.)-steps-3/log.txt: tiny lr \1 seed \2 ended with status 2: longspan: no room",
+        r"lr-(.)-seed-(.)-steps-3/log.txt: "
+        r"tiny lr \1 seed \2 ended with status 2: longspan: no room",
         err,
     )
     assert len(err.splitlines()) == 1
@@ -576,7 +597,7 @@ def test_the_table_has_the_best_learning_rate_in_the_hardest_trained_setting(mon
 
 @pytest.mark.wide
 def test_mqar_smoke(longspan, tmp_path):
-    """What a mixer can remember shows within a minute: attention answers, a window that has lost the pairs does not."""
+    """Within a minute, attention learns to answer; a window that has lost the pairs does not."""
 
     def reached(name):
         run = tmp_path / name

@@ -1,7 +1,8 @@
-"""Mixers as the papers write them: one document, one head at a time, every pair of tokens or token by token, in fp64.
+"""Mixers as the papers write them, in fp64: one document and one head at a time, by all pairs of
+tokens or token by token.
 
-Each takes the layer's input ``x`` [tokens, hidden], the mixer's weights by name, its recipe's model and its layer, and gives
-what the layer adds to the residual stream.
+Each accepts the layer's input ``x`` [tokens, hidden], the mixer's weights by name, the recipe's
+model and the layer, and returns what the layer adds to the residual stream.
 """
 
 import math
@@ -28,7 +29,10 @@ def causal(weights):
 
 
 def decayed(q, k, v, log):
-    """``o_i = sum_j (q_i . k_j, each product times exp(log_{j+1} + ... + log_i)) v_j``; log [tokens, 1 or key dims]."""
+    """``o_i = sum_j (q_i . k_j, each product times exp(log_{j+1} + ... + log_i)) v_j``.
+
+    ``log`` is [tokens, 1 or key dims].
+    """
     sums = log.cumsum(0)
     gone = sums[:, None] - sums[None]
     gone = gone.masked_fill(torch.ones(len(q), len(q)).triu(1).bool()[..., None], -torch.inf)
@@ -46,7 +50,7 @@ def averaged(weights, v):
 
 
 def convolved(x, weight):
-    """``y_t = sum_j weight_j x_{t - width + 1 + j}`` for every channel, with zeros before the document."""
+    """``y_t = sum_j weight_j x_{t - width + 1 + j}`` per channel; zeros before the document."""
     width = weight.shape[1]
     before = torch.cat([x.new_zeros(width - 1, x.shape[1]), x])
     return torch.stack([(before[t : t + width] * weight.T).sum(0) for t in range(len(x))])

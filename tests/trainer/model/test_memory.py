@@ -82,7 +82,7 @@ def test_inputs_that_wait_on_the_host_come_back_as_they_were(tiny_recipe):
 
 
 def kept(recipe_file, *overrides):
-    """Bytes that a forward pass keeps for its backward pass, of tensors that are no parameters, each once."""
+    """Return the bytes that a forward pass keeps besides parameters; each tensor counts once."""
     with batches_on(recipe_file, *overrides) as (engine, batches):
         weights = {parameter.data_ptr() for parameter in engine.model.parameters()}
         sizes = {}
@@ -125,7 +125,7 @@ def test_offloading_needs_full_recompute(tiny_recipe):
         load_recipe(
             str(tiny_recipe), ["memory.offload_inputs=true", "memory.recompute_blocks={ful: full}"]
         )
-    assert "memory.recompute_blocks.ful: names no block (did you mean full?)" in str(caught.value)
+    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(caught.value)
     assert (
         "memory.offload_inputs: block full keeps more than its input (recompute none); set"
         in str(caught.value)

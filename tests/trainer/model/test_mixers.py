@@ -1,6 +1,7 @@
-"""Linear mixers against transformers' own modules with the same weights, and against the papers' formulas.
+"""Linear mixers against transformers' own modules with the same weights, and papers' formulas.
 
-Both sides compute in fp64 wherever they would in fp32: an epsilon, a scale or a decay that is off then shows.
+Both sides compute in fp64 wherever they would in fp32, so that a wrong epsilon, scale or decay
+shows.
 """
 
 import functools
@@ -39,7 +40,7 @@ class AllInFp64(TorchFunctionMode):
 
 @pytest.fixture(scope="module")
 def build():
-    """``build(block, layer=0, eps=EPS)``: that layer of a model of such blocks, with any weights, and the recipe's model."""
+    """``build(block, layer=0, eps=EPS)``: that layer of a model of such blocks, and the model."""
     from longspan.trainer.model.cpu import megatron_on_cpu
     from longspan.trainer.model.model import build_model
     from megatron.core import parallel_state
@@ -95,7 +96,7 @@ STARTS = [[0, 97, 150], [0, 40, 150]]
 
 
 def packed():
-    """Two rows of two documents each, as inputs [batch, time, hidden] and what says where they begin."""
+    """Two rows of two documents each: inputs [batch, time, hidden], and their sequence."""
     x = torch.randn(2, 150, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
     documents = torch.stack(
         [torch.repeat_interleave(torch.arange(2), torch.tensor(row).diff()) for row in STARTS]
@@ -121,7 +122,7 @@ def assert_close(ours, expected, what, bar=1e-10):
 
 
 def assert_is_theirs(ours, theirs, layout, call=None):
-    """Outputs and gradients; ``layout`` makes our weights, or their gradients, of theirs by name."""
+    """Compare outputs and gradients; ``layout`` turns their weights or gradients into ours."""
     scatter(theirs)
     expected = layout(dict(theirs.named_parameters()))
     assert expected.keys() == dict(ours.named_parameters()).keys()

@@ -1,4 +1,4 @@
-"""The model against a plain-torch forward of the same weights, and what casting and Megatron must not change."""
+"""The model against a forward pass in plain torch, and what casting must not change."""
 
 import contextlib
 
@@ -258,7 +258,7 @@ def test_every_mixer_decays_in_fp32_when_the_model_is_cast(
 
 
 def test_decays_are_those_of_transformers():
-    """Against the formula in transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
+    """Compare with transformers' `minimax`: 2^(-8(h+1)/H) * (1 - l/(L - 1 + 1e-5) + 1e-5)."""
     from longspan.attention.linear.decays import minimax as minimax_decay
 
     assert minimax_decay(64, 0, 80)[[0, 63]].tolist() == pytest.approx(
@@ -322,11 +322,11 @@ def test_initial_weights_depend_on_seed_and_name_alone(engine):
     assert weights["decoder.layers.0.mixer.linear_proj.weight"].std().item() == pytest.approx(
         0.02 / 8**0.5, rel=0.05
     )
-    from longspan.trainer.model.weights import initialise
+    from longspan.trainer.model.weights import initialize
 
-    initialise(made.model, 4, 0.02, 4)
+    initialize(made.model, 4, 0.02, 4)
     assert not torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
-    initialise(made.model, 3, 0.02, 4)
+    initialize(made.model, 3, 0.02, 4)
     assert torch.equal(made.weights()["decoder.layers.0.mixer.linear_in.weight"], one)
 
 

@@ -71,7 +71,7 @@ def test_experts_are_what_the_formula_says(tiny_recipe, stack):
 
 
 def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
-    """That of Switch Transformer: experts times the sum over them of (share of tokens) x (mean probability)."""
+    """Switch Transformer's: experts times the sum of (share of tokens) x (mean probability)."""
     with engine_of(tiny_recipe, *EXPERTS) as engine:
         mlp = engine.model.decoder.layers[1].mlp
         x = torch.randn(23, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,8 @@ def _with_router(mlp, weight):
     [
         (
             ["model.moe=null"],
-            "model.layers.blocks.lightning.mlp: is moe, but model.moe, which says how many experts, is missing",
+            "model.layers.blocks.lightning.mlp: is moe, but model.moe, "
+            "which says how many experts, is missing",
         ),
         (
             ["model.moe.num_experts=3", "launch.processes=2", "parallel.ep=2"],
@@ -133,14 +134,17 @@ def _with_router(mlp, weight):
             ["memory.mlp_tile=8"],
             "memory.mlp_tile: 8 would balance the experts of lightning tile by tile",
         ),
-        (["model.moe.shared_expert_gate=true"], "model.moe.shared_expert_gate: gates no expert"),
+        (
+            ["model.moe.shared_expert_gate=true"],
+            "model.moe.shared_expert_gate: has no expert to gate",
+        ),
         (
             ["launch.processes=2", "parallel.ep=2", "engine.name=deepspeed"],
             "parallel.ep: 2 needs engine megatron",
         ),
         (
             ["parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel: shares tokens among tensor-parallel ranks",
+            "parallel.sequence_parallel: splits tokens over tensor-parallel ranks",
         ),
     ],
 )

@@ -1,4 +1,6 @@
-"""What a layer leaves behind and costs, by hand for the tiny recipe: width 64 in 4 heads of 16, 2 KV heads, 96 tokens."""
+"""What a layer leaves behind and costs, by hand for the tiny recipe: width 64 in 4 heads of 16,
+2 KV heads, 96 tokens.
+"""
 
 import pytest
 from longspan.trainer.predict.flops import (
@@ -13,8 +15,8 @@ PROJECTIONS = 2 * 64 * (64 + 2 * 32 + 64)
 SIZES = {
     "{mixer: full}": (2 * 96 * 32 * 4, PROJECTIONS + 4 * 64 * 97 / 2),
     "{mixer: window, window: 10}": (2 * 10 * 32 * 4, PROJECTIONS + 4 * 64 * (55 + 86 * 10) / 96),
-    # The last token sees 2 blocks of 8 in the band and 5 beyond it. Over both heads a block of queries sees twice its own, all
-    # but the first one twice the block before, and every earlier block once.
+    # The last token sees 2 blocks of 8 in the band and 5 beyond it. Over both heads, a block of
+    # queries sees its own block twice, the one before twice, and every earlier block once.
     "{mixer: s2, block: 8, local_blocks: 2, stride: 2}": (
         2 * 7 * 8 * 32 * 4,
         PROJECTIONS + 4 * 64 * (12 * 2 * 36 + 11 * 2 * 64 + 55 * 64) / (2 * 96),
@@ -25,7 +27,8 @@ SIZES = {
         (4 * 12 * 24 + 3 * 144) * 4,
         2 * (64 * (144 + 96 + 4 + 4 + 96) + 4 * 144 + 4 + 4 + 24) + 4 * 12 * 24 * (2 + 2 + 2 + 1),
     ),
-    # Queries and keys of 2 x 12, values and gates of 4 x 32, steps of 4; a bias in the convolution, a skip for each head.
+    # Queries and keys of 2 x 12, values and gates of 4 x 32, steps of 4; a bias in the
+    # convolution, a skip for each head.
     "{mixer: mamba2, num_key_heads: 2, key_head_dim: 12}": (
         (4 * 12 * 32 + 3 * 176) * 4,
         2 * (64 * (176 + 128 + 4 + 128) + 5 * 176 + 4 + 4 + 128 + 4) + 4 * 12 * 32 * (2 + 2 + 1),
@@ -59,8 +62,8 @@ def test_state_and_cost_of_a_layer(model, block, sizes):
 
 
 def test_the_arithmetic_of_a_step_is_the_textbooks(tiny_recipe):
-    """Of a dense model ``6 N`` without the input embedding, and 12 layers x width x T for attention, of which causality leaves
-    half; of a window what it shows.
+    """A dense model costs ``6 N`` without the input embedding, and 12 layers x width x T for
+    attention, half of it with causality; a window costs what it shows.
     """
     dense = "model.layers={blocks: {full: {mixer: full}}, pattern: [full]}"
     model = load_recipe(str(tiny_recipe), [dense]).model
@@ -72,7 +75,10 @@ def test_the_arithmetic_of_a_step_is_the_textbooks(tiny_recipe):
     flops = training_flops(model, length, 257)
     assert flops["output"] == 6 * embedding
     assert flops["full"] == 6 * matrices + 12 * 4 * 64 * (length + 1) / 2
-    mixed = "model.layers={blocks: {full: {mixer: full}, near: {mixer: window, window: 8}}, pattern: [full, near, near, near]}"
+    mixed = (
+        "model.layers={blocks: {full: {mixer: full}, near: {mixer: window, window: 8}}, "
+        "pattern: [full, near, near, near]}"
+    )
     shown = sum(min(8, place + 1) for place in range(length)) / length
     near = training_flops(load_recipe(str(tiny_recipe), [mixed]).model, length, 257)["near"]
     assert near == pytest.approx(3 * (6 * matrices / 4 + 12 * 64 * shown))

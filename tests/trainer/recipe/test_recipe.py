@@ -89,13 +89,16 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("optimizer.betas=[1.0, 1.0]", "optimizer.betas.0: should be less than 1"),
         ("training.seed=10000000000000000000000", "training.seed: should be less than 2147483648"),
         ("training.steps=!!int x", "training.steps: '!!int x' is not YAML"),
-        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names no block: 'spares'"),
+        (
+            "model.layers.pattern=[linear, spares]",
+            "model.layers.pattern: names an unknown block 'spares'",
+        ),
         ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
         (
             "model.layers.blocks.linear.mixer=lihgtning",
             "unknown mixer 'lihgtning' (did you mean lightning?)",
         ),
-        ("model.layers.blocks.linear={}", "has no mixer; as in {mixer: full}"),
+        ("model.layers.blocks.linear={}", "needs a mixer, as in {mixer: full}"),
         (
             "model.layers.blocks.sparse.block=12",
             "sparse.block: must be a power of two, got 12; 8 and 16 are the nearest",
@@ -123,7 +126,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.layers.blocks.full={mixer: streaming}", "blocks.full.window: is required"),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: S2(8}",
-            "blocks.full.pattern: 'S2(8' is no pattern",
+            "blocks.full.pattern: 'S2(8' is not a pattern",
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'S2(9, 1, 2)'}",
@@ -135,11 +138,14 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal()]) | Sinks(2)'}",
-            "blocks.full.pattern: PerHead lists 1 patterns and the model has 2 KV heads; list one for each, from head 0",
+            "blocks.full.pattern: PerHead lists 1 patterns, but the model has 2 KV heads; "
+            "list one for each, from head 0",
         ),
         (
-            "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal(), Causal(), Window(9)])'}",
-            "blocks.full.pattern: PerHead lists 3 patterns and the model has 2 KV heads; list one for each, from head 0",
+            "model.layers.blocks.full="
+            "{mixer: pattern, pattern: 'PerHead([Causal(), Causal(), Window(9)])'}",
+            "blocks.full.pattern: PerHead lists 3 patterns, but the model has 2 KV heads; "
+            "list one for each, from head 0",
         ),
         ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
         (
@@ -156,7 +162,8 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "model.layers.blocks.full={mixer: gated_deltanet, num_heads: 32}",
-            "full.key_head_dim: is by default 3/4 of a head's part of the width 64, 1.5 with 32 heads; set it",
+            "full.key_head_dim: defaults to 3/4 of a head's part of the width 64, "
+            "1.5 with 32 heads; set it",
         ),
         (
             "parallel.tp=2 model.layers.blocks.full={mixer: gated_deltanet, num_key_heads: 1}",
@@ -176,23 +183,27 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "parallel.schedules.ful=ring",
-            "parallel.schedules.ful: names no block (did you mean full?); known: full, linear",
+            "parallel.schedules.ful: is not a block (did you mean full?); known: full, linear",
         ),
         (
             "parallel.schedules.linear=ring",
-            "parallel.schedules.linear: is for softmax attention, but the block is lightning; remove it",
+            "parallel.schedules.linear: is for softmax attention, "
+            "but the block is lightning; remove it",
         ),
         (
             "launch.processes=3 parallel={cp: 3, schedule: heads}",
-            "schedule: heads cannot do model.layers.blocks.sparse: 4 query heads do not split over 3 ranks; ring takes any",
+            "schedule: heads cannot do model.layers.blocks.sparse: "
+            "4 query heads do not split over 3 ranks; ring takes any",
         ),
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: grid}}",
-            "parallel.schedules.full: grid cannot do model.layers.blocks.full: parallel.cp 2 is no grid; take ring",
+            "parallel.schedules.full: grid cannot do model.layers.blocks.full: "
+            "parallel.cp 2 cannot form a grid; use ring",
         ),
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
-            "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: 2 ranks do not split into rows of 3",
+            "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: "
+            "2 ranks do not split into rows of 3",
         ),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
@@ -349,7 +360,8 @@ def test_gaps_between_stripes_are_warned_of(tiny_recipe, block, gaps):
 
 
 def test_documents_are_aligned_to_the_patterns_in_use(tiny_recipe):
-    pattern = "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Stripes(32, 2), Dilated(16, 2, 2)]) | Sinks(4)'}"
+    expression = "PerHead([Stripes(32, 2), Dilated(16, 2, 2)]) | Sinks(4)"
+    pattern = f"model.layers.blocks.full={{mixer: pattern, pattern: '{expression}'}}"
     model = load_recipe(str(tiny_recipe), [pattern]).model
     assert model.document_alignment == 32
     assert model.model_copy(update={"num_hidden_layers": 3}).document_alignment == 8
@@ -363,14 +375,15 @@ def test_recipes_need_no_torch(tiny_recipe):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-STAGES = """stages=[{from_step: 6, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}},
+STAGES = """stages=[
+    {from_step: 6, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}},
     {from_step: 12, optimizer: {lr: 5e-4}, lr_scheduler: {name: wsd, warmup_steps: 2}}]"""
 
 
 def test_stages_add_up(tiny_recipe):
     recipe = load_recipe(str(tiny_recipe), [STAGES])
     assert recipe.stage_starts == [0, 6, 12]
-    stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
+    stages = map(recipe.at_step, (0, 5, 6, 11, 12, 19))
     shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
     assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
     by_step = [Stages(recipe).at(step) for step in range(20)]
