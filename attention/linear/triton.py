@@ -99,7 +99,7 @@ def _load_tile(
 ):
     """Load ``BLOCK`` of the ``D`` dims of tokens ``t`` to ``t + SIZE``: ``[SIZE, BLOCK]``.
 
-    There are zeros beyond the last token and the last dim. ``tiles`` comes from ``tensor_descriptor``.
+    Zeros are beyond the last token and the last dim. ``tiles`` comes from ``tensor_descriptor``.
     """
     if TMA:
         x = tiles.load([t, first_dim])
