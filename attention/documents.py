@@ -1,8 +1,8 @@
 """Several documents in one sequence, marked by integer ids ``[batch, time]`` as in every operation.
 
-Every layer needs to know on the host where documents begin. Reading that from a GPU waits for it, so
-on a GPU the answer is kept for each tensor of ids. Such a tensor must only be written to by torch,
-which counts its versions.
+Every layer needs to know on the host where documents begin. Reading that from a GPU waits for it,
+so on a GPU the answer is kept for each tensor of ids. Such a tensor must only be written to by
+torch, which counts its versions.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Errors about arguments that cannot be used, and the checks that raise them. Nothing here imports torch."""
+"""Errors about arguments that cannot be used, and the checks that raise them, without torch."""
 
 
 class InvalidField(ValueError):  # noqa: N818 - named after what it says
@@ -10,7 +10,7 @@ class InvalidField(ValueError):  # noqa: N818 - named after what it says
     Args:
         field: the name of the field, for example ``block``.
         reason: what is wrong and how to fix it, for example ``must be a power of two, got 3``.
-        owner: the class that has the field, for example ``S2``; empty if the field's name is enough.
+        owner: the class that has the field, as ``S2``; empty if the name of the field is enough.
     """
 
     def __init__(self, field: str, reason: str, owner: str = ""):

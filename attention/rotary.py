@@ -1,4 +1,7 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split form that Hugging Face models use."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864).
+
+In the half-split form that Hugging Face models use.
+"""
 
 import torch
 from torch import Tensor
@@ -7,23 +10,40 @@ from .arguments import accumulation_dtype
 
 
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, fp32 ``[*positions.shape, dim / 2]``, for integer ``positions`` and an even ``dim``."""
-    frequencies = theta ** (
-        -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    )
+    """Return the cosines and sines of integer ``positions`` for an even ``dim``.
+
+    Both are fp32 ``[*positions.shape, dim / 2]``.
+    """
+    exponents = -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    frequencies = theta**exponents
     angles = positions[..., None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first ``2 * cos.shape[-1]`` dims of ``x`` ``[batch, time, heads, dim]``; the rest pass unchanged.
+    """Rotate the first ``2 * cos.shape[-1]`` dims of ``x``; the others pass unchanged.
 
-    ``cos`` and ``sin`` are ``[batch, time, rotary_dim / 2]``. Computed in fp32 (fp64 for fp64), returned in ``x.dtype``.
+    Computed in fp32 (fp64 for fp64).
+
+    Args:
+        x: ``[batch, time, heads, dim]``.
+        cos, sin: ``[batch, time, rotary_dim / 2]``.
+
+    Returns:
+        A tensor of the shape and dtype of ``x``.
     """
-    half = cos.shape[-1]
-    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
     dtype = accumulation_dtype(x)
-    halves = turning.unflatten(-1, (2, half)).to(dtype)
-    cos, sin = cos[:, :, None, None].to(dtype), torch.stack([-sin, sin], -2)[:, :, None].to(dtype)
-    rotated = torch.addcmul(halves * cos, halves.flip(-2), sin).flatten(-2).to(x.dtype)
-    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+    half = cos.shape[-1]
+    rotary = x[..., : 2 * half]
+    passed = x[..., 2 * half :]
+
+    # (a, b) -> (a cos - b sin, b cos + a sin), where a and b are the two halves of the rotary dims.
+    halves = rotary.unflatten(-1, (2, half)).to(dtype)  # [batch, time, heads, 2, half]
+    swapped = halves.flip(-2)
+    cos = cos[:, :, None, None].to(dtype)
+    signed_sin = torch.stack([-sin, sin], -2)[:, :, None].to(dtype)  # [batch, time, 1, 2, half]
+    rotated = torch.addcmul(halves * cos, swapped, signed_sin).flatten(-2).to(x.dtype)
+
+    if not passed.shape[-1]:
+        return rotated
+    return torch.cat([rotated, passed], dim=-1)

@@ -1,69 +1,83 @@
-"""What all our Triton kernels ask of the device they run on."""
+"""What all our Triton kernels need from the device that they run on."""
 
 import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .softmax.triton.launch_config import CHIPS
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
+SUPPORTED_CAPABILITIES = (80, 90, 100, 103)
+"""Compute capabilities that kernels have configurations for; others have less shared memory."""
+
+Result = TypeVar("Result")
+
 
 @lru_cache
-def chip(device: torch.device) -> int:
-    """Compute capability, as 90 for 9.0."""
-    major, minor = (0, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
+def compute_capability(device: torch.device) -> int:
+    """Return the compute capability, 90 for 9.0; 0 for a device without CUDA."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
 
-def no_device(x: Tensor) -> str | None:
-    """Why no kernel can run where ``x`` is, and what can."""
+def device_unsupported_reason(x: Tensor) -> str | None:
+    """Return why no kernel can run on the device of ``x``, and what can; None if one can."""
     if not x.is_cuda and not INTERPRETED:
         return f"needs CUDA, but q is on {x.device}; use torch"
-    if x.is_cuda and chip(x.device) not in CHIPS:
-        return f"has no launch shapes for compute capability {chip(x.device) / 10}; use torch"
+    if x.is_cuda and compute_capability(x.device) not in SUPPORTED_CAPABILITIES:
+        capability = compute_capability(x.device) / 10
+        return f"has no configurations for compute capability {capability}; use torch"
     return None
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether the chip's bulk copies can take rows from these, each a row of its own."""
+def fits_bulk_copies(*tensors: Tensor) -> bool:
+    """Return whether the GPU's bulk copies (TMA) can load tiles of these tensors.
+
+    The tensors are ``[batch, time, heads, dim]``. Bulk copies need addresses and strides that are
+    multiples of 16 bytes, and tokens that are not repeated.
+    """
     return all(
         x.stride(1) > 0
         and x.data_ptr() % 16 == 0
-        and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
         for x in tensors
     )
 
 
-def on_its_device(function: Callable) -> Callable:
-    """Triton launches on the current device: make it that of the first tensor."""
+def on_device_of_first_argument(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Make the device of the first tensor the current one, on which Triton launches kernels."""
 
     @wraps(function)
-    def launch(x: Tensor, *rest):
+    def launch(x: Tensor, *rest) -> Result:
         with torch.cuda.device_of(x):
             return function(x, *rest)
 
     return launch
 
 
-def workspace(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where the kernels lay down the descriptors of their bulk copies."""
+def allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Return memory in which a kernel builds the descriptors of its bulk copies.
+
+    To be given to ``triton.set_allocator``.
+    """
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """The numbers of a head beside one another."""
+def with_unit_stride(x: Tensor) -> Tensor:
+    """Return ``x`` with the numbers of a head side by side in memory; a copy only if needed."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit
-def bulk_rows(
+def tensor_descriptor(
     base,
     length,
     stride,
@@ -72,6 +86,7 @@ def bulk_rows(
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    """Describe ``[length, D]`` at ``base`` for bulk copies of ``[SIZE, BLOCK_D]``."""
     if TMA:
         descriptor = tl.make_tensor_descriptor(base, [length, D], [stride, 1], [SIZE, BLOCK_D])
     else:

@@ -65,8 +65,9 @@ def _require_causal_choices(folder: RunFolder) -> None:
     for block in folder.recipe.model.stack:
         if block.queries_choose_together:
             raise UserError(
-                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose together: an "
-                "answer would be seen before it is given; only eval loss can be measured"
+                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose "
+                "together: an answer would be seen before it is given; only eval loss can be "
+                "measured"
             )
 
 

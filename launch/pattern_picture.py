@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..attention.patterns import Pattern
+from ..attention.patterns import ClosedFormPattern, Pattern
 from ..attention.patterns.expression import parse_pattern
 from ..attention.patterns.rules import Rule
 from ..trainer.errors import UserError
@@ -126,7 +126,7 @@ def _pictures_of_recipe(
     return pictures
 
 
-def _length_that_shows(pattern: Pattern, num_kv_heads: int) -> int:
+def _length_that_shows(pattern: ClosedFormPattern, num_kv_heads: int) -> int:
     """Return a power of two, in tokens, at which the parts of the pattern can be told apart.
 
     It is at least four times the largest of them, but at most 8192.
@@ -193,8 +193,8 @@ def _draw(pictures: list[PatternPicture], path: Path) -> None:
 def _draw_panels(subfigure, picture: PatternPicture, title_width: int) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colormap = LinearSegmentedColormap.from_list("visible", [HIDDEN, VISIBLE])
-    colormap = colormap.with_extremes(bad=FUTURE)
+    shades = LinearSegmentedColormap.from_list("visible", [HIDDEN, VISIBLE])
+    colormap = shades.with_extremes(bad=FUTURE)
 
     lines = [textwrap.fill(line, title_width) for line in picture.title.splitlines()]
     subfigure.suptitle("\n".join(lines), fontsize=11)

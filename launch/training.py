@@ -11,7 +11,7 @@ import sys
 
 from ..trainer.checkpoint.files import checkpoints
 from ..trainer.checkpoint.run_folder import RunFolder
-from ..trainer.data.prepare import PreparedData, prepare_data
+from ..trainer.data.prepare import CorpusData, PreparedData, prepare_data
 from ..trainer.errors import STOPPED, UserError
 from ..trainer.huggingface.initial import require_initial
 from ..trainer.recipe.file import load_recipe, to_yaml
@@ -72,7 +72,8 @@ def _require_host_memory(recipe: Recipe) -> None:
     available = host_memory()
     if needed > available:
         raise UserError(
-            f"{engine.offload_key}: what the {num_ranks} processes here offload takes {needed / 2**30:,.1f} GiB, "
+            f"{engine.offload_key}: what the {num_ranks} processes here offload takes "
+            f"{needed / 2**30:,.1f} GiB, "
             f"but this machine has {available / 2**30:,.1f} GiB; use more machines, or offload less"
         )
 
@@ -165,6 +166,7 @@ def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
         print(f"held-out: {f'{bits:.3f} bits per byte' if bits else f'loss {loss:.4f}'}")
 
     if recipe.evaluation.ngram_baseline:
+        assert isinstance(data, CorpusData), "a recipe with this baseline has a corpus"
         print(f"an order-2 byte model on the same: {_ngram_bits_per_byte(data):.3f} bits per byte")
     if recipe.evaluation.sample_prompt:
         print(f"a sample:\n{_sample(recipe.evaluation.sample_prompt, folder)}")
@@ -173,7 +175,7 @@ def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:
     print(f"{folder.loss_plot} shows the curve; continue with: longspan {command} {folder.path}")
 
 
-def _ngram_bits_per_byte(data: PreparedData) -> float:
+def _ngram_bits_per_byte(data: CorpusData) -> float:
     """Return the held-out loss of an order-2 count-based model of bytes."""
     from ..trainer.data.corpus import Corpus
     from ..trainer.data.tokenizer import ByteTokenizer

@@ -138,6 +138,16 @@ def _as_rows(x: Tensor, exchange: Exchange) -> Tensor:
     return x.view(-1, exchange.heads * x.shape[3])
 
 
+def check_shard(layout: Layout, group: dist.ProcessGroup, tokens: int) -> None:
+    """Raise ValueError unless ``layout`` is over the ranks of ``group`` and gives this one ``tokens`` tokens."""
+    if layout.ranks != group.size():
+        raise ValueError(f"layout is over {layout.ranks} ranks, but group has {group.size()}")
+    if tokens != layout.lengths[group.rank()]:
+        raise ValueError(
+            f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but it has {tokens}"
+        )
+
+
 def gather_sequence(x: Tensor, layout: Layout, group: dist.ProcessGroup) -> Tensor:
     """The whole ``[batch, time, ...]`` on every rank, from each rank's own tokens ``[batch, local time, ...]``."""
     missing = max(layout.lengths) - x.shape[1]

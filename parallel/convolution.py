@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.linear import convolution
-from .collectives import AllGather
-from .layout import Layout, check_shard
+from .collectives import AllGather, check_shard
+from .layout import Layout
 
 
 def short_convolution(
@@ -33,7 +33,7 @@ def short_convolution(
     reach = weight.shape[1] - 1
     own = [
         slice(slot, slot + stop - start)
-        for start, stop, rank, slot in layout.in_order
+        for start, stop, rank, slot in layout.segments_in_order
         if rank == group.rank()
     ]
     # Of each segment the last tokens, all that later ones can see of it; the same number of rows for every rank.
@@ -44,7 +44,7 @@ def short_convolution(
     # It ties the exchange to this rank's result, without a token: backward is a collective, also for a rank that has none.
     outs, taken = [x[:, :0] + gathered[:0].sum()], [0] * layout.ranks
     before = x.new_zeros(x.shape[0], reach, x.shape[2])
-    for start, stop, rank, slot in layout.in_order:
+    for start, stop, rank, slot in layout.segments_in_order:
         if rank == group.rank():
             ids, halo = None, before
             if documents is not None:

@@ -1,156 +1,187 @@
-"""Which token sits on which rank."""
+"""Which token sits on which rank. Nothing here imports torch before it is given a tensor."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Tokens side by side in the sequence, ``start`` to ``stop - 1``, side by side on one rank."""
+
+    start: int
+    stop: int
+    rank: int
+    """The rank that holds them."""
+    slot: int
+    """Where the first of them is among the tokens of that rank."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> slice:
+        """Its tokens in the whole sequence."""
+        return slice(self.start, self.stop)
+
+    @property
+    def slots(self) -> slice:
+        """Its tokens among those of its rank."""
+        return slice(self.slot, self.slot + self.length)
 
 
 @dataclass(frozen=True)
 class Layout:
     """A bijection between the tokens of a sequence and the slots of its ranks.
 
-    ``segments[rank]`` is a short tuple of ``(start, stop)`` token ranges, ascending, which the rank holds one after another.
-    Ranks may hold unequally many tokens, or none.
+    ``segments[rank]`` is a short tuple of ``(start, stop)`` token ranges, ascending, which the rank
+    holds one after another. Ranks may hold different numbers of tokens, or none.
 
     Raises:
-        ValueError: where a token has no place, or two.
+        ValueError: if a token has no place, or two.
     """
 
     segments: tuple[tuple[tuple[int, int], ...], ...]
 
     def __post_init__(self):
-        at = 0
-        for start, stop, _, _ in self.in_order:
-            if start != at or stop <= start:
+        next_token = 0
+        for segment in self.segments_in_order:
+            if segment.start != next_token or segment.stop <= segment.start:
                 raise ValueError(
-                    f"segments must hold every token once: {start}:{stop} follows upon {at}"
+                    f"segments must hold every token once: {segment.start}:{segment.stop} "
+                    f"follows upon {next_token}"
                 )
-            at = stop
-        if any(list(own) != sorted(own) for own in self.segments):
+            next_token = segment.stop
+        if any(list(of_rank) != sorted(of_rank) for of_rank in self.segments):
             raise ValueError(f"the segments of a rank must ascend, got {self.segments}")
 
     @classmethod
-    def contiguous(cls, length: int, ranks: int = 1, block: int = 1) -> "Layout":
-        """Rank ``r`` holds the ``r``-th part; edges fall on multiples of ``block``, the parts are equal give or take one."""
-        return cls(tuple(_not_empty(edge) for edge in _edges(length, ranks, block)))
+    def contiguous(cls, length: int, ranks: int = 1, block: int = 1) -> Layout:
+        """Give rank ``r`` the ``r``-th of ``ranks`` parts.
+
+        Edges are multiples of ``block``; sizes differ by at most one block.
+        """
+        return cls(tuple(_without_empty(part) for part in _equal_parts(length, ranks, block)))
 
     @classmethod
-    def zigzag(cls, length: int, ranks: int, block: int = 1) -> "Layout":
-        """Of ``2 * ranks`` such parts rank ``r`` holds the ``r``-th from either end: equal work under a causal mask."""
-        edges = _edges(length, 2 * ranks, block)
-        return cls(tuple(_not_empty(edges[rank], edges[-1 - rank]) for rank in range(ranks)))
+    def zigzag(cls, length: int, ranks: int, block: int = 1) -> Layout:
+        """Give rank ``r`` the ``r``-th of ``2 * ranks`` parts from either end.
+
+        Under a causal mask all ranks then have the same work.
+        """
+        parts = _equal_parts(length, 2 * ranks, block)
+        return cls(tuple(_without_empty(parts[rank], parts[-1 - rank]) for rank in range(ranks)))
 
     @classmethod
-    def striped(cls, length: int, ranks: int, block: int = 1) -> "Layout":
-        """Rank ``r`` holds the blocks ``r, r + ranks, ...``; the last may be cut short."""
-        starts = range(0, length, block)
-        return cls(
-            tuple(
-                tuple((a, min(a + block, length)) for a in starts[rank::ranks])
-                for rank in range(ranks)
-            )
-        )
+    def striped(cls, length: int, ranks: int, block: int = 1) -> Layout:
+        """Give rank ``r`` the blocks ``r, r + ranks, ...``; the last block may be shorter."""
+        blocks = [(start, min(start + block, length)) for start in range(0, length, block)]
+        return cls(tuple(tuple(blocks[rank::ranks]) for rank in range(ranks)))
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return len(self.segments)
 
-    def grouped(self, size: int) -> "Layout":
-        """As if each ``size`` ranks in a row were one, which holds the tokens of all of them, ascending."""
-        merged = []
-        for first in range(0, self.ranks, size):
-            own: list[tuple[int, int]] = []
-            for start, stop in sorted(
-                segment for rank in self.segments[first : first + size] for segment in rank
-            ):
-                if own and own[-1][1] == start:
-                    start = own.pop()[0]
-                own.append((start, stop))
-            merged.append(tuple(own))
-        return Layout(tuple(merged))
+    def grouped(self, size: int) -> Layout:
+        """Return the layout in which each ``size`` successive ranks are a single one.
+
+        It holds the tokens of all of them, ascending.
+        """
+        groups = []
+        for first_rank in range(0, self.ranks, size):
+            members = self.segments[first_rank : first_rank + size]
+            merged: list[tuple[int, int]] = []
+            for start, stop in sorted(segment for of_rank in members for segment in of_rank):
+                if merged and merged[-1][1] == start:
+                    start = merged.pop()[0]
+                merged.append((start, stop))
+            groups.append(tuple(merged))
+        return Layout(tuple(groups))
 
     @cached_property
-    def in_order(self) -> list[tuple[int, int, int, int]]:
-        """All segments by their place in the sequence: (start, stop, rank, first slot on that rank)."""
-        found = []
-        for rank, own in enumerate(self.segments):
+    def segments_of_rank(self) -> list[list[Segment]]:
+        """The segments of each rank, in the order in which it holds them."""
+        all_ranks = []
+        for rank, of_rank in enumerate(self.segments):
             slot = 0
-            for start, stop in own:
-                found.append((start, stop, rank, slot))
+            segments = []
+            for start, stop in of_rank:
+                segments.append(Segment(start, stop, rank, slot))
                 slot += stop - start
-        return sorted(found)
+            all_ranks.append(segments)
+        return all_ranks
 
     @cached_property
-    def placed(self) -> list[list[tuple[int, int, int]]]:
-        """The segments of each rank: (start, stop, first slot)."""
-        found: list[list[tuple[int, int, int]]] = [[] for _ in self.segments]
-        for start, stop, rank, slot in self.in_order:
-            found[rank].append((start, stop, slot))
-        return found
+    def segments_in_order(self) -> list[Segment]:
+        """All segments, in the order of the sequence."""
+        return sorted(segment for of_rank in self.segments_of_rank for segment in of_rank)
 
     @cached_property
-    def edges(self) -> np.ndarray:
-        """Where the segments begin, ascending."""
-        return np.array([start for start, _, _, _ in self.in_order], np.int64)
+    def segment_starts(self) -> np.ndarray:
+        """The first token of each segment, in the order of the sequence: int64 ``[segments]``."""
+        return np.array([segment.start for segment in self.segments_in_order], np.int64)
 
     @cached_property
-    def holders(self) -> np.ndarray:
-        """The ranks that have them."""
-        return np.array([rank for _, _, rank, _ in self.in_order], np.int64)
+    def segment_ranks(self) -> np.ndarray:
+        """The rank of each segment, in the order of the sequence: int64 ``[segments]``."""
+        return np.array([segment.rank for segment in self.segments_in_order], np.int64)
 
     def in_one_segment(self, start: int, stop: int) -> bool:
-        """Whether these tokens sit side by side."""
-        return self.in_order[int(np.searchsorted(self.edges, start, "right")) - 1][1] >= stop
+        """Return whether the tokens from ``start`` to ``stop - 1`` are in the same segment."""
+        number = int(np.searchsorted(self.segment_starts, start, "right")) - 1
+        return self.segments_in_order[number].stop >= stop
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each rank."""
-        return [sum(stop - start for start, stop in own) for own in self.segments]
+        """Number of tokens of each rank."""
+        return [sum(stop - start for start, stop in of_rank) for of_rank in self.segments]
 
     @cached_property
     def length(self) -> int:
-        """Tokens of the whole sequence."""
+        """Number of tokens of the whole sequence."""
         return sum(self.lengths)
 
     def tokens(self, rank: int) -> Tensor:
-        """Global positions of the tokens of ``rank``, int64, in the order in which it holds them."""
+        """Return the positions of a rank's tokens in the sequence: int64 ``[local time]``."""
+        import torch
+
         return self.shard(torch.arange(self.length)[None], rank)[0]
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
-        """The part of ``x`` ``[batch, time, ...]`` that sits on ``rank``."""
+        """Return the part of ``x`` ``[batch, time, ...]`` that sits on ``rank``."""
+        import torch
+
+        # The empty slice is for a rank without tokens.
         return torch.cat([x[:, :0], *(x[:, start:stop] for start, stop in self.segments[rank])], 1)
 
-    def unshard(self, parts: list[Tensor]) -> Tensor:
-        """The whole sequence from the parts of all ranks, in rank order; a part may be longer than its rank's tokens."""
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        """Return the whole sequence ``[batch, time, ...]`` from the shards of all ranks.
+
+        Args:
+            shards: one for each rank, in rank order; what exceeds the rank's tokens is ignored.
+        """
+        import torch
+
         return torch.cat(
-            [
-                parts[rank][:, slot : slot + stop - start]
-                for start, stop, rank, slot in self.in_order
-            ],
-            1,
+            [shards[segment.rank][:, segment.slots] for segment in self.segments_in_order], 1
         )
 
 
-def _edges(length: int, parts: int, block: int) -> list[tuple[int, int]]:
+def _equal_parts(length: int, parts: int, block: int) -> list[tuple[int, int]]:
     blocks = -(-length // block)
-    marks = [min(length, blocks * part // parts * block) for part in range(parts + 1)]
-    return list(pairwise(marks))
+    edges = [min(length, blocks * part // parts * block) for part in range(parts + 1)]
+    return list(pairwise(edges))
 
 
-def _not_empty(*segments: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+def _without_empty(*segments: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return tuple((start, stop) for start, stop in segments if start < stop)
-
-
-def check_shard(layout: Layout, group: dist.ProcessGroup, tokens: int) -> None:
-    """Refuse a layout of other ranks than ``group``'s, or a shard that has not this rank's number of tokens."""
-    if layout.ranks != group.size():
-        raise ValueError(f"layout is over {layout.ranks} ranks, but group has {group.size()}")
-    if tokens != layout.lengths[group.rank()]:
-        raise ValueError(
-            f"layout gives rank {group.rank()} {layout.lengths[group.rank()]} tokens, but it has {tokens}"
-        )

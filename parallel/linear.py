@@ -9,8 +9,8 @@ from torch import Tensor
 from .. import attention
 from ..attention.documents import check_documents
 from ..attention.linear.attention import check_linear, state_map
-from .collectives import AllGather, AllToAll
-from .layout import Layout, check_shard
+from .collectives import AllGather, AllToAll, check_shard
+from .layout import Layout
 
 
 def linear_attention(
@@ -66,7 +66,7 @@ def linear_attention(
         return x if x is None or x.ndim == 1 else x[:, at]
 
     own, maps = [], []
-    for start, stop, slot in layout.placed[rank]:
+    for start, stop, _, slot in layout.segments_of_rank[rank]:
         at, ids = (
             slice(slot, slot + stop - start),
             None if documents is None else documents[:, start:stop],
@@ -85,8 +85,8 @@ def linear_attention(
     before, last = use(maps, identity, first, layout, group, return_state)
 
     outs = [v[:, :0] + last[:0].sum().to(v.dtype)]
-    for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _), current in zip(
-        own, layout.placed[rank], before, strict=True
+    for (q_s, k_s, v_s, decay_s, beta_s, ids), (start, _, _, _), current in zip(
+        own, layout.segments_of_rank[rank], before, strict=True
     ):
         current = current * _same_document_before(documents, start)
         options = {
@@ -155,7 +155,7 @@ def _gather(
     gathered = AllGather.apply(_stacked(maps + [identity] * (most - len(maps))), group)
     maps_of = [iter(_parts(own, identity)) for own in gathered]
     before, current = [], first + gathered[:0].sum()
-    for _, _, holder, _ in layout.in_order:
+    for _, _, holder, _ in layout.segments_in_order:
         if holder == group.rank():
             before.append(current)
         current = next(maps_of[holder])(current)
@@ -164,7 +164,7 @@ def _gather(
 
 def _distances(layout: Layout) -> list[int]:
     """How far the steps of a scan reach, in segments."""
-    return [1, *(1 << n for n in range((len(layout.in_order) - 1).bit_length()))]
+    return [1, *(1 << n for n in range((len(layout.segments_in_order) - 1).bit_length()))]
 
 
 def _scan(
@@ -180,7 +180,7 @@ def _scan(
     Hillis and Steele (1986). Each segment starts with the map of the one before it, the first with what makes any state
     ``first``; so the last maps are constant.
     """
-    holders = [holder for _, _, holder, _ in layout.in_order]
+    holders = [holder for _, _, holder, _ in layout.segments_in_order]
     mine = [n for n, holder in enumerate(holders) if holder == group.rank()]
     whole = StateMap(first + identity.added, torch.zeros_like(identity.kept))
     shift, *distances = _distances(layout)

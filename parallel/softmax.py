@@ -29,10 +29,11 @@ from .collectives import (
     KVExchange,
     as_columns,
     check_same_plan,
+    check_shard,
     gather_sequence,
     new_rows,
 )
-from .layout import Layout, check_shard
+from .layout import Layout
 from .schedules.choose import choose_schedule, key_of, plan_attention
 from .schedules.names import Schedule
 from .schedules.plan import Plan, PlanStage, TileJob, batch_rows
@@ -121,7 +122,7 @@ def _select(
     block = selector.block
     if any(
         start % block or (stop % block and stop != layout.length)
-        for start, stop, _, _ in layout.in_order
+        for start, stop, _, _ in layout.segments_in_order
     ):
         raise ValueError(
             f"layout must have its edges at multiples of the pattern's block {block}, to choose among blocks"
@@ -132,7 +133,10 @@ def _select(
             for own in layout.segments
         )
     )
-    slots = [(slot, slot + stop - start) for start, stop, slot in layout.placed[group.rank()]]
+    slots = [
+        (slot, slot + stop - start)
+        for start, stop, _, slot in layout.segments_of_rank[group.rank()]
+    ]
     summaries = [selector.summaries(q[:, start:stop], k[:, start:stop]) for start, stop in slots]
     none = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
     queries, keys = (

@@ -70,9 +70,11 @@ def test_the_worked_example_is_what_its_page_shows():
         for line in patch.splitlines()
         if line.startswith("+") and not line.startswith("+++")
     ]
-    assert len(added) < 36
+    files = [line for line in patch.splitlines() if line.startswith("+++")]
+    assert len(files) == 3 + 2, "a file for each, and two registries"
+    assert len(added) < 140
     for shown in re.findall(
-        r"^```python\n# \w+/\w+\.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+        r"^```python\n# [\w/]+\.py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
     ):
         assert shown.strip("\n") in "\n".join(added)
 
@@ -110,7 +112,7 @@ def test_what_a_page_says_can_be_done(page, tmp_path):
     }
     for comment, language, text in blocks(page):
         if comment.startswith("<!-- not run") or (
-            language == "python" and re.match(r"# \w+/\w+\.py\n", text)
+            language == "python" and re.match(r"# [\w/]+\.py\n", text)
         ):
             continue
         command = (

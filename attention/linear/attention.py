@@ -83,7 +83,7 @@ def linear_attention(
     return (out.to(v.dtype), last) if return_state else out.to(v.dtype)
 
 
-def normalised(out: Tensor, eps: float = 1e-6) -> Tensor:
+def normalized(out: Tensor, eps: float = 1e-6) -> Tensor:
     """Linear attention's weights made to sum to one (arXiv 2006.16236 eq. 9): where ``v`` ended with a column of ones, so does
     ``out`` ``[batch, time, heads, value_dim + 1]`` with the sum of the weights, by which the others are divided.
     """

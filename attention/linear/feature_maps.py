@@ -1,6 +1,7 @@
 """Feature maps: what linear attention has in the place of the softmax's exponential, so that weights are products."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +40,16 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([x, -x], -1).to(accumulation_dtype(x)).softmax(-1).to(x.dtype)
 
 
-def l2_normalised(x: Tensor, eps: float = 1e-6) -> Tensor:
+def l2_normalized(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(|x|^2 + eps)`` over the last dim, in fp32 (fp64 for fp64), as the published delta-rule models."""
     wide = x.to(accumulation_dtype(x))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-MAPS = {"none": lambda x: x, "elu": elu_plus_one, "taylor": taylor, "l2": l2_normalised}
+MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "elu": elu_plus_one,
+    "taylor": taylor,
+    "l2": l2_normalized,
+}
 """Those without parameters, by the names that mixers have for them."""

@@ -30,16 +30,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..softmax.triton.launch_config import MAX_DIM
+from ..softmax.triton.launch_config import MAX_HEAD_DIM
 from ..triton_device import (
     INTERPRETED,
     LOG2E,
-    aligned,
-    bulk_rows,
-    chip,
-    no_device,
-    unit_stride,
-    workspace,
+    allocate_workspace,
+    compute_capability,
+    device_unsupported_reason,
+    fits_bulk_copies,
+    tensor_descriptor,
+    with_unit_stride,
 )
 
 
@@ -158,11 +158,11 @@ def chunk_scan_kernel(
     row = tl.program_id(1).to(tl.int64)
     b, h = row // heads, row % heads
     x_head, z_head = h // x_group, h // z_group
-    xs = bulk_rows(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
-    ys = bulk_rows(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
-    zs = bulk_rows(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
+    xs = tensor_descriptor(X + b * x_b + x_head * x_h, length, x_t, CHUNK, DX, BLOCK_X, TMA)
+    ys = tensor_descriptor(Y + b * y_b + x_head * y_h, length, y_t, CHUNK, DX, BLOCK_X, TMA)
+    zs = tensor_descriptor(Z + b * z_b + z_head * z_h, length, z_t, CHUNK, DZ, BLOCK_Z, TMA)
     if ROWS is not None:
-        rs = bulk_rows(ROWS + b * r_b + z_head * r_h, length, r_t, CHUNK, DZ, BLOCK_Z, TMA)
+        rs = tensor_descriptor(ROWS + b * r_b + z_head * r_h, length, r_t, CHUNK, DZ, BLOCK_Z, TMA)
     token = b * length * heads + h  # of [batch, time, heads]
     if DOCUMENTS is not None:
         DOCUMENTS += b * length
@@ -311,7 +311,7 @@ def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> str | None:
     """What it cannot do, and what can."""
-    if reason := no_device(q):
+    if reason := device_unsupported_reason(q):
         return reason
     if beta is not None:
         return "has no delta rule (beta); use fla or torch"
@@ -321,8 +321,8 @@ def unsupported_reason(
         return f"takes q, k and v all in bf16, fp16 or fp32, not in {q.dtype}, {k.dtype} and {v.dtype}; use torch"
     if v.shape[0] * v.shape[2] > _MOST_HEADS:
         return f"takes at most {_MOST_HEADS:,} heads in all rows of a batch, not {v.shape[0] * v.shape[2]:,}; use fla or torch"
-    if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
-        return f"takes head dims up to {MAX_DIM}, not {max(q.shape[-1], v.shape[-1])}; use fla or torch"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"takes head dims up to {MAX_HEAD_DIM}, not {max(q.shape[-1], v.shape[-1])}; use fla or torch"
     return None
 
 
@@ -357,7 +357,7 @@ def run(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, decay, state, scale, documents):
-        q, k, v = map(unit_stride, (q, k, v))
+        q, k, v = map(with_unit_stride, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         segment = _segment(
             v.shape[1],
@@ -458,9 +458,13 @@ class _Walks:
     ) -> None:
         size, heads = _size(x, z), states.shape[2]
         tensors = [x, y, z] if rows is None else [x, y, z, rows]
-        bulk = chip(z.device) >= 90 and z.dtype != torch.float32 and aligned(*tensors)
+        bulk = (
+            compute_capability(z.device) >= 90
+            and z.dtype != torch.float32
+            and fits_bulk_copies(*tensors)
+        )
         if bulk:
-            triton.set_allocator(workspace)  # of this thread: autograd has its own
+            triton.set_allocator(allocate_workspace)  # of this thread: autograd has its own
         blocks = triton.cdiv(z.shape[1], self.segment) * triton.cdiv(z.shape[3], size.block)
         chunk_scan_kernel[blocks, z.shape[0] * heads](
             x, y, z, rows, self.decay, self.documents, states, carry, out, sums, self.scale,
@@ -490,7 +494,7 @@ def _padded(x: Tensor) -> int:
 
 def _size(x: Tensor, z: Tensor) -> ScanConfig:
     """The launch shape; the interpreter, which has no bf16, takes that of bf16 for fp32."""
-    found = shape(chip(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
+    found = shape(compute_capability(z.device), 2 if INTERPRETED else z.element_size(), x.shape[3])
     return replace(found, block=min(found.block, _padded(z)))
 
 

@@ -35,7 +35,7 @@ class Pattern(ABC):
         return 1
 
     def check(self, num_kv_heads: int, length: int) -> None:  # noqa: B027 - most have no limits
-        """Raise ValueError if the pattern does not cover that many heads, or tokens in a document."""
+        """Raise ValueError if the pattern cannot have that many heads, or tokens in a document."""
 
     def check_batch(self, batch_size: int) -> None:  # noqa: B027 - most have no limits
         """Raise ValueError if the pattern was made for a batch of another size."""
@@ -64,21 +64,22 @@ class Pattern(ABC):
 
     @abstractmethod
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
-        """Return the key blocks that some query in ``[query_start, query_stop)`` sees through ``head``.
+        """Return the key blocks that KV head ``head`` needs.
 
-        Disjoint, and ascending within each range. A block may hold keys that the mask then hides.
+        They hold all keys that some query in ``[query_start, query_stop)`` sees; the mask may still
+        hide others among them. They are disjoint, and ascending within each range.
         """
 
     @abstractmethod
     def visible_keys(self, length: int, head: int) -> np.ndarray:
-        """Return how many keys each query of a document of ``length`` tokens sees: int64 ``[length]``."""
+        """Return how many keys each query of a document sees: int64 ``[length]``."""
 
     def visible_pairs(self, length: int, head: int) -> int:
         """Return how many pairs of query and key are visible in a document of ``length`` tokens."""
         return int(self.visible_keys(length, head).sum())
 
     def density(self, length: int, num_kv_heads: int = 1) -> float:
-        """Return the visible share of the causal triangle of ``length`` tokens, the mean over heads."""
+        """Return the visible share of the causal triangle of ``length`` tokens, over all heads."""
         visible = sum(self.visible_pairs(length, head) for head in range(num_kv_heads))
         return visible / (num_kv_heads * length * (length + 1) / 2)
 
@@ -92,7 +93,7 @@ class Pattern(ABC):
         return Union((self, other))
 
     def __repr__(self) -> str:
-        """Return a call of the class with all required fields, and those that are not the default."""
+        """Return a call of the class; fields that have their default value are left out."""
         arguments = []
         named_arguments = []
         for field in fields(cast(Any, self)):  # its subclasses are dataclasses
@@ -144,7 +145,7 @@ class ClosedFormPattern(Pattern):
 
     def visible_keys(self, length: int, head: int) -> np.ndarray:
         rules = self.rules(head)
-        # Under all rules that are not relative, the queries that see a key are consecutive: from the
+        # Under all rules that are not relative the queries that see a key are consecutive, from the
         # key itself on. So the number of keys that a query sees is a sum of begins minus ends.
         keys = np.arange(length)
         query_end = _query_ends([rule for rule in rules if not rule.relative], keys)
@@ -171,7 +172,7 @@ class ClosedFormPattern(Pattern):
 
 
 def _query_ends(fixed_rules: list[Rule], keys: np.ndarray) -> np.ndarray:
-    """Return for each key the position after the last query that sees it; the key itself if none."""
+    """Return for each key the position after the last query that sees it; its own if none does."""
     length = len(keys)
     query_end = keys.copy()
     for rule in fixed_rules:

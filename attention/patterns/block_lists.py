@@ -21,8 +21,8 @@ class BlockLists(Pattern):
 
     Args:
         block: tokens in a block, of queries and keys: a power of two.
-        lists: int ``[kv_heads or 1, query_blocks, width]``, with positions counted from a document's
-            start; or ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the
+        lists: int ``[kv_heads or 1, query_blocks, width]``, which count from a document's start; or
+            ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the
             **sequence** and the key blocks of their document, as a selector makes them. -1 stands
             for none; order and repetitions do not matter.
     """
@@ -50,8 +50,9 @@ class BlockLists(Pattern):
         """Return the lists of a function or of a table, for documents of up to ``length`` tokens.
 
         Args:
-            sees: ``sees(query_blocks, key_blocks, head)``, which returns bool for arrays of block
-                indices that broadcast; or a bool array ``[kv_heads or 1, query_blocks, key_blocks]``.
+            sees: a function ``sees(query_blocks, key_blocks, head)``, which returns bool for arrays
+                of block indices that broadcast; or a bool array ``[kv_heads or 1, query_blocks,
+                key_blocks]``.
             num_kv_heads: how many heads to call the function for; 1 if all heads see the same.
         """
         check_power_of_two("BlockLists", "block", block)
@@ -110,7 +111,11 @@ class BlockLists(Pattern):
             )
 
     def of_heads(self, num_kv_heads: int) -> Tensor:
-        """Return the lists of the first heads: int32 ``[batch or 1, num_kv_heads, query_blocks, width]``."""
+        """Return the lists of the first ``num_kv_heads`` heads.
+
+        Returns:
+            int32 ``[batch or 1, num_kv_heads, query_blocks, width]``.
+        """
         lists = self.lists if self._per_batch_row else self.lists[None]
         if lists.shape[1] == 1:
             return lists.expand(-1, num_kv_heads, -1, -1)
@@ -202,8 +207,8 @@ def _checked_table(sees: np.ndarray, num_blocks: int, length: int) -> np.ndarray
     is_table = table.dtype == bool and table.ndim == 3
     if not is_table or table.shape[1] < num_blocks or table.shape[2] < num_blocks:
         raise ValueError(
-            f"sees must be a bool array [kv_heads, {num_blocks}, {num_blocks}] for length {length}, "
-            f"got {table.dtype} of shape {table.shape}"
+            f"sees must be a bool array [kv_heads, {num_blocks}, {num_blocks}] for length "
+            f"{length}, got {table.dtype} of shape {table.shape}"
         )
     return table[:, :num_blocks, :num_blocks]
 

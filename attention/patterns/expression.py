@@ -1,4 +1,4 @@
-"""Patterns written as text, as in recipes and on the command line: ``S2(64, 16, 16) | Sinks(4)``."""
+"""Patterns as text, for recipes and the command line: ``S2(64, 16, 16) | Sinks(4)``."""
 
 import ast
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def parse_pattern(text: str) -> ClosedFormPattern:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
         raise ValueError(
-            f"{text!r} is no pattern; write one as S2(64, 16, 16) | Sinks(4)"
+            f"{text!r} is not a pattern; write one like S2(64, 16, 16) | Sinks(4)"
         ) from None
     value = _evaluate(tree)
     if not isinstance(value, ClosedFormPattern):
-        raise ValueError(f"{text!r} is no pattern; known: {', '.join(PATTERNS)}")
+        raise ValueError(f"{text!r} is not a pattern; known: {', '.join(PATTERNS)}")
     return value
 
 
@@ -56,7 +56,7 @@ def _evaluate(node: ast.expr) -> _Value:
 
 
 def _call(pattern: Callable[..., ClosedFormPattern], node: ast.Call) -> ClosedFormPattern:
-    """Call ``pattern`` with the arguments of ``node``; wrong ones raise ValueError with the call."""
+    """Call ``pattern`` with the arguments of ``node``; ValueError if they do not fit."""
     keywords = {str(keyword.arg): _evaluate(keyword.value) for keyword in node.keywords}
     arguments = tuple(map(_evaluate, node.args))
     try:
@@ -69,5 +69,5 @@ def _call(pattern: Callable[..., ClosedFormPattern], node: ast.Call) -> ClosedFo
 def _evaluate_pattern(node: ast.expr) -> ClosedFormPattern:
     value = _evaluate(node)
     if not isinstance(value, ClosedFormPattern):
-        raise ValueError(f"{ast.unparse(node)!r} is no pattern; known: {', '.join(PATTERNS)}")
+        raise ValueError(f"{ast.unparse(node)!r} is not a pattern; known: {', '.join(PATTERNS)}")
     return value

@@ -2,7 +2,7 @@
 
 ``S2(64, 16, 16) | Sinks(4)`` is a pattern, and so is ``PerHead([Window(512), Causal()])``. Each of
 them is, for every head, a union of a few rules: that closed form is all that the kernels read.
-A pattern that a recipe may name has a line in :data:`~longspan.attention.patterns.expression.PATTERNS`.
+A pattern that a recipe may name also has a line in ``PATTERNS`` of ``expression.py``.
 
 Nothing here imports torch, so that checking a recipe stays fast.
 """
@@ -54,7 +54,10 @@ class Sinks(ClosedFormPattern):
 
 @dataclass(frozen=True, repr=False)
 class Dilated(ClosedFormPattern):
-    """Dilated neighborhoods: ``count`` blocks, the query's own and every ``dilation``-th before it."""
+    """Dilated neighborhoods: the query's own block, and every ``dilation``-th before it.
+
+    There are ``count`` blocks in all.
+    """
 
     block: int
     dilation: int
@@ -75,9 +78,9 @@ class Dilated(ClosedFormPattern):
 
 
 class _Striped(ClosedFormPattern):
-    """Base of the patterns with stripes: checks the fields that place them, and says where they are.
+    """Base of the patterns with stripes, which checks the fields that place them.
 
-    It is no dataclass itself, because its subclasses have these fields in different orders.
+    It is not a dataclass itself, because its subclasses have these fields in different orders.
     """
 
     block: int
@@ -108,7 +111,7 @@ class _Striped(ClosedFormPattern):
         return self._replace(head_step=max(1, self.stride // max(1, num_kv_heads)))
 
     def residue(self, head: int) -> int:
-        """Return the place of the stripes of KV head ``head``: key blocks that are this mod ``stride``."""
+        """Return where a KV head has its stripes: the key blocks that equal this mod ``stride``."""
         step = 1 if self.head_step is None else self.head_step
         return -((self.first_head + head) * step + self.offset) % self.stride
 
@@ -120,8 +123,9 @@ class _Striped(ClosedFormPattern):
 class Stripes(_Striped):
     """Every ``stride``-th block of keys, however far away.
 
-    KV head ``h`` sees block ``j`` if ``j = -(h * head_step + offset) (mod stride)``. A ``head_step``
-    of None counts as 1 until :meth:`spread` sets it to DKernel's ``max(1, stride // heads)``.
+    KV head ``h`` sees block ``j`` if ``j = -(h * head_step + offset) (mod stride)``. If
+    ``head_step`` is None it counts as 1, until :meth:`spread` sets it to DKernel's
+    ``max(1, stride // heads)``.
     """
 
     block: int
@@ -144,8 +148,8 @@ class S2(_Striped):
     Args:
         dense_heads: the first ``dense_heads`` KV heads of the model see everything (DKernel: the
             last), and the stripes of the others are placed as if these were numbered from 0.
-        near: ``(blocks, stride)``, a finer stride within that many blocks; the far stripes are a part
-            of the near ones (the paper's figure of several ranges).
+        near: ``(blocks, stride)``, a finer stride within that many blocks; the far stripes are a
+            part of the near ones (the paper's figure of several ranges).
     """
 
     block: int
@@ -214,16 +218,14 @@ class PerHead(ClosedFormPattern):
     first_head: int = 0
 
     def __init__(self, patterns: Iterable[Pattern], first_head: int = 0):
-        closed_form: list[ClosedFormPattern] = []
-        for pattern in patterns:
+        object.__setattr__(self, "patterns", tuple(patterns))
+        object.__setattr__(self, "first_head", first_head)
+        check_at_least("PerHead", "patterns", len(self.patterns), 1)
+        check_at_least("PerHead", "first_head", first_head, 0)
+        for pattern in self.patterns:
             if not isinstance(pattern, ClosedFormPattern):
                 reason = f"must have a closed form, got {pattern!r}"
                 raise InvalidField("patterns", reason, "PerHead")
-            closed_form.append(pattern)
-        check_at_least("PerHead", "patterns", len(closed_form), 1)
-        check_at_least("PerHead", "first_head", first_head, 0)
-        object.__setattr__(self, "patterns", tuple(closed_form))
-        object.__setattr__(self, "first_head", first_head)
 
     @property
     def alignment(self) -> int:
@@ -233,7 +235,8 @@ class PerHead(ClosedFormPattern):
         return replace(self, first_head=self.first_head + first)
 
     def spread(self, num_kv_heads: int) -> Self:
-        return replace(self, patterns=[pattern.spread(num_kv_heads) for pattern in self.patterns])
+        patterns = tuple(pattern.spread(num_kv_heads) for pattern in self.patterns)
+        return replace(self, patterns=patterns)
 
     def check(self, num_kv_heads: int, length: int) -> None:
         if self.first_head + num_kv_heads > len(self.patterns):

@@ -19,7 +19,7 @@ Mask = TypeVar("Mask", bound=Any)
 
 @dataclass(frozen=True)
 class Blocks:
-    """A range of positions: blocks ``start, start + step, ...`` of ``size`` tokens, ``count`` of them.
+    """A range of positions: ``count`` blocks ``start, start + step, ...`` of ``size`` tokens.
 
     ``Blocks(7, 1, 100)`` are the tokens 7 to 106; ``Blocks(3, 16, 5, 64)`` are five blocks of 64
     tokens, every sixteenth block from the third on.

@@ -1,4 +1,4 @@
-"""Patterns chosen from the content: each block of queries selects blocks of keys by summaries of both.
+"""Patterns chosen from the content: each block of queries selects blocks of keys.
 
 Imported without torch, like :mod:`~longspan.attention.patterns.patterns`.
 """
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Selector(ABC):
-    """Chooses key blocks for each query block and KV head. ``attend`` accepts it in place of a pattern.
+    """Chooses key blocks for each query block and KV head; ``attend`` accepts it as a pattern.
 
-    No gradient flows through the choice. A selector sees only summaries of blocks, one vector per KV
-    head for the queries and one for the keys: this is all that ranks exchange when they share a
+    No gradient flows through the choice. A selector sees only summaries of blocks, one vector per
+    KV head for the queries and one for the keys: this is all that ranks exchange when they share a
     sequence. To write another one, implement :meth:`summaries` and :meth:`choose`.
     """
 
@@ -32,7 +32,7 @@ class Selector(ABC):
         return self.block
 
     def from_head(self, first: int) -> Selector:
-        """Return the selector for KV heads from ``first`` on: the same, as it looks at the content."""
+        """Return the selector for KV heads from ``first`` on: the same, as the content decides."""
         return self
 
     @abstractmethod
@@ -44,7 +44,7 @@ class Selector(ABC):
             k: ``[batch, time, kv_heads, dim]``.
 
         Returns:
-            Summaries of the query blocks and of the key blocks: each ``[batch, blocks, kv_heads, dim]``.
+            Summaries of the query blocks and of the key blocks, ``[batch, blocks, kv_heads, dim]``.
         """
 
     @abstractmethod

@@ -33,13 +33,13 @@ def attend(
 
     Args:
         q: ``[batch, time, heads, head_dim]``.
-        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, and query head ``h``
-            reads KV head ``h // (heads // kv_heads)``.
+        k: ``[batch, time, kv_heads, head_dim]``; ``kv_heads`` divides ``heads``, and query head
+            ``h`` reads KV head ``h // (heads // kv_heads)``.
         v: ``[batch, time, kv_heads, value_dim]``.
-        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses it
-            from the content.
-        documents: int ``[batch, time]``, non-decreasing along time. Attention never crosses from one
-            id to another, and the pattern's positions count from a document's first token.
+        pattern: what each KV head sees, or a :class:`~longspan.attention.Selector`, which chooses
+            it from the content.
+        documents: int ``[batch, time]``, non-decreasing along time. Attention never crosses from
+            one id to another, and the pattern's positions count from a document's first token.
         scale: factor of the logits; ``head_dim ** -0.5`` by default.
         sinks: ``[heads]``, for each head the logit of one more key, whose value is 0 (gpt-oss).
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
@@ -100,7 +100,7 @@ def check_attention(
     """Raise ValueError for arguments that do not fit together."""
     check_backend(backend, BACKENDS)
     if not isinstance(pattern, Pattern | Selector):
-        raise ValueError(f"pattern must be a Pattern, as S2(64, 16, 16), got {pattern!r}")
+        raise ValueError(f"pattern must be a Pattern such as S2(64, 16, 16), got {pattern!r}")
     check_dims(q=q, k=k, v=v)
     for name, tensor in {"k": k, "v": v}.items():
         if tensor.dtype != q.dtype or tensor.device != q.device:
@@ -109,7 +109,8 @@ def check_attention(
             )
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            f"shapes do not fit together: q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
@@ -128,7 +129,7 @@ def check_logit_options(
     """Return the options of the logits, or raise ValueError for those that do not fit together."""
     num_heads = q.shape[2]
     if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, got {softcap}; None for none")
+        raise ValueError(f"softcap must be positive, or None for no softcap, got {softcap}")
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(
             f"sinks must be one number for each head of q, shape ({num_heads},), "
@@ -140,8 +141,8 @@ def check_logit_options(
         for name, is_given in {"sinks": sinks is not None, "return_lse": return_lse}.items():
             if is_given:
                 raise ValueError(
-                    f"{name} belongs to softmax, but sigmoid_bias is given: "
-                    "its rows have no sum to share"
+                    f"{name} needs the softmax, but sigmoid_bias is given: "
+                    "sigmoid weights of a query have no common sum"
                 )
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -149,7 +150,7 @@ def check_logit_options(
 
 
 def check_pattern(pattern: Pattern, kv_heads: int, batch_size: int, longest: int) -> None:
-    """Raise ValueError if the pattern does not cover the heads, the batch or the longest document."""
+    """Raise ValueError if the pattern does not fit the heads, the batch or the longest document."""
     pattern.check(kv_heads, longest)
     pattern.check_batch(batch_size)
 
@@ -166,7 +167,7 @@ def choose_backend(
         return "torch"
     if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
         warnings.warn(
-            f"backend auto takes torch, which is slower here: triton {reason}", stacklevel=3
+            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=3
         )
         return "torch"
     return "triton"
@@ -246,7 +247,7 @@ def add_sink_logits(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Te
 def sink_logits_gradient(
     sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
-    """Return the gradient of the sinks' logits ``[heads]``, from the final output and log-sum-exp."""
+    """Return the gradient of the sinks' logits ``[heads]``, from the final ``out`` and ``lse``."""
     # inf - inf: a sink of minus infinity for a query that sees nothing
     weight = (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)  # [batch, time, heads]
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)

@@ -87,8 +87,8 @@ def tile_forward(
 
     Returns:
         The output ``[batch, queries, heads, value_dim]`` in the dtype of ``q``, and the log-sum-exp
-        of each query's logits ``[batch, queries, heads]`` in fp32 (fp64 for fp64). A query that sees
-        no key gives 0 and minus infinity.
+        of each query's logits ``[batch, queries, heads]`` in fp32 (fp64 for fp64). A query that
+        sees no key gives 0 and minus infinity.
     """
     return BACKENDS[backend]().forward(q, k, v, tile)
 

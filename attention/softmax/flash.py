@@ -1,8 +1,9 @@
-"""Tiles through flash-attn, version 2 or 4, on CUDA: causal attention and windows of tokens.
+"""Tiles by flash-attn, version 2 or 4, on CUDA: causal attention and windows of tokens.
 
-Both align their masks at the bottom right: of ``n`` queries and ``m`` keys, query ``r`` sees key ``c`` where
-``c <= r + m - n``, and under a window of ``left`` also ``c >= r + m - n - left``. That is ours wherever the last query stands
-at the last key, or behind all keys; :func:`calls` cuts a tile into such parts.
+Both versions align their masks at the bottom right: of ``n`` queries and ``m`` keys, query ``r``
+sees key ``c`` if ``c <= r + m - n``, and under a window of ``left`` also ``c >= r + m - n - left``.
+That is our mask if the last query is at the position of the last key, or if all keys come before
+all queries. :func:`split_into_calls` cuts a tile into such parts.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +22,34 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
-from ..patterns import ClosedFormPattern, Pattern
-from ..patterns.rules import Blocks, Rule
+from ..patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from .tiles import LogitOptions, Tile
 
 _DEVICES = {"cuda"}
 _DTYPES = {torch.float16, torch.bfloat16}
-_MAX_DIM = 256
+_MAX_HEAD_DIM = 256
+_PATTERNS = "supports only causal attention and windows of tokens, the same for all heads"
 
 
 def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
 ) -> str | None:
-    """Why it cannot do this exactly, if so."""
-    if _band(pattern, k.shape[2]) is None:
+    """Return why flash-attn cannot compute the call exactly, or None if it can."""
+    if _single_band(pattern, k.shape[2]) is None:
         return f"{_PATTERNS}, but pattern is {pattern!r}; use triton or torch"
-    if logits.sigmoid_bias is not None:
-        return "does softmax alone, but sigmoid_bias is given; use triton or torch"
+    if not logits.is_softmax:
+        return "supports only softmax, but sigmoid_bias is given; use triton or torch"
     if q.dtype not in _DTYPES:
-        return f"does float16 and bfloat16, but q is {q.dtype}; use torch"
-    if _dim(q, v) > _MAX_DIM:
+        return f"supports only float16 and bfloat16, but q is {q.dtype}; use torch"
+    if max(q.shape[3], v.shape[3]) > _MAX_HEAD_DIM:
         return (
-            f"does heads of up to {_MAX_DIM}, but q has {q.shape[3]} and v {v.shape[3]}; use torch"
+            f"supports head dims up to {_MAX_HEAD_DIM}, but q has {q.shape[3]} and v {v.shape[3]}; "
+            "use torch"
         )
     if q.device.type not in _DEVICES:
         return f"needs CUDA, but q is on {q.device}; use torch"
     try:
-        _flash(q, v, logits)
+        _library_for(q, v, logits)
     except ImportError as error:
         return f"needs a package: pip install 'longspan[gpu]' ({error})"
     return None
@@ -55,155 +57,203 @@ def unsupported_reason(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
-    flash, logits = _flash(q, v, tile.logits), tile.logits
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    library = _library_for(q, v, tile.logits)
+    value_dim = v.shape[3]
+    out = q.new_zeros(*q.shape[:3], value_dim)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q), device=q.device)
-    q, k, v = _padded(_dim(q, v, flash.multiple), q, k, v)
-    for call in calls(tile, k.shape[2]):
-        queries, keys, *_ = call
-        new, new_lse = flash.forward(q[:, queries], k[:, keys], v[:, keys], logits, call)
-        out[:, queries], lse[:, queries] = new[..., : out.shape[3]], new_lse.transpose(1, 2)
+
+    q, k, v = _pad_head_dim(library.head_dim_multiple, q, k, v)
+    for call in split_into_calls(tile, k.shape[2]):
+        call_out, call_lse = library.forward(
+            q[:, call.queries], k[:, call.keys], v[:, call.keys], tile.logits, call
+        )
+        out[:, call.queries] = call_out[..., :value_dim]
+        lse[:, call.queries] = call_lse.transpose(1, 2)  # [batch, queries, heads]
     return out, lse
 
 
-def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
-    flash, logits = _flash(q, v, tile.logits), tile.logits
-    gradients = [
-        torch.zeros(x.shape, dtype=accumulation_dtype(q), device=q.device) for x in (q, k, v)
-    ]
-    grad_out, out = grad_out.to(q.dtype), out.to(q.dtype)
-    grad_out, q, k, v, out = _padded(_dim(q, v, flash.multiple), grad_out, q, k, v, out)
-    for call in calls(tile, k.shape[2]):
-        queries, keys, *_ = call
-        parts = (
-            grad_out[:, queries],
-            q[:, queries],
-            k[:, keys],
-            v[:, keys],
-            out[:, queries],
-            _heads_first(lse[:, queries]),
+    library = _library_for(q, v, tile.logits)
+    dtype = accumulation_dtype(q)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=q.device) for x in (q, k, v))
+
+    grad_out = grad_out.to(q.dtype)
+    out = out.to(q.dtype)
+    grad_out, q, k, v, out = _pad_head_dim(library.head_dim_multiple, grad_out, q, k, v, out)
+    for call in split_into_calls(tile, k.shape[2]):
+        call_dq, call_dk, call_dv = library.backward(
+            grad_out[:, call.queries],
+            q[:, call.queries],
+            k[:, call.keys],
+            v[:, call.keys],
+            out[:, call.queries],
+            _heads_first(lse[:, call.queries]),
+            None if grad_lse is None else grad_lse[:, call.queries],
+            tile.logits,
+            call,
         )
-        found = flash.backward(
-            *parts, None if grad_lse is None else grad_lse[:, queries], logits, call
-        )
-        for gradient, rows, new in zip(gradients, (queries, keys, keys), found, strict=True):
-            gradient[:, rows] += new[..., : gradient.shape[3]]
-    return tuple(gradients)
+        dq[:, call.queries] += call_dq[..., : dq.shape[3]]
+        dk[:, call.keys] += call_dk[..., : dk.shape[3]]
+        dv[:, call.keys] += call_dv[..., : dv.shape[3]]
+    return dq, dk, dv
 
 
-class Call(NamedTuple):
-    """A part of a tile that one call does, by its rows there."""
+class FlashCall(NamedTuple):
+    """The part of a tile that one call of the library computes."""
 
     queries: slice
+    """Tokens of the tile's queries."""
     keys: slice
+    """Tokens of the tile's keys."""
     causal: bool
-    """Whether the last query stands at the last key; else all keys are behind all queries."""
+    """True if the last query is at the last key; otherwise all keys come before all queries."""
     left: int | None
     """How far before the bottom right diagonal a query sees; None for any distance."""
 
 
-def calls(tile: Tile, kv_heads: int) -> Iterator[Call]:
-    """What makes up a tile, each query in at most one of them; those in none see nothing.
+def split_into_calls(tile: Tile, kv_heads: int) -> Iterator[FlashCall]:
+    """Cut a tile into calls. Each query is in at most one; those in none see nothing.
 
-    First the queries among the keys. Those after the last key see all of them up to a window's length after the first, then
-    ever fewer: two parts, because flash-attn 2 takes an open right end for one as wide as the keys, which hides some where
-    the queries of a windowed call are many more.
+    First come the queries among the keys. Later queries see all keys up to a window's length after
+    the first key, and then ever fewer. These are two calls, because flash-attn 2 treats an open
+    right end as one that is as wide as the keys, which hides some of them in a windowed call with
+    many more queries than keys.
     """
-    rule = _band(tile.pattern, kv_heads)
-    if rule is None:
+    band = _single_band(tile.pattern, kv_heads)
+    if band is None:
         raise ValueError(f"backend flash {_PATTERNS}, but pattern is {tile.pattern!r}")
-    (q_start, q_stop), (k_start, k_stop) = (
-        _run("q_at", tile.q_positions),
-        _run("k_at", tile.k_positions),
-    )
-    reach = q_stop if rule.reach is None else min(rule.reach, q_stop)
-    thinning = max(k_stop, k_start + reach)
-    for first, last in pairwise((k_start, k_stop, thinning, k_stop + reach - 1)):
-        start, stop = max(first, q_start), min(last, q_stop)
-        seen, end = max(k_start, start - reach + 1), min(k_stop, stop)
-        if start < stop and seen < end:
-            cut = seen < stop - reach
-            left = reach - 1 - (stop - end) if cut else None
-            yield Call(
-                slice(start - q_start, stop - q_start),
-                slice(seen - k_start, end - k_start),
-                stop == end,
-                left,
-            )
+    q_start, q_stop = _contiguous_positions("queries", tile.q_positions)
+    k_start, k_stop = _contiguous_positions("keys", tile.k_positions)
+    reach = q_stop if band.reach is None else min(band.reach, q_stop)
+
+    # Queries among the keys; those that see all keys; those that have left some keys behind.
+    first_key_leaves = max(k_stop, k_start + reach)
+    last_key_leaves = k_stop + reach - 1
+    for first, last in pairwise((k_start, k_stop, first_key_leaves, last_key_leaves)):
+        query_start = max(first, q_start)
+        query_stop = min(last, q_stop)
+        key_start = max(k_start, query_start - reach + 1)
+        key_stop = min(k_stop, query_stop)
+        if query_start >= query_stop or key_start >= key_stop:
+            continue
+
+        left = None
+        window_hides_keys = key_start < query_stop - reach
+        if window_hides_keys:
+            # The library measures from the last key, which may be before the last query.
+            left = reach - 1 - (query_stop - key_stop)
+        yield FlashCall(
+            slice(query_start - q_start, query_stop - q_start),
+            slice(key_start - k_start, key_stop - k_start),
+            causal=query_stop == key_stop,
+            left=left,
+        )
 
 
-_PATTERNS = "does causal attention and windows of tokens, the same for all heads"
-
-
-def _band(pattern: Pattern, kv_heads: int) -> Rule | None:
-    """The one rule of all heads, where it is a band of tokens."""
-    rules = (
-        {pattern.rules(head) for head in range(kv_heads)}
-        if isinstance(pattern, ClosedFormPattern)
-        else ()
-    )
+def _single_band(pattern: Pattern, kv_heads: int) -> Rule | None:
+    """Return the one rule of all heads if it is a band of tokens, else None."""
+    if not isinstance(pattern, ClosedFormPattern):
+        return None
+    rules_of_heads = {pattern.rules(head) for head in range(kv_heads)}
+    if len(rules_of_heads) != 1:
+        return None
+    (rules,) = rules_of_heads
     if len(rules) != 1:
         return None
-    (only,) = rules
-    band = len(only) == 1 and only[0].is_band and (only[0].block == 1 or only[0].reach is None)
-    return only[0] if band else None
+    (rule,) = rules
+    counts_tokens = rule.block == 1 or rule.reach is None
+    return rule if rule.is_band and counts_tokens else None
 
 
-def _run(name: str, at: tuple[Blocks, ...]) -> tuple[int, int]:
-    """The first position and the one after the last, of rows that are one run of positions."""
-    runs = [
-        (blocks.start * blocks.size, (blocks.start + blocks.count) * blocks.size)
-        for blocks in at
+def _contiguous_positions(name: str, ranges: tuple[Blocks, ...]) -> tuple[int, int]:
+    """Return the first position and the one after the last; ValueError if there are gaps."""
+    has_steps = any(not blocks.is_contiguous and blocks.count > 1 for blocks in ranges)
+    edges = [
+        (blocks.first_position, (blocks.start + blocks.count) * blocks.size)
+        for blocks in ranges
         if blocks.count
     ]
-    strided = any(blocks.step > 1 and blocks.count > 1 for blocks in at)
-    if strided or any(a[1] != b[0] for a, b in pairwise(runs)):
+    has_gaps = any(left[1] != right[0] for left, right in pairwise(edges))
+    if has_steps or has_gaps:
         raise ValueError(
-            f"backend flash takes one run of positions as {name}, got {at}; use triton or torch"
+            f"backend flash needs {name} at consecutive positions, got {ranges}; "
+            "use triton or torch"
         )
-    return (runs[0][0], runs[-1][1]) if runs else (0, 0)
+    if not edges:
+        return 0, 0
+    return edges[0][0], edges[-1][1]
 
 
 @dataclass(frozen=True)
 class _Flash2:
-    """flash-attn 2: the same head dim for all, a multiple of 8; -1 for an open end of the window."""
+    """flash-attn 2, which has the same head dim for queries, keys and values, a multiple of 8.
+
+    A window has -1 for an open end.
+    """
 
     interface: ModuleType
-    multiple = 8
+    head_dim_multiple = 8
 
-    def forward(self, q, k, v, logits: LogitOptions, call: Call):
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
+    ) -> tuple[Tensor, Tensor]:
         options = self._options(logits, call)
-        return self.interface._wrapped_flash_attn_forward(q, k, v, **options, return_softmax=False)[
-            :2
-        ]
+        out, lse, *_ = self.interface._wrapped_flash_attn_forward(
+            q, k, v, **options, return_softmax=False
+        )
+        return out, lse
 
-    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: LogitOptions, call: Call):
-        def run(grad_out, v, out):
-            gradients = [
-                torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
-            ]
-            options = self._options(logits, call) | {"deterministic": True}
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = self._options(logits, call) | {"deterministic": True}
+
+        def gradients(grad_out: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
+            empty = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
             self.interface._wrapped_flash_attn_backward(
-                grad_out, q, k, v, out, lse, *gradients, **options
+                grad_out, q, k, v, out, lse, *empty, **options
             )
-            return gradients
+            return empty
 
-        dq, dk, dv = run(grad_out, v, out)
+        dq, dk, dv = gradients(grad_out, v, out)
         if grad_lse is not None:
-            # It has no place for this gradient. A key's weight p moves lse by p: as if each value had one more entry, 1,
-            # which the output does not show. A call of its own holds it even where the head dim is the largest.
-            own = [x.new_zeros(x.shape) for x in (grad_out, v, out)]
-            own[0][..., 0], own[1][..., 0] = grad_lse, 1.0
-            lse_dq, lse_dk, _ = run(*own)
-            dq, dk = dq.to(lse.dtype) + lse_dq, dk.to(lse.dtype) + lse_dk
+            # The library has no argument for this gradient. A key's weight p moves lse by p: as if
+            # each value had one more entry, 1, that the output does not show. A call of its own
+            # has room for that entry even if the head dim is the largest.
+            lse_grad_out = grad_out.new_zeros(grad_out.shape)
+            lse_v = v.new_zeros(v.shape)
+            lse_grad_out[..., 0] = grad_lse
+            lse_v[..., 0] = 1.0
+            lse_dq, lse_dk, _ = gradients(lse_grad_out, lse_v, out.new_zeros(out.shape))
+            dq = dq.to(lse.dtype) + lse_dq
+            dk = dk.to(lse.dtype) + lse_dk
         return dq, dk, dv
 
     @staticmethod
-    def _options(logits: LogitOptions, call: Call) -> dict:
-        left, right = -1 if call.left is None else call.left, 0 if call.causal else -1
-        window = {"causal": call.causal, "window_size_left": left, "window_size_right": right}
-        return window | {
+    def _options(logits: LogitOptions, call: FlashCall) -> dict[str, Any]:
+        return {
+            "causal": call.causal,
+            "window_size_left": -1 if call.left is None else call.left,
+            "window_size_right": 0 if call.causal else -1,
             "dropout_p": 0.0,
             "softmax_scale": logits.scale,
             "softcap": logits.softcap or 0.0,
@@ -213,65 +263,90 @@ class _Flash2:
 
 @dataclass(frozen=True)
 class _Flash4:
-    """flash-attn 4: None for an open end (-1 hides keys). Its gradients are wrong for head dims between multiples of 32."""
+    """flash-attn 4, whose gradients are wrong for head dims between multiples of 32.
+
+    A window has None for an open end; -1 would hide keys.
+    """
 
     interface: ModuleType
-    multiple = 32
+    head_dim_multiple = 32
 
-    def forward(self, q, k, v, logits: LogitOptions, call: Call):
-        return self.interface._flash_attn_fwd(
-            q, k, v, **self._options(logits, call), return_lse=True
-        )[:2]
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
+    ) -> tuple[Tensor, Tensor]:
+        options = self._options(logits, call)
+        out, lse, *_ = self.interface._flash_attn_fwd(q, k, v, **options, return_lse=True)
+        return out, lse
 
-    def backward(self, grad_out, q, k, v, out, lse, grad_lse, logits: LogitOptions, call: Call):
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         options = self._options(logits, call) | {"deterministic": True}
         if grad_lse is not None:
             options["dlse"] = _heads_first(grad_lse.to(lse.dtype))
         return self.interface._flash_attn_bwd(q, k, v, out, grad_out, lse, **options)
 
     @staticmethod
-    def _options(logits: LogitOptions, call: Call) -> dict:
-        right = 0 if call.causal else None
-        window = {"causal": call.causal, "window_size_left": call.left, "window_size_right": right}
-        return window | {"softmax_scale": logits.scale}
+    def _options(logits: LogitOptions, call: FlashCall) -> dict[str, Any]:
+        return {
+            "causal": call.causal,
+            "window_size_left": call.left,
+            "window_size_right": 0 if call.causal else None,
+            "softmax_scale": logits.scale,
+        }
 
 
-def _flash(q: Tensor, v: Tensor, logits: LogitOptions) -> _Flash2 | _Flash4:
-    """Version 4 where its own tests cover both passes, else 2; ImportError where neither will do.
+def _library_for(q: Tensor, v: Tensor, logits: LogitOptions) -> _Flash2 | _Flash4:
+    """Return version 4 if its own tests cover both passes, else version 2.
 
-    They do not cover the gradients of head dims above 128; those of a softcap were reported to hang (its issue 2466), and
-    beyond compute capability 11 none are deterministic.
+    They do not cover the gradients of head dims above 128. Those of a softcap were reported to hang
+    (its issue 2466), and beyond compute capability 11 none are deterministic.
+
+    Raises:
+        ImportError: if the version is not installed, or too old.
     """
-    trusted = logits.softcap is None and _dim(q, v) <= 128
-    return _installed(trusted and torch.cuda.get_device_capability(q.device)[0] in (9, 10, 11))
+    is_tested = logits.softcap is None and max(q.shape[3], v.shape[3]) <= 128
+    prefer_version_4 = is_tested and torch.cuda.get_device_capability(q.device)[0] in (9, 10, 11)
+    return _installed_library(prefer_version_4)
 
 
 @cache
-def _installed(prefer4: bool) -> _Flash2 | _Flash4:
-    if prefer4:
+def _installed_library(prefer_version_4: bool) -> _Flash2 | _Flash4:
+    if prefer_version_4:
         with suppress(ImportError):
-            # Before, there were races in the gradients, sums in no fixed order, and overflows from four million keys on.
-            return _Flash4(_interface("flash-attn-4", "4.0.0b26", "flash_attn.cute.interface"))
-    return _Flash2(_interface("flash-attn", "2.7.0", "flash_attn.flash_attn_interface"))
+            # Earlier versions had races in the gradients, sums in no fixed order, and overflows
+            # from four million keys on.
+            interface = _import_interface("flash-attn-4", "4.0.0b26", "flash_attn.cute.interface")
+            return _Flash4(interface)
+    return _Flash2(_import_interface("flash-attn", "2.7.0", "flash_attn.flash_attn_interface"))
 
 
-def _interface(package: str, least: str, module: str) -> ModuleType:
-    found = version(package)
-    if Version(found) < Version(least):
-        raise ImportError(f"{package} is {found}, must be at least {least}")
+def _import_interface(package: str, minimum: str, module: str) -> ModuleType:
+    installed = version(package)
+    if Version(installed) < Version(minimum):
+        raise ImportError(f"{package} is {installed}, must be at least {minimum}")
     return import_module(module)
 
 
-def _dim(q: Tensor, v: Tensor, multiple: int = 1) -> int:
-    """The head dim that holds those of queries and values."""
-    return -(-max(q.shape[3], v.shape[3]) // multiple) * multiple
+def _pad_head_dim(multiple: int, *tensors: Tensor) -> list[Tensor]:
+    """Pad all tensors with zeros to one head dim, a multiple of ``multiple``.
 
-
-def _padded(dim: int, *tensors: Tensor) -> list[Tensor]:
-    """Zeros added to the entries of keys or values change nothing."""
+    Zeros added to the entries of keys or values change nothing.
+    """
+    largest = max(x.shape[3] for x in tensors)
+    dim = -(-largest // multiple) * multiple
     return [F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in tensors]
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """``[batch, heads, queries]``; they read its memory without a look at its strides."""
+    """Return ``[batch, heads, queries]``, contiguous: the libraries ignore its strides."""
     return x.transpose(1, 2).contiguous()

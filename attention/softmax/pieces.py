@@ -1,11 +1,12 @@
-"""Cuts a tile into pieces: some queries, the keys that they need, and a mask if some pairs are hidden.
+"""Cuts a tile into pieces: some queries, the keys that they need, and a mask if it is needed.
 
 Work and memory follow the visible pairs. A block of queries that starts at position ``a`` finds its
 keys in these parts::
 
-    before the band of all queries | the band's lower edge   | the band of all queries ... a ... diagonal
-    no mask: all queries see it    | masked: some see it     |
-                                   | the band, a few queries at a time: one mask for all heads and blocks
+    before the bands              | the bands' lower edges | what all bands show ... a ... diagonal
+    no mask if all queries see it |                        |
+    masked if some see it         | masked if some see it  |
+                                  | the bands, a few queries at a time: one mask for all heads
 
 Far keys are taken in blocks that the pattern cannot tell apart. Which of them a block of queries
 needs is found for all of them at once.
@@ -27,11 +28,11 @@ from ..patterns.block_lists import BlockLists
 from ..patterns.rules import union_masks
 
 _QUERY_BLOCK = 1024
-"""Queries that share a call for far keys: enough for a large product, few enough for a small mask."""
+"""Queries that share a call for far keys: many for a large product, few for a small mask."""
 _MIN_BAND_QUERIES = 64
 """Queries that share a call for a band: with fewer, the calls cost more than what they compute."""
 _NARROW_BAND = 2048
-"""A band of up to this many tokens is one call, masked throughout; a wider one has its middle unmasked."""
+"""A band of up to this many tokens is one masked call; the middle of a wider one needs no mask."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Mask:
     """Which pairs of a piece are visible."""
 
     bias: Tensor
-    """To be added to the logits: 0 or minus infinity, ``[batch or 1, kv_heads or 1, queries, keys]``."""
+    """0 or minus infinity, for the logits: ``[batch or 1, kv_heads or 1, queries, keys]``."""
     sees_nothing: Tensor | None
-    """Queries without a visible key, bool ``[batch or 1, kv_heads or 1, queries]``; None if there are none."""
+    """Queries without a key: bool ``[batch or 1, kv_heads or 1, queries]``; None if all see one."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Piece:
     queries: slice
     """Tokens of the tile's queries."""
     keys: slice | Tensor
-    """Tokens of the range of keys, or blocks of it: int64 ``[batch or 1, kv_heads, key_blocks]``."""
+    """Tokens of the range of keys, or its blocks: int64 ``[batch or 1, kv_heads, key_blocks]``."""
     mask: Mask | Literal["causal"] | None = None
-    """None if all pairs are visible; "causal" for as many keys as queries, at the same positions."""
+    """None if all pairs are visible; "causal" if queries and keys are at the same positions."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class HeadGroup:
         return [tuple(rule for rule in rules if not rule.is_band) for rules in self.rules]
 
     def band_start(self, query: int) -> int:
-        """Return the first key in the band of ``query``; the position after it if there is no band."""
+        """Return the first key in the band of ``query``; ``query + 1`` if there is no band."""
         return min((rule.first_key(query) for rule in self.bands), default=query + 1)
 
 
@@ -249,7 +250,7 @@ def _far_pieces(
     """Pieces of what the band leaves: key blocks that all queries see, and those that some see."""
     full, partial = _far_key_blocks(group, queries, keys)
 
-    # A piece has equally many blocks in all heads: those that a head has more than others get a mask.
+    # A piece has equally many blocks in all heads: what a head has beyond that gets a mask.
     num_full = min(map(len, full), default=0)
     if num_full:
         index = np.stack([blocks[:num_full] for blocks in full])[None]  # [1, kv_heads, key_blocks]
@@ -348,7 +349,7 @@ def _masked_far_piece(
 def block_list_pieces(
     pattern: BlockLists, kv_heads: int, queries: QueryRange, keys: Blocks, like: Tensor
 ) -> Iterator[Piece]:
-    """Cut the attention of ``queries`` to one range of keys: one piece for each block of queries."""
+    """Cut the attention of ``queries`` to one range of keys into a piece per block of queries."""
     size = pattern.block
     device = like.device
     key_blocks = _KeyBlocks(keys, size)
@@ -364,7 +365,7 @@ def block_list_pieces(
         listed = listed.clamp(max=len(index_in_range) - 1).long()  # -1 means the last entry too
         index = index_in_range[listed]
 
-        # Positions of the keys; those of absent blocks, or outside the range, come after all queries.
+        # Positions of the keys; those of absent blocks or outside the range are after all queries.
         starts = torch.where(index < 0, part.stop, listed * size)
         positions = starts[..., None] + torch.arange(size, device=device)
         is_outside = (positions < key_blocks.first) | (positions >= key_blocks.end)

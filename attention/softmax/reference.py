@@ -1,92 +1,115 @@
-"""Every pair of a tile in fp64, hidden ones masked: the oracle of the other backends."""
+"""Tiles with every pair in fp64, hidden ones masked: the oracle of the other backends.
+
+It shares no formula with them on purpose.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
-from ..patterns import Pattern
-from ..patterns.rules import Blocks
+from ..patterns import Blocks, Pattern
 from .tiles import LogitOptions, Tile
 
 
 def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
-) -> None:
-    """It does all."""
+) -> str | None:
+    """Return None: this backend supports every call."""
+    return None
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    q64, k64, v64 = _wide(q, k, v)
-    p, lse = _weights(q64, k64, tile)
-    out = torch.einsum("bhgqk,bkhd->bqhgd", p, v64).flatten(2, 3)
+    """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
+    scores, _ = _scores(q.double(), k.double(), tile)
+    if tile.logits.is_softmax:
+        row_lse = scores.logsumexp(-1)  # [batch, kv_heads, group, queries]
+        weights = (scores - _finite(row_lse)[..., None]).exp()
+        lse = row_lse.flatten(1, 2).transpose(1, 2)  # [batch, queries, heads]
+    else:
+        weights = scores.sigmoid()
+        lse = torch.zeros(q.shape[:3], device=q.device)
+    out = torch.einsum("bhgqk,bkhd->bqhgd", weights, v.double()).flatten(2, 3)
     return out.to(q.dtype), lse.to(accumulation_dtype(q))
 
 
-def backward(grad_out, q, k, v, out, lse, tile: Tile, grad_lse: Tensor | None):
-    """The softmax's own gradient, from the final log-sum-exp (FlashAttention, arXiv 2205.14135, algorithm 4)."""
-    logits, dtype = tile.logits, accumulation_dtype(q)
-    grad_out, q, k, v, out, lse = _wide(grad_out, q, k, v, out, lse)
-    group = lambda x: x.unflatten(2, (k.shape[2], -1))  # noqa: E731
-    s, cap = _scores(q, k, tile)
-    p = (
-        s.sigmoid()
-        if logits.sigmoid_bias is not None
-        else (s - _finite(_rows(lse, k))[..., None]).exp()
-    )
-    dp = torch.einsum("bqhgd,bkhd->bhgqk", group(grad_out), v)
-    if logits.sigmoid_bias is not None:
-        ds = dp * p * (1 - p)
-    else:
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    grad_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`~longspan.attention.softmax.backends.tile_backward`.
+
+    The softmax's own gradient, from the final log-sum-exp (FlashAttention, arXiv 2205.14135,
+    algorithm 4).
+    """
+    logits = tile.logits
+    dtype = accumulation_dtype(q)
+    grad_out, q, k, v, out, lse = (x.double() for x in (grad_out, q, k, v, out, lse))
+    kv_heads = k.shape[2]
+    grouped_q = q.unflatten(2, (kv_heads, -1))  # [batch, queries, kv_heads, group, dim]
+    grouped_grad_out = grad_out.unflatten(2, (kv_heads, -1))
+
+    scores, softcap_slope = _scores(q, k, tile)
+    grad_weights = torch.einsum("bqhgd,bkhd->bhgqk", grouped_grad_out, v)
+    if logits.is_softmax:
+        weights = (scores - _finite(_per_kv_head(lse, kv_heads))[..., None]).exp()
         delta = (grad_out * out).sum(-1) - (0.0 if grad_lse is None else grad_lse.double())
-        ds = p * (dp - _rows(delta, k)[..., None])
-    ds = ds * cap * logits.scale
-    dq = torch.einsum("bhgqk,bkhd->bqhgd", ds, k).flatten(2, 3)
-    dk = torch.einsum("bhgqk,bqhgd->bkhd", ds, group(q))
-    dv = torch.einsum("bhgqk,bqhgd->bkhd", p, group(grad_out))
+        grad_scores = weights * (grad_weights - _per_kv_head(delta, kv_heads)[..., None])
+    else:
+        weights = scores.sigmoid()
+        grad_scores = grad_weights * weights * (1 - weights)
+    grad_products = grad_scores * softcap_slope * logits.scale
+
+    dq = torch.einsum("bhgqk,bkhd->bqhgd", grad_products, k).flatten(2, 3)
+    dk = torch.einsum("bhgqk,bqhgd->bkhd", grad_products, grouped_q)
+    dv = torch.einsum("bhgqk,bqhgd->bkhd", weights, grouped_grad_out)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
 
-def positions(at: tuple[Blocks, ...], device: torch.device) -> Tensor:
-    """Of all rows, in order."""
-    return torch.from_numpy(
-        np.concatenate([np.zeros(0, np.int64), *(blocks.positions() for blocks in at)])
-    ).to(device)
+def _scores(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Compute the logits of all pairs, minus infinity for hidden ones.
 
-
-def _weights(q, k, tile):
-    s, _ = _scores(q, k, tile)
-    if tile.logits.sigmoid_bias is not None:
-        return s.sigmoid(), torch.zeros(q.shape[:3], device=q.device)
-    lse = s.logsumexp(-1)
-    return (s - _finite(lse)[..., None]).exp(), lse.flatten(1, 2).transpose(1, 2)
-
-
-def _scores(q, k, tile):
-    """LogitOptions ``[batch, kv_heads, group, queries, keys]``, minus infinity where hidden, and the softcap's derivative."""
+    Returns:
+        Logits ``[batch, kv_heads, group, queries, keys]``, and the derivative of the softcap.
+    """
     logits = tile.logits
-    s = torch.einsum("bqhgd,bkhd->bhgqk", q.unflatten(2, (k.shape[2], -1)), k) * logits.scale
-    cap = torch.ones(())
+    kv_heads = k.shape[2]
+    grouped_q = q.unflatten(2, (kv_heads, -1))
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped_q, k) * logits.scale
+    softcap_slope = torch.ones(())
     if logits.softcap is not None:
-        s = (s / logits.softcap).tanh()
-        cap, s = 1 - s.square(), s * logits.softcap
+        tanh = (scores / logits.softcap).tanh()
+        scores = tanh * logits.softcap
+        softcap_slope = 1 - tanh.square()
     if logits.sigmoid_bias is not None:
-        s = s + logits.sigmoid_bias
-    visible = tile.pattern.mask(
-        positions(tile.q_positions, q.device), positions(tile.k_positions, q.device), k.shape[2]
-    )
-    visible = visible if visible.ndim == 4 else visible[None]
-    return s.masked_fill(~visible[:, :, None], -torch.inf), cap
+        scores = scores + logits.sigmoid_bias
+
+    q_positions = _positions(tile.q_positions, q.device)
+    k_positions = _positions(tile.k_positions, q.device)
+    visible = tile.pattern.mask(q_positions, k_positions, kv_heads)
+    if visible.ndim == 3:
+        visible = visible[None]  # [batch or 1, kv_heads, queries, keys]
+    return scores.masked_fill(~visible[:, :, None], -torch.inf), softcap_slope
 
 
-def _rows(x: Tensor, k: Tensor) -> Tensor:
-    """From ``[batch, queries, heads]`` to ``[batch, kv_heads, group, queries]``."""
-    return x.transpose(1, 2).unflatten(1, (k.shape[2], -1))
+def _positions(ranges: tuple[Blocks, ...], device: torch.device) -> Tensor:
+    """Return the positions of all tokens of the ranges, in order."""
+    none = np.zeros(0, np.int64)
+    positions = np.concatenate([none, *(blocks.positions() for blocks in ranges)])
+    return torch.from_numpy(positions).to(device)
+
+
+def _per_kv_head(x: Tensor, kv_heads: int) -> Tensor:
+    """Turn ``[batch, queries, heads]`` into ``[batch, kv_heads, group, queries]``."""
+    return x.transpose(1, 2).unflatten(1, (kv_heads, -1))
 
 
 def _finite(lse: Tensor) -> Tensor:
+    """Replace minus infinity, of queries that see nothing, by 0: no NaN from inf - inf."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    return [x.double() for x in tensors]

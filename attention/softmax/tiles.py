@@ -1,8 +1,8 @@
 """Tiles: queries and keys anywhere in a document, and how partial results of a query add up.
 
-A tile's forward gives the log-sum-exp beside the output. Its backward takes the *final* output and
-log-sum-exp of a query, whatever share of the query's keys the tile holds. So partial results add up:
-over parts of a tile in a backend, over ranks in :mod:`longspan.parallel`.
+A tile's forward pass gives the log-sum-exp beside the output. Its backward pass needs the *final*
+output and log-sum-exp of a query, whatever share of the query's keys the tile holds. So partial
+results add up: over parts of a tile in a backend, over ranks in :mod:`longspan.parallel`.
 """
 
 from dataclasses import dataclass

@@ -146,7 +146,7 @@ class _WrittenQueries:
     Filling the results with zeros beforehand would cost as much as a piece.
 
     Args:
-        results: tensors ``[batch, heads, time, ...]``, each with the value for queries without a key.
+        results: tensors ``[batch, heads, time, ...]``, each with the value of unwritten queries.
     """
 
     def __init__(self, *results: tuple[Tensor, float]):
@@ -377,14 +377,14 @@ def _piece_backward(
 
 
 def _fused_kernel_mask(mask: PieceMask, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
-    """Return whether the piece is causal, and a bias ``[batch or 1, heads or 1, queries, keys]``."""
+    """Return whether it is causal, and a bias ``[batch or 1, heads or 1, queries, keys]``."""
     if isinstance(mask, Mask):
         return False, _per_query_head(mask.bias, q, k)
     return mask == "causal", None
 
 
 def _per_query_head(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Repeat ``x`` ``[batch or 1, kv_heads or 1, ...]`` for each query head, unless it has one head."""
+    """Repeat the heads of ``x``, ``[batch or 1, kv_heads or 1, ...]``, unless there is only one."""
     if x.shape[1] == 1:
         return x
     return x.repeat_interleave(q.shape[1] // k.shape[1], 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +145,9 @@ def flex_mask(
 
         def mask_by_residue(batch, query_head, query, key):
             residue = residues[query_head // group_size]  # [rules]
+            # A rule's mask computes with a tensor as with an int.
             return union_masks(
-                replace(rule, residue=residue[i]).mask(query, key)
+                replace(rule, residue=cast(int, residue[i])).mask(query, key)
                 for i, rule in enumerate(rules_of_head[0])
             )
 

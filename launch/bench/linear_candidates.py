@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...attention.linear import decays
-from ...attention.linear.attention import linear_attention, normalised
+from ...attention.linear.attention import linear_attention, normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...trainer.layers.linear import LinearAttentionBlock, LinearDesign
 from ...trainer.layers.registry import KINDS
@@ -36,7 +37,7 @@ class AttentionWidth:
     def design(self, mixer: str) -> LinearDesign:
         """Return the mixer's preset in a model of this width; raises ValueError if it has none."""
         model = SimpleNamespace(num_attention_heads=self.heads, kv_channels=self.head_dim)
-        return BLOCKS[mixer](mixer=mixer).design(model)
+        return BLOCKS[mixer].model_validate({"mixer": mixer}).design(model)
 
 
 def linear_call(width: AttentionWidth, mixer: str, backend: str, length: int) -> ForwardBackward:
@@ -104,6 +105,13 @@ def tensor_bytes(width: AttentionWidth, mixer: str | None, length: int) -> int:
     return 2 * length * sum(x.nbytes for x in (*inputs.values(), grad_out))
 
 
+class Gates(TypedDict, total=False):
+    """Arguments of ``linear_attention`` that not all mixers have."""
+
+    decay: Tensor
+    beta: Tensor
+
+
 def _operation(design: LinearDesign, names: Iterable[str], backend: str) -> Callable[..., Tensor]:
     """Return the mixer's operation as a function of the tensors ``names``, in this order."""
     names = list(names)
@@ -113,11 +121,21 @@ def _operation(design: LinearDesign, names: Iterable[str], backend: str) -> Call
 
     def operation(*tensors: Tensor) -> Tensor:
         arguments = dict(zip(names, tensors, strict=True)) | fixed
+        v = arguments["v"]
         if design.normalised:
-            # A column of ones in v becomes the sum of the weights.
-            arguments["v"] = F.pad(arguments["v"], (0, 1), value=1.0)
-        out = linear_attention(**arguments, scale=design.scale, backend=backend)
-        return normalised(out) if design.normalised else out
+            # A column of ones becomes the sum of the weights.
+            v = F.pad(v, (0, 1), value=1.0)
+        gates: Gates = {}
+        if "decay" in arguments:
+            gates["decay"] = arguments["decay"]
+        if "beta" in arguments:
+            gates["beta"] = arguments["beta"]
+
+        out = linear_attention(
+            arguments["q"], arguments["k"], v, scale=design.scale, backend=backend, **gates
+        )
+        assert isinstance(out, Tensor)  # a tuple only with return_state
+        return normalized(out) if design.normalised else out
 
     return operation
 

@@ -1,7 +1,6 @@
 """``longspan verify``: check a recipe's layers over context-parallel ranks against one rank."""
 
 import argparse
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -50,75 +49,56 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(recipe: "Recipe", options: argparse.Namespace, cp: int) -> None:
-    """Refuse schedules that cannot do it before any process starts."""
+    """Refuse KV schedules that cannot do the layers, before any process starts."""
     from ...trainer.recipe.kv_schedules import schedule_problems
 
     parallel = recipe.parallel.model_copy(update={"cp": cp, "tp": 1})
-    if problems := [
+    problems = [
         f"{options.recipe}: {key}: {reason}"
         for key, reason in schedule_problems(recipe.model, parallel)
-    ]:
+    ]
+    if problems:
         raise UserError("\n".join(problems))
 
 
 def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
     import torch
 
-    from ...trainer.evaluation.parity import (
-        GRADIENT,
-        LOSS,
-        STACK,
-        cases,
-        documents_of,
-        find_leak,
-        shrink,
-    )
+    from ...trainer.evaluation.parity import STACK, cases, compare, documents_of, shrink
     from ...trainer.predict.communication import choices
 
     shrunk = shrink(recipe, cp)
-    alone, several = (torch.load(files[ranks], weights_only=False) for ranks in (1, cp))
-    documents, schedules = (
-        documents_of(shrunk),
-        {choice.block: str(choice.schedule) for choice in choices(shrunk, 4)},
-    )
-    rows, wrong = [("layers", "mixer", "schedule", "probes", "loss", "worst gradient", "")], []
+    documents = documents_of(shrunk)
+    schedule_of = {choice.block: str(choice.schedule) for choice in choices(shrunk, 4)}
+    on_one = torch.load(files[1], weights_only=False)
+    on_ranks = torch.load(files[cp], weights_only=False)
+
+    rows = [("layers", "mixer", "schedule", "probes", "loss", "worst gradient", "")]
+    problems = []
     for name, case in cases(shrunk):
-        one, many = alone[name], several[name]
-        reason = find_leak(case, documents, many.changed) or find_leak(case, documents, one.changed)
-        loss = abs(many.loss - one.loss) / abs(one.loss)
-        gradients = {
-            key: _distance(many.gradients[key], value) for key, value in one.gradients.items()
-        }
-        worst = max(gradients, key=lambda key: (math.isnan(gradients[key]), gradients[key]))
-        good = not reason and loss <= LOSS and gradients[worst] <= GRADIENT
-        if not good:
-            wrong.append(
-                f"{name}: {reason or f'loss or gradients are further than {LOSS:g} and {GRADIENT:g} from one rank'}"
-            )
-        mixer = "" if name == STACK else case.model.stack[0].kind()
+        result = compare(case, documents, on_one[name], on_ranks[name])
+        if result.problem:
+            problems.append(f"{name}: {result.problem}")
         rows.append(
             (
                 name,
-                mixer,
-                schedules.get(name, ""),
-                "exact" if not reason else "WRONG",
-                f"{loss:.1e}",
-                f"{gradients[worst]:.1e} {worst}",
-                "ok" if good else "WRONG",
+                "" if name == STACK else case.model.stack[0].kind(),
+                schedule_of.get(name, ""),
+                "WRONG" if result.leak else "exact",
+                f"{result.loss_error:.1e}",
+                f"{result.gradient_error:.1e} {result.worst_gradient}",
+                "WRONG" if result.problem else "ok",
             )
         )
-    tokens, ends = shrunk.training.seq_length, int(documents.max()) + 1
+
+    num_documents = int(documents.max()) + 1
+    num_probes = len(next(iter(on_ranks.values())).changed)
     print(
-        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: {tokens:,} tokens in {ends} documents,"
+        f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: "
+        f"{shrunk.training.seq_length:,} tokens in {num_documents} documents,"
     )
-    print(
-        f"{len(next(iter(several.values())).changed)} tokens replaced in turn; differences are relative\n"
-    )
+    print(f"{num_probes} tokens replaced in turn; differences are relative\n")
     print(table(rows))
-    for line in wrong:
-        print(f"longspan: {line}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-def _distance(ours, expected) -> float:
-    return float((ours - expected).norm() / expected.norm().clamp(min=1e-30))
+    for problem in problems:
+        print(f"longspan: {problem}", file=sys.stderr)
+    return 1 if problems else 0

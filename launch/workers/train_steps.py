@@ -126,8 +126,9 @@ def _longspan_attention(block: dict, kv_heads: int):
     from ...attention import attend
     from ...trainer.recipe.schema import LayersConfig
 
-    layers = LayersConfig(blocks={"all": block}, pattern=["all"])
+    layers = LayersConfig.model_validate({"blocks": {"all": block}, "pattern": ["all"]})
     pattern = layers.blocks["all"].attention_pattern(kv_heads)
+    assert pattern is not None, f"{block} has no attention"
     return lambda q, k, v: attend(q, k, v, pattern)
 
 

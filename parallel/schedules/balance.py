@@ -43,6 +43,8 @@ def _pairs(pattern: ClosedFormPattern, layout: Layout, kv_heads: int) -> np.ndar
     found: dict[tuple[Rule, ...], np.ndarray] = {}
     for head in range(kv_heads):
         if pattern.rules(head) not in found:
-            segments = np.add.reduceat(pattern.visible_keys(layout.length, head), layout.edges)
-            found[pattern.rules(head)] = np.bincount(layout.holders, segments, layout.ranks)
+            segments = np.add.reduceat(
+                pattern.visible_keys(layout.length, head), layout.segment_starts
+            )
+            found[pattern.rules(head)] = np.bincount(layout.segment_ranks, segments, layout.ranks)
     return np.stack([found[pattern.rules(head)] for head in range(kv_heads)])

@@ -25,9 +25,13 @@ _PADDING = (
 )
 
 
+def _placed(layout: Layout, rank: int) -> list[tuple[int, int, int]]:
+    return [(start, stop, slot) for start, stop, _, slot in layout.segments_of_rank[rank]]
+
+
 def own_keys(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """Of a single rank."""
-    own = TokenRanges(problem.layout.placed[rank], problem)
+    own = TokenRanges(_placed(problem.layout, rank), problem)
     yield PlanStage(
         None,
         tuple(job for rows in problem.rows for job in tiles(own, own, rows, problem, first=True)),
@@ -42,7 +46,7 @@ def ring(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     """
     layout, ranks = problem.layout, problem.layout.ranks
     yield from own_keys(problem, rank)
-    own = TokenRanges(layout.placed[rank], problem)
+    own = TokenRanges(_placed(layout, rank), problem)
     for away in range(1, ranks):
         source, target = (rank - away) % ranks, (rank + away) % ranks
         first, count, jobs, lines = [], [], [], []
@@ -86,7 +90,7 @@ def _needed(
     if not queries:
         return []
     stops = np.array([stop for _, stop in queries])
-    for start, stop, slot in problem.layout.placed[holder]:
+    for start, stop, slot in _placed(problem.layout, holder):
         at = int(
             np.searchsorted(stops, start, "right")
         )  # the first segment with a query that is not before the first key
@@ -107,7 +111,7 @@ def gather(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     batch, own = problem.batch, layout.lengths[rank]
     receive = _shares(batch * np.array(layout.lengths))
     first = np.cumsum(receive) - receive
-    start, stop, owner, slot = np.array(layout.in_order, np.int64).T
+    start, stop, owner, slot = np.array(layout.segments_in_order, np.int64).T
     lengths = np.array(layout.lengths)
     row = np.arange(batch)[:, None]
     place = (
@@ -126,7 +130,7 @@ def gather(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
         columns=layout.length,
     )
     queries, keys = (
-        TokenRanges(layout.placed[rank], problem),
+        TokenRanges(_placed(layout, rank), problem),
         TokenRanges([(0, layout.length, 0)], problem),
     )
     yield PlanStage(
@@ -150,7 +154,7 @@ def stripes(problem: AttentionSpec, rank: int) -> Iterator[PlanStage]:
     Below the reach of the other rules every key of the first kind is seen by every query that comes after it: a tile without a
     mask. The halo holds all from there up to the segment, of both kinds, so that no pair counts twice.
     """
-    segments = [TokenRanges([segment], problem) for segment in problem.layout.placed[rank]]
+    segments = [TokenRanges([segment], problem) for segment in _placed(problem.layout, rank)]
     local = (
         job
         for rows in problem.rows
@@ -204,7 +208,7 @@ class _NearFarRules:
 
 def _halo(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
     layout, per_token = problem.layout, problem.kv_heads // split.near_heads
-    own, length = layout.placed[rank], layout.lengths[rank]
+    own, length = _placed(layout, rank), layout.lengths[rank]
     # In a message: by the segment that asks, the row of the batch, the head and the position. Two may ask for the same.
     first, count, unique, send = [], [], [], np.zeros(layout.ranks, np.int64)
     for target, start, stop in _halo_receivers(problem, split, rank):
@@ -271,9 +275,9 @@ def _halo_receivers(
     layout = problem.layout
     reach = max((rule.reach * rule.block for rules in split.near for rule in rules), default=0)
     found = set()
-    for start, stop, _ in layout.placed[rank]:
-        first, last = np.searchsorted(layout.edges, [start + 1, stop + reach])
-        found |= {(holder, a, b) for a, b, holder, _ in layout.in_order[first:last]}
+    for start, stop, _ in _placed(layout, rank):
+        first, last = np.searchsorted(layout.segment_starts, [start + 1, stop + reach])
+        found |= {(holder, a, b) for a, b, holder, _ in layout.segments_in_order[first:last]}
     return sorted(found)
 
 
@@ -311,7 +315,7 @@ def _halo_jobs(
 
 def _far(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
     layout, per_token = problem.layout, problem.kv_heads // split.far_heads
-    slots = np.array([slot for _, _, _, slot in layout.in_order])
+    slots = np.array([slot for _, _, _, slot in layout.segments_in_order])
     # In a rank's message: by the row of the batch, the head and the position.
     given, sent, place, jobs, columns = np.zeros(layout.ranks, np.int64), [], [], [], 0
     for rows in problem.rows:
@@ -328,7 +332,9 @@ def _far(problem: AttentionSpec, split: _NearFarRules, rank: int) -> PlanStage:
                 place.append((row * per_token + head, part, given[part.holder] + part.before))
                 mine = part.holder == rank
                 slot = (
-                    slots[part.segment[mine]] + part.start[mine] - layout.edges[part.segment[mine]]
+                    slots[part.segment[mine]]
+                    + part.start[mine]
+                    - layout.segment_starts[part.segment[mine]]
                 )
                 sent.append(
                     ((row * layout.lengths[rank] + slot) * per_token + head, part.count[mine])
@@ -394,12 +400,12 @@ class _PlacedRanges:
     @classmethod
     def of(cls, ranges: Ranges, layout: Layout) -> "_PlacedRanges":
         """Of any ranges: they are cut where segments begin."""
-        ranges = ranges.cut(layout.edges)
+        ranges = ranges.cut(layout.segment_starts)
         count, segment = (
             ranges.stop - ranges.start,
-            np.searchsorted(layout.edges, ranges.start, "right") - 1,
+            np.searchsorted(layout.segment_starts, ranges.start, "right") - 1,
         )
-        holder, before = layout.holders[segment], np.empty_like(count)
+        holder, before = layout.segment_ranks[segment], np.empty_like(count)
         order = np.argsort(holder, kind="stable")
         ends, of_ranks = (
             np.cumsum(count[order]),
@@ -412,7 +418,7 @@ class _PlacedRanges:
 def _far_jobs(
     problem: AttentionSpec, split: _NearFarRules, rank: int, rows: BatchRows, keys: list[Ranges]
 ) -> Iterator[TileJob]:
-    for start, stop, slot in problem.layout.placed[rank]:
+    for start, stop, slot in _placed(problem.layout, rank):
         document = rows.document_of(start)
         if document[0] == start:
             continue

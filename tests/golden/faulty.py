@@ -1,4 +1,4 @@
-"""What is asked of longspan for the golden files: mostly what it must refuse, and once each thing that it can refuse."""
+"""What is asked of longspan for the golden files: above all everything that it refuses, once."""
 
 from types import SimpleNamespace
 
@@ -248,6 +248,7 @@ OVERRIDES: list[str | tuple[str, ...]] = [
     ("data.packing=buckets", "data.buckets.odds=even"),
     ("data.packing=buckets", "data.buckets.cycle_steps=0"),
     ("data.packing=buckets", "model.layers.blocks.sparse.block=12"),
+    ("data.packing=buckets", "data.buckets.shortest=24", "model.layers.blocks.sparse.block=12"),
     "data.mqar={pairs: [4], vocab_size: 64}",
     "data.mqar={}",
     (MQAR, "data.packing=best_fit"),
@@ -429,7 +430,8 @@ FILES: dict[str, str | bytes] = {
     "faulty/null.yaml": "base: ../tiny.yaml\nmodel: {layers: {blocks: {sparse: null}}}\n",
     "faulty/null-required.yaml": "base: ../tiny.yaml\ntraining: {steps: null, seq_length: 97}\n",
     "faulty/yes.yaml": "base: ../tiny.yaml\nmetrics: {wandb: yes, tensorboard: off}\n",
-    "faulty/octal.yaml": "base: ../tiny.yaml\ntraining: {steps: 010, seed: 0x10, micro_batch_size: 1:30}\n",
+    "faulty/octal.yaml": "base: ../tiny.yaml\ntraining: {steps: 010, seed: 0x10}\n",
+    "faulty/sixty.yaml": "base: ../tiny.yaml\ntraining: {micro_batch_size: 1:30}\n",
     "faulty/date.yaml": "base: ../tiny.yaml\noptimizer: {lr: 2026-01-01}\n",
     "faulty/minimal.yaml": "model: {hidden_size: 64}\n",
     "faulty/nothing.yaml": "{}\n",
@@ -444,6 +446,10 @@ FILES: dict[str, str | bytes] = {
     "no-tokenizer.json": "{}",
     "a-file": "in the way of a folder",
     "new-folder/file": "",
+    "empty-folder/image.png": b"\xff\xd8",
+    "nothing.jsonl": "\n",
+    "page.md": "no place for a table\n",
+    "not-utf8.md": b"\xff\xfe",
 }
 """Files beside the recipes: those of ``faulty/`` are recipes, each of them loaded."""
 
@@ -472,6 +478,55 @@ FAULTY_COMMANDS = [
     "train before.yaml run_dir=other stray=1",
     "data build nowhere --out new --workers 1",
     "data build texts --out corpus --workers 1",
+    "data build empty-folder --out new --workers 1",
+    "data build empty.txt --out made --workers 1",
+    "data build nothing.jsonl --out new --workers 1",
+    *(
+        f"train tiny.yaml run_dir=other 'data={{sources: {{{prefix}: 1.0}}}}'"
+        for prefix in (
+            "cut",
+            "cut-index",
+            "no-index",
+            "zeros",
+            "others",
+            "no-record",
+            "end",
+        )
+    ),
+    "train before.yaml run_dir=run-data",
+    "train before.yaml run_dir=run-other-data",
+    "train before.yaml run_dir=run-recipe",
+    "train before.yaml run_dir=run-all-damaged",
+    "train before.yaml run_dir=run-newer",
+    "status run-cut",
+    "status run-flipped",
+    "status run-manifest",
+    "status run-step",
+    "status run-newer",
+    "status run-gone",
+    "status run-empty",
+    "status run-recipe",
+    "export run-cut out",
+    "export run-flipped@3 out",
+    "export run-manifest out",
+    "export run-gone out",
+    "export run-empty out",
+    "export run-newer out",
+    "plot run-empty",
+    "generate recall-run",
+    "eval loss recall-run",
+    "eval needle moba-run",
+    "eval tasks moba-run",
+    "eval mqar recall-run --lengths 63",
+    "eval mqar recall-run --lengths 8",
+    "eval mqar recall-run --lengths 64,7 --pairs 4",
+    "eval mqar recall-run --pairs 100",
+    "eval mqar recall-run --lengths 4096 --pairs 40",
+    "eval mqar recall-run --lengths x",
+    "eval mqar recall-run",
+    "bench mqar recall.yaml --out a-file/mqar",
+    "bench mqar recall.yaml --out page",
+    "bench mqar recall.yaml --out not-utf8",
     "data build not-utf8.txt --out new --workers 1",
     "data build lines.jsonl --out new --workers 1",
     "data build broken.jsonl --out new --workers 1",
@@ -504,7 +559,8 @@ FAULTY_COMMANDS = [
     f"{_SLURM} --nodes 1 --time 5",
     f"{_SLURM} --nodes 1 --time 90 --notice 0",
     f"{_SLURM} --nodes 1 --time 90 --notice 70000",
-    f"{_SLURM} --nodes 1 --time 90 --processes-per-node 0 --cpus-per-task 0 --restarts -1 --requeues -1",
+    f"{_SLURM} --nodes 1 --time 90 --processes-per-node 0 --cpus-per-task 0",
+    f"{_SLURM} --nodes 1 --time 90 --restarts -1 --requeues -1",
     f"{_SLURM} --nodes 1 --time 90 --account 'my lab' --partition '' --qos 'a b' --job-name 'x y'",
     f"{_SLURM} --nodes 3 --time 90",
     f"{_SLURM} --nodes 1 --time 90 --out a-file/script",
@@ -583,9 +639,11 @@ GOOD_COMMANDS = [
     "train before.yaml --dry-run run_dir=no description=12:30 optimizer.lr=1e-4",
     "train tiny.yaml --dry-run 'model.layers.blocks.full={mixer: moba, block: 8}'",
     "plan tiny.yaml --gpus 2 parallel.cp=2 -o p.png",
-    "plan tiny.yaml --gpus 4 parallel.cp=4 parallel.schedule=ring engine.name=deepspeed engine.zero_stage=3 -o p.png",
+    "plan tiny.yaml --gpus 4 parallel.cp=4 parallel.schedule=ring engine.name=deepspeed -o p.png",
+    "plan tiny.yaml --gpus 2 'engine={name: deepspeed, zero_stage: 3}' -o p.png",
     "plan experts.yaml --gpus 8 parallel.ep=4 --device b200 -o p.png",
-    "plan recall.yaml --device a100 memory.recompute=full 'model.layers.pattern=[linear]' model.layers.blocks.full=null",
+    "plan recall.yaml --device a100 memory.recompute=full",
+    "plan recall.yaml 'model.layers.pattern=[linear]' model.layers.blocks.full=null",
     "status run",
     "plot run",
     f"{_SLURM} --nodes 2 --time 1-00:00:00 --account lab --setup 'source env' parallel.cp=2",
@@ -603,6 +661,63 @@ DRAWN = [
 ]
 """The same of larger patterns."""
 
+_DELTA = {"mixer": "gated_deltanet"}
+_POST = {"norm": "post", "mixer_residual": [1.5, 0.5]}
+STACKS: dict[str, tuple[dict[str, dict], list[str]]] = {
+    "full": ({"a": {"mixer": "full"}}, []),
+    "window": ({"a": {"mixer": "window", "window": 9}}, []),
+    "both": ({"a": {"mixer": "full"}, "b": {"mixer": "window", "window": 9}}, []),
+    "windows": ({"a": {"mixer": "window", "window": 9}, "b": {"mixer": "window", "window": 8}}, []),
+    "lightning": (
+        {"a": {"mixer": "lightning", **_POST}, "b": {"mixer": "full", **_POST}},
+        ["model.rms_norm_eps=1e-6", "model.num_key_value_heads=4"],
+    ),
+    "lightning eps": ({"a": {"mixer": "lightning", **_POST}, "b": {"mixer": "full", **_POST}}, []),
+    "lightning heads": ({"a": {"mixer": "lightning", "num_heads": 8, "norm": "post"}}, []),
+    "transnormer": ({"a": {"mixer": "lightning", "style": "transnormer", "norm": "post"}}, []),
+    "delta": ({"a": _DELTA, "b": {"mixer": "full", "qk_norm": True, "output_gate": True}}, []),
+    "delta alone": ({"a": _DELTA}, []),
+    "delta sizes": ({"a": _DELTA, "b": {**_DELTA, "conv_kernel": 0}, "c": {"mixer": "full"}}, []),
+    "delta twice": (
+        {
+            "a": {**_DELTA, "allow_negative_eigenvalues": True},
+            "b": {"mixer": "full", "norm": "reordered", "qk_norm": "all"},
+        },
+        [],
+    ),
+    "delta head_dim": (
+        {"a": _DELTA, "b": {"mixer": "full", "norm": "reordered", "qk_norm": "all"}},
+        ["model.head_dim=32", "model.rms_norm_eps=1e-6"],
+    ),
+    "mamba": ({"a": {"mixer": "mamba2"}, "b": {"mixer": "full", "rotary_fraction": 0.0}}, []),
+    "mamba conv": ({"a": {"mixer": "mamba2", "conv_kernel": 0}, "b": {"mixer": "full"}}, []),
+    "mamba width": (
+        {"a": {"mixer": "mamba2", "num_heads": 3, "value_head_dim": 8}, "b": {"mixer": "full"}},
+        ["model.head_dim=32"],
+    ),
+    "many": ({"a": {"mixer": "full"}, "b": {"mixer": "kda"}, "c": {"mixer": "conv"}}, []),
+}
+"""Blocks, one of each in turn, and other overrides."""
+CHANGES: list[dict] = [
+    {},
+    {"norm": "sandwich"},
+    {"norm": "reordered"},
+    {"norm": "post", "mixer_residual": [1.0, 2.0]},
+    {"mlp_residual": [1.0, 2.0]},
+    {"mlp_activation": "identity"},
+    {"mlp": "moe"},
+    {"qk_norm": True},
+    {"qk_norm": "all"},
+    {"output_gate": True},
+    {"softcap": 9.0},
+    {"attention_sink": True},
+    {"rotary_fraction": 0.5},
+    {"rotary_fraction": 0.0},
+]
+"""Laid on all blocks that have such keys."""
+OF_ALL = {"norm", "mixer_residual", "mlp_residual", "mlp", "mlp_activation"}
+"""Keys of blocks of any kind."""
+
 SCHEDULES = [
     ["training.steps=20"],
     [
@@ -611,7 +726,8 @@ SCHEDULES = [
     ],
     [
         "training.steps=20",
-        "stages=[{from_step: 6, training: {seq_length: 192, global_batch_size: 2}, model: {rope_theta: 50000.0}}, "
+        "stages=[{from_step: 6, training: {seq_length: 192, global_batch_size: 2}, "
+        "model: {rope_theta: 50000.0}}, "
         "{from_step: 12, optimizer: {lr: 5e-4}, lr_scheduler: {name: wsd, warmup_steps: 2}}, "
         "{from_step: 16, data: {sources: {corpus: 1.0}, packing: best_fit}}]",
     ],
@@ -697,6 +813,23 @@ CALLS = [
     "attend(q, k, v, BlockLists(8, torch.zeros(3, 2, 3, 1, dtype=torch.int32)))",
     "linear(q, k, v)",
     "linear(k, k, v[0])",
+    "linear(k, k, v, backend='triton')",
+    "linear(k, k, v, beta=one(2, 24, 2), backend='triton')",
+    "linear(k, k, v, decay=-one(2, 24, 2, 8), backend='triton')",
+    "linear(k.double(), k.double(), v.double(), backend='triton')",
+    "linear(one(1, 9, 2, 512), one(1, 9, 2, 512), v[:1, :9], backend='triton')",
+    "linear(k.bfloat16(), k.bfloat16(), v.bfloat16(), backend='fla')",
+    "linear(one(1, 9, 2, 512).half(), one(1, 9, 2, 512).half(), v[:1, :9].half(), "
+    "beta=one(1, 9, 2), backend='fla')",
+    "attend(q, k, v, Causal(), backend='flash')",
+    "attend(q, k, v, Causal(), backend='flash', sigmoid_bias=0.0)",
+    "attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), Causal(), backend='flash')",
+    "attend(*[one(1, 4, 1, 512).half()] * 3, Causal(), backend='flash')",
+    "attend(q.double(), k.double(), v.double(), Causal(), backend='triton')",
+    "attend(q, k, v, S2(4, 1, 2), backend='triton')",
+    "lists.in_document(slice(0, 1), 4, 20)",
+    "BlockLists.where(8, lambda i, j, head: i <= j, 24, 2)",
+    "parallel.attend(q, k, v, MoBA(16, 1), halves, pair)",
     "linear(k, k, v[:, :9])",
     "linear(k, k, one(2, 24, 3, 8))",
     "linear(k, k, v, backend='cuda')",

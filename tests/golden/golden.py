@@ -1,7 +1,7 @@
-"""What longspan says and does, as text that is kept: each kind of golden file is one function ``name -> text``.
+"""What longspan says and does, as text that is kept: each golden file is one function's text.
 
-``make golden`` writes the files anew; a person reads the diff. Nothing here depends on the machine: see :mod:`.numbers` for
-losses and hashes, which do.
+``make golden`` writes the files anew; a person reads the diff. Nothing here depends on the machine:
+losses and hashes, which do, are in :mod:`.numbers`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import torch
 from longspan import attention, parallel
 from longspan.launch.cli import main
 
-# All that is asked of the inside of longspan, in one place: these lines follow when something moves.
+# All that is asked of the inside of longspan: these lines follow when something moves.
 from longspan.launch.commands import plan as plan_command
 from longspan.launch.process import process_group
 from longspan.parallel.schedules.choose import choose_schedule
@@ -48,7 +48,7 @@ FILES = HERE / "files"
 RUN_BEFORE = HERE / "run_before"
 """The folder of a run that an older longspan wrote: after step 3 of 6."""
 PYTHON = "3.11"
-"""Whose argparse wrote the help and the usage errors; other versions lay them out in another way."""
+"""Whose argparse wrote help and usage errors; other versions lay them out in another way."""
 
 GOLDEN: dict[str, Callable[[], str]] = {}
 """The text of each file, by its name in ``files/``."""
@@ -84,21 +84,29 @@ def run(*arguments: str) -> tuple[int, str, str]:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        threads = torch.get_num_threads()
         try:
             main(list(arguments))
         except SystemExit as ended:
             status = ended.code
+        finally:
+            torch.set_num_threads(threads)
     return status, out.getvalue(), err.getvalue()
 
 
 def said(command: str) -> str:
     """A command and all that it answers, as in a terminal."""
     status, out, err = run(*shlex.split(command))
-    text = re.sub(
-        r"instance of \w+", "instance of ...", anywhere(out + err)
-    )  # pydantic's, of a class
+    text = anywhere(out + err)
+    text = re.sub(r"instance of \w+", "instance of ...", text)  # pydantic's, of a class
+    text = re.sub(r"\(others: ([^)]*)\)", _in_order, text)
     lines = [f"$ longspan {command}", *(line.rstrip() for line in text.splitlines())]
     return "\n".join([*lines, *([f"[status {status}]"] if status else [])]) + "\n"
+
+
+def _in_order(match: re.Match) -> str:
+    """Other schedules by name: equal ones come in any order, by Python's hashes."""
+    return f"(others: {'; '.join(sorted(match[1].split('; ')))})"
 
 
 def anywhere(text: str) -> str:
@@ -110,17 +118,74 @@ def anywhere(text: str) -> str:
 
 @contextlib.contextmanager
 def workplace() -> Iterator[Path]:
-    """A new folder to be in, with what the commands of :mod:`.faulty` ask for: recipes, a corpus, a run."""
+    """A new folder to be in, with what :mod:`.faulty` asks for: recipes, a corpus, a run."""
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         for recipe in HERE.glob("*.yaml"):
             shutil.copy(recipe, folder)
         build_corpus(folder)
         shutil.copytree(RUN_BEFORE, folder / "run")
+        _damage(folder)
         for file, text in faulty.FILES.items():
             folder.joinpath(file).parent.mkdir(parents=True, exist_ok=True)
             folder.joinpath(file).write_bytes(text if isinstance(text, bytes) else text.encode())
         yield folder
+
+
+def _damage(folder: Path) -> None:
+    """Runs and corpora that are not whole, and runs of which there is no more than a recipe."""
+
+    def altered(name: str, file: str, content: bytes | Callable[[bytes], bytes]) -> None:
+        if not (folder / name).exists():
+            shutil.copytree(folder / "run", folder / name)
+        path = folder / name / file
+        path.write_bytes(content(path.read_bytes()) if callable(content) else content)
+
+    def manifest(**changes: object) -> Callable[[bytes], bytes]:
+        """One that is whole, and says something else."""
+
+        def rewritten(before: bytes) -> bytes:
+            content = {**json.loads(before), **changes}
+            content.pop("digest")
+            text = json.dumps(content, sort_keys=True)
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            return json.dumps({**content, "digest": digest}).encode()
+
+        return rewritten
+
+    at = "checkpoints/step-00000003"
+    altered("run-cut", f"{at}/__0_0.distcp", lambda data: data[:-1])
+    altered("run-flipped", f"{at}/__0_0.distcp", lambda data: bytes([data[0] ^ 1]) + data[1:])
+    altered("run-manifest", f"{at}/manifest.json", b"{}")
+    altered("run-step", f"{at}/manifest.json", manifest(step=4))
+    altered("run-newer", f"{at}/manifest.json", manifest(version=99))
+    altered("run-gone", f"{at}/__0_0.distcp", b"")
+    (folder / "run-gone" / at / "__0_0.distcp").unlink()
+    altered("run-all-damaged", f"{at}/manifest.json", lambda data: data.replace(b": 3,", b": 2,"))
+    altered("run-data", "data.json", b"[")
+    altered("run-other-data", "data.json", b'{"corpus": "other"}')
+    altered("run-recipe", "recipe.yaml", lambda data: data + b"stray: 3\n")
+    altered("run-empty", "metrics.jsonl", b"")
+    shutil.rmtree(folder / "run-empty/checkpoints")
+    for name, recipe in (("recall-run", "recall.yaml"), ("moba-run", "tiny.yaml")):
+        (folder / name).mkdir()
+        text = (folder / recipe).read_text().replace("mixer: conv", "mixer: moba, block: 8")
+        (folder / name / "recipe.yaml").write_text(text)
+
+    endings = (".bin", ".idx", ".json")
+    corpus = {ending: folder.joinpath(f"corpus{ending}").read_bytes() for ending in endings}
+    for prefix, changes in {
+        "cut": {".bin": corpus[".bin"][:-2]},
+        "cut-index": {".idx": corpus[".idx"][:-8]},
+        "no-index": {".idx": b"not an index"},
+        "zeros": {".idx": corpus[".idx"][:9] + bytes(40)},
+        "others": {".json": corpus[".json"].replace(b': "bytes"', b': "other"')},
+        "no-record": {".json": b"["},
+        "end": {".bin": b""},
+    }.items():
+        for ending in endings:
+            content = changes.get(ending, corpus[ending])
+            folder.joinpath(f"{prefix}{ending}").write_bytes(content)
 
 
 def texts() -> list[str]:
@@ -190,7 +255,7 @@ def _recipe(name: str) -> str:
 
 def undrawn() -> contextlib.AbstractContextManager:
     """``plan`` without its picture, which takes longer than all the rest."""
-    return mock.patch.object(plan_command, "_draw", lambda recipe, blocks, path: None)
+    return mock.patch.object(plan_command, "_draw", return_value=None)
 
 
 def _plans_of(name: str) -> Iterator[str]:
@@ -200,7 +265,7 @@ def _plans_of(name: str) -> Iterator[str]:
 
 
 def _parameters(name: str) -> str:
-    """Names, shapes and the dimension that tensor-parallel ranks split, of the whole model, which no memory holds."""
+    """Names, shapes and what tensor-parallel ranks split, of a model that no memory holds."""
     from megatron.core import parallel_state
     from torch._subclasses import FakeTensorMode
 
@@ -211,7 +276,9 @@ def _parameters(name: str) -> str:
         alone.append(f"model.num_hidden_layers={period}")
         note = f" of {period} layers"
     recipe = load_recipe(name, alone)
-    with process_group(1), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.enter_context(process_group(1))
         parallel_state.initialize_model_parallel()
         stack.callback(parallel_state.destroy_model_parallel)
         stack.enter_context(megatron_on_cpu())
@@ -237,7 +304,7 @@ def _export(name: str) -> str:
 
 
 def _json(config: dict) -> str:
-    """With floats of five digits, since powers differ in the last between machines; equal layers are told once."""
+    """With floats of five digits, since machines differ in the last; equal layers are told once."""
 
     def rounded(value):
         if isinstance(value, float):
@@ -309,7 +376,9 @@ def _drawn() -> str:
 
         def plot(axes, *points, **style):
             found.append(
-                f"{style.get('label')}: {', '.join(f'{x:g} {y:.6g}' for x, y in zip(*points, strict=True))}"
+                ", ".join(
+                    [style["label"], *(f"{x:g} {y:.6g}" for x, y in zip(*points, strict=True))]
+                )
             )
             return real(axes, *points, **style)
 
@@ -373,6 +442,29 @@ def _commands_said() -> str:
         return "\n".join(answers)
 
 
+@golden("exports.txt")
+def _exports() -> str:
+    """What becomes of many stacks in transformers, and why no more."""
+    lines = []
+    with workplace():
+        for name, (blocks, others) in faulty.STACKS.items():
+            for change in faulty.CHANGES:
+                changed = {
+                    key: {**block, **change}
+                    for key, block in blocks.items()
+                    if block["mixer"] in ("full", "window") or set(change) <= faulty.OF_ALL
+                }
+                layers = {"blocks": {**blocks, **changed}, "pattern": [*blocks]}
+                given = [f"model.layers={json.dumps(layers)}", *others]
+                if "moe" in change.values():
+                    given.append(faulty.MOE)
+                status, out, err = run("train", "tiny.yaml", "--dry-run", *given)
+                answer = err if status else out
+                told = answer.splitlines()[-1].removeprefix("longspan export").strip()
+                lines.append(f"{name} {json.dumps(change)}: {told}")
+    return "\n".join(lines) + "\n"
+
+
 @golden("schedules.txt")
 def _learning_rates() -> str:
     """Learning rates and the stage of every step."""
@@ -386,8 +478,9 @@ def _learning_rates() -> str:
                 stage = stages.at(step)
                 now = stage.recipe
                 lines.append(
-                    f"  {step}: lr {stage.learning_rate(step):.10g}, data from {stage.data_start}, seed "
-                    f"{now.training.seed}, {now.training.seq_length} tokens, theta {now.model.rope_theta:g}"
+                    f"  {step}: lr {stage.learning_rate(step):.10g}, "
+                    f"data from {stage.data_start}, seed {now.training.seed}, "
+                    f"{now.training.seq_length} tokens, theta {now.model.rope_theta:g}"
                 )
     return "\n".join(lines) + "\n"
 
@@ -428,14 +521,16 @@ def _patterns() -> str:
                 ]
                 lines.append(
                     f"    {length}: mask {digest(mask.tobytes())}, {int(mask.sum())} pairs, "
-                    f"density {pattern.density(length, heads):.10g}, needs {digest(*map(_values, needs))}"
+                    f"density {pattern.density(length, heads):.10g}, "
+                    f"needs {digest(*map(_values, needs))}"
                 )
         moved = pattern.from_head(1)
         lines.append(f"  from head 1: {moved!r}")
     lists = attention.BlockLists.where(4, lambda i, j, head: (i - j < 2) | (j % 3 == head), 64, 2)
     mask = lists.mask(torch.arange(64), torch.arange(64), 2).numpy()
     lines.append(
-        f"lists: mask {digest(mask.tobytes())}, {int(mask.sum())} pairs, {lists.density(64, 2):.10g}"
+        f"lists: mask {digest(mask.tobytes())}, {int(mask.sum())} pairs, "
+        f"{lists.density(64, 2):.10g}"
     )
     return "\n".join(lines) + "\n"
 
@@ -499,10 +594,10 @@ PLANNED = (
 
 @golden("plans.txt")
 def _plans() -> str:
-    """Of each plan its key, by rank what it moves forward and backward, its buffer and tiles, and a hash of all of it.
+    """Of each plan its key and a hash of all of it, and by rank what moves, the buffer and tiles.
 
-    The key hashes what its inputs print as, class names among it. Those of the rows of a batch may be renamed: here they are
-    what they were when the keys were kept.
+    The key hashes what its inputs print as, with the names of classes. That of the rows of a batch
+    is no public one: here it is what it was when the keys were kept.
     """
     lines = []
     for layout_name, layout in LAYOUTS.items():
@@ -559,4 +654,5 @@ def _plans_by_documents(layout_name, layout, name, pattern, schedule) -> Iterato
                 f"{sent}/{received} {back_sent}/{back_received} {plan.buffer(8, 8)} {tiles}"
             )
         content = digest(*[_values(plan.stages) for plan in plans])
-        yield f"{layout_name}, {name}, {schedule}, {documents_name}: {key} {content} | {' | '.join(each)}"
+        what = f"{layout_name}, {name}, {schedule}, {documents_name}"
+        yield f"{what}: {key} {content} | {' | '.join(each)}"

@@ -1,6 +1,6 @@
-"""Losses, checkpoints and results of operations, to the bit: hashes where the machine is the one that made them.
+"""Losses, checkpoints and results of operations: to the bit on the kind of machine that made them.
 
-Elsewhere sums are added up in another order, and what was kept beside each hash is compared to a tolerance.
+Elsewhere sums are added up in another order, and the norms beside the hashes are compared.
 """
 
 import hashlib
@@ -175,7 +175,7 @@ def _differentiated(out, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def attended(patterns: dict) -> Iterator[str]:
-    """``attend`` under each of the patterns, with documents and without, and its other options once."""
+    """``attend`` under each pattern, with documents and without, and its other options once."""
     qkv = [(2, 96, 4, 8), (2, 96, 2, 8), (2, 96, 2, 12)]
     for name, pattern in patterns.items():
         for which, documents in (("one", None), ("packed", DOCUMENTS)):

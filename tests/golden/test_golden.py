@@ -1,4 +1,4 @@
-"""Golden files: what longspan says and does is what it was. ``make golden`` writes them anew, for a person to read the diff."""
+"""Golden files: what longspan says is what it said. ``make golden`` writes them anew."""
 
 import difflib
 import os

@@ -1,4 +1,4 @@
-"""Golden numbers: the same bits on the kind of machine that made them, and the same to a tolerance on others."""
+"""Golden numbers: the same bits on the kind of machine that made them, close on others."""
 
 import contextlib
 import difflib
@@ -32,8 +32,8 @@ def compare(name: str, lines: list[str], close: bool = False) -> None:
     if not numbers.same(before, text):
         pair = (before.splitlines(), text.splitlines(), f"{name} (golden)", f"{name} (now)")
         diff = "\n".join(list(difflib.unified_diff(*pair, lineterm="", n=0))[:80])
-        told = f"{diff}\nnumbers of {name} have changed; where they should, make golden writes them anew"
-        pytest.fail(told, pytrace=False)
+        told = f"numbers of {name} have changed; where they should, make golden writes them anew"
+        pytest.fail(f"{diff}\n{told}", pytrace=False)
 
 
 @pytest.fixture

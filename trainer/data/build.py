@@ -110,7 +110,7 @@ def _write_corpus(
 
     files = corpus_files(prefix)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    builder = IndexedDatasetBuilder(str(files.data), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(files.bin), dtype=dtype)
     groups = list(group_chunks(chunks))
     disk_bytes = sum(chunk.num_bytes for chunk in chunks)
 
@@ -135,7 +135,7 @@ def _write_corpus(
             text_bytes += group.text_bytes
             not_text += group.not_text
             advance(group.disk_bytes)
-    builder.finalize(str(files.index))
+    builder.finalize(str(files.idx))
     return _Totals(documents, tokens, text_bytes, not_text)
 
 
@@ -143,9 +143,9 @@ def _rename_corpus(building: str, prefix: str) -> None:
     """Move a whole corpus to its place, the index last: without one there is no corpus."""
     source = corpus_files(building)
     target = corpus_files(prefix)
-    source.data.rename(target.data)
-    source.record.rename(target.record)
-    source.index.rename(target.index)
+    source.bin.rename(target.bin)
+    source.json.rename(target.json)
+    source.idx.rename(target.idx)
 
 
 TokenizeGroups = Callable[[Iterable[list[TextChunk]]], Iterator[_TokenizedGroup]]

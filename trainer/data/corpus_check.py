@@ -36,13 +36,13 @@ def check_corpus(prefix: str, tokenizer: str, vocab_size: int) -> None:
             corpus was made with another tokenizer or a larger vocabulary than the model's.
     """
     files = corpus_files(prefix)
-    for path in (files.data, files.index):
+    for path in (files.bin, files.idx):
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; build it with "
                 f"`longspan data build SOURCE... --out {prefix}`"
             )
-    _check_data_fits_index(files.data, files.index)
+    _check_data_fits_index(files.bin, files.idx)
     _check_record(prefix, tokenizer, vocab_size)
 
 
@@ -104,7 +104,7 @@ def _check_record(prefix: str, tokenizer: str, vocab_size: int) -> None:
     record = read_record(prefix)
     if record is None:
         return
-    data = corpus_files(prefix).data
+    data = corpus_files(prefix).bin
     if record.tokenizer != tokenizer:
         raise UserError(
             f"{data}: was made with tokenizer {record.tokenizer}, but data.tokenizer is {tokenizer}"

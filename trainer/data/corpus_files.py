@@ -18,14 +18,14 @@ _HASHED_BLOCK_BYTES = 4096
 
 
 class CorpusFiles(NamedTuple):
-    """The paths of a corpus."""
+    """The paths of a corpus, by their suffixes."""
 
-    data: Path
-    """PREFIX.bin"""
-    index: Path
-    """PREFIX.idx"""
-    record: Path
-    """PREFIX.json"""
+    bin: Path
+    """Token ids."""
+    idx: Path
+    """Lengths of sequences, and where documents begin."""
+    json: Path
+    """Our record."""
 
 
 def corpus_files(prefix: str) -> CorpusFiles:
@@ -51,7 +51,7 @@ class CorpusRecord:
 
 def write_record(prefix: str, record: CorpusRecord) -> None:
     """Write ``PREFIX.json``."""
-    corpus_files(prefix).record.write_text(json.dumps(asdict(record), indent=1) + "\n")
+    corpus_files(prefix).json.write_text(json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read_record(prefix: str) -> CorpusRecord | None:
@@ -60,7 +60,7 @@ def read_record(prefix: str) -> CorpusRecord | None:
     Raises:
         UserError: if it is damaged.
     """
-    path = corpus_files(prefix).record
+    path = corpus_files(prefix).json
     if not path.is_file():
         return None
     try:
@@ -78,10 +78,10 @@ def fingerprint(prefix: str) -> str:
     whole.
     """
     files = corpus_files(prefix)
-    with files.index.open("rb") as index:
+    with files.idx.open("rb") as index:
         digest = hashlib.file_digest(index, "sha256")
-    num_bytes = files.data.stat().st_size
-    with files.data.open("rb") as data:
+    num_bytes = files.bin.stat().st_size
+    with files.bin.open("rb") as data:
         for block in range(_HASHED_BLOCKS):
             data.seek(num_bytes * block // _HASHED_BLOCKS)
             digest.update(data.read(_HASHED_BLOCK_BYTES))

@@ -144,7 +144,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     """
     if not any(stage.data for stage in recipe.stages):
         return _prepare_section(recipe)
-    stage_recipes = [recipe.at(start) for start in recipe.stage_starts]
+    stage_recipes = [recipe.at_step(start) for start in recipe.stage_starts]
     return StagedData([(stage.data, _prepare_section(stage)) for stage in stage_recipes])
 
 

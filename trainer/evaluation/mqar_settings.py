@@ -24,7 +24,7 @@ def recall_task(recipe: Recipe) -> MQARConfig:
 
 def trained_settings(recipe: Recipe) -> list[RecallSetting]:
     """Return the settings that the model was trained in, the hardest last."""
-    stages = [recipe.at(start) for start in recipe.stage_starts]
+    stages = [recipe.at_step(start) for start in recipe.stage_starts]
     settings = {
         RecallSetting(stage.training.seq_length, pairs)
         for stage in stages

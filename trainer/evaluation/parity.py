@@ -1,7 +1,8 @@
-"""Whether a recipe's layers do over context-parallel ranks what they do on one: small models of the same patterns, looked at
-closely.
+"""Whether a recipe's layers compute over context-parallel ranks what they compute on one: small
+models of the same patterns, measured closely.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,141 +20,167 @@ from ..recipe.check import check_recipe
 from ..recipe.schema import Recipe
 
 VOCABULARY = 256
-LOSS, GRADIENT = 1e-6, 1e-4
+MAX_LOSS_ERROR, MAX_GRADIENT_ERROR = 1e-6, 1e-4
 """How far a loss may be from that of one rank, and a gradient in norm, relative."""
 STACK = "all together"
-_LEAST = 256  # tokens
+"""The name of the case with one layer of each block."""
+_MIN_TOKENS = 256
 
 
 def shrink(recipe: Recipe, cp: int) -> Recipe:
-    """The same layers, heads and patterns with fewer channels, over as few tokens as show the patterns' structure."""
+    """Return a recipe with the same layers, heads and patterns but fewer channels, over as few
+    tokens as show the patterns' structure, on ``cp`` context-parallel ranks.
+    """
     content = recipe.model_dump(mode="json")
-    model, training = content["model"], content["training"]
-    telling = [block.telling_length(recipe.model.kv_heads) for block in recipe.model.stack]
-    length = max([_LEAST, *telling])
-    unit = 4 * cp * recipe.model.document_alignment
-    training |= {
-        "seq_length": -(-length // unit) * unit,
+    model = content["model"]
+    content |= {
+        "data": {"sources": {"python-stdlib": 1.0}},
+        "evaluation": {},
+        "launch": {"processes": cp, "threads": 1},
+        "engine": {"name": "megatron"},
+        "stages": [],
+    }
+    content["parallel"] |= {"cp": cp, "tp": 1, "pp": 1, "ep": 1, "sequence_parallel": False}
+    content["training"] |= {
+        "seq_length": _telling_length(recipe, cp),
         "micro_batch_size": 1,
         "global_batch_size": 1,
         "dtype": "float32",
     }
-    content["data"] = {"sources": {"python-stdlib": 1.0}}
-    content["evaluation"] = {}
-    content["launch"] = {"processes": cp, "threads": 1}
-    content["parallel"] |= {"cp": cp, "tp": 1, "pp": 1, "ep": 1, "sequence_parallel": False}
-    content |= {"engine": {"name": "megatron"}, "stages": []}
     model |= {"vocab_size": None, "intermediate_size": 64, "initializer_range": 0.1}
     if model["moe"]:
-        shared = model["moe"]["shared_expert_intermediate_size"]
-        model["moe"] |= {"intermediate_size": 64, "shared_expert_intermediate_size": shared and 64}
-    sizes = sorted({64, 128, 256, 512, recipe.model.hidden_size})
-    dims = sorted({8, 16, 32, 64, recipe.model.kv_channels})
-    for hidden in sizes:
-        for dim in dims:
+        has_shared_expert = model["moe"]["shared_expert_intermediate_size"]
+        model["moe"] |= {
+            "intermediate_size": 64,
+            "shared_expert_intermediate_size": 64 if has_shared_expert else None,
+        }
+    return _with_least_channels(content, recipe)
+
+
+def _telling_length(recipe: Recipe, cp: int) -> int:
+    """Return a length that shows what all layers do, and that ranks and documents divide."""
+    model = recipe.model
+    lengths = [block.telling_length(model.kv_heads) for block in model.stack]
+    unit = 4 * cp * model.document_alignment
+    return -(-max(_MIN_TOKENS, *lengths) // unit) * unit
+
+
+def _with_least_channels(content: dict, recipe: Recipe) -> Recipe:
+    """Return the recipe with the smallest sizes that its layers allow; the last are its own."""
+    hidden_sizes = sorted({64, 128, 256, 512, recipe.model.hidden_size})
+    head_dims = sorted({8, 16, 32, 64, recipe.model.kv_channels})
+    for hidden_size in hidden_sizes:
+        for head_dim in head_dims:
+            sizes = {"hidden_size": hidden_size, "head_dim": head_dim}
             try:
-                return check_recipe(
-                    {**content, "model": {**model, "hidden_size": hidden, "head_dim": dim}},
-                    "verify",
-                )
-            except UserError:  # the last sizes are the recipe's own
+                return check_recipe({**content, "model": {**content["model"], **sizes}}, "verify")
+            except UserError:
                 continue
     return check_recipe(content, "verify")
 
 
 def cases(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    """One layer of each block that is used, by its name, and last all of them in one model."""
+    """Yield one layer of each block that is used, by its name, and last all of them in one model."""
     names = list(dict.fromkeys(recipe.model.stack_names))
-    for name, pattern in [*((name, [name]) for name in names), (STACK, names)]:
-        blocks = {each: recipe.model.layers.blocks[each] for each in pattern}
-        layers = recipe.model.layers.model_copy(update={"blocks": blocks, "pattern": pattern})
-        yield (
-            name,
-            recipe.model_copy(
-                update={
-                    "model": recipe.model.model_copy(
-                        update={"layers": layers, "num_hidden_layers": len(pattern)}
-                    )
-                }
-            ),
-        )
+    for name in names:
+        yield name, _with_stack(recipe, [name])
+    yield STACK, _with_stack(recipe, names)
+
+
+def _with_stack(recipe: Recipe, names: list[str]) -> Recipe:
+    """Return the recipe with one layer of each of these blocks."""
+    layers = recipe.model.layers
+    blocks = {name: layers.blocks[name] for name in names}
+    layers = layers.model_copy(update={"blocks": blocks, "pattern": names})
+    changes = {"layers": layers, "num_hidden_layers": len(names)}
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
 
 
 def documents_of(recipe: Recipe) -> Tensor:
-    """Ids int32 ``[1, time]``: a document that ends where a rank's part does, one inside a part, and one over all others."""
-    length, align = recipe.training.seq_length, recipe.model.document_alignment
-    edge = recipe_layout(recipe).in_order[0][1]
-    starts = edge, edge + align
+    """Return ids int32 ``[1, time]`` of three documents: one ends where a rank's part does, one
+    inside a part, and one spans all others.
+    """
+    length, alignment = recipe.training.seq_length, recipe.model.document_alignment
+    edge = recipe_layout(recipe).segments_in_order[0].stop
     ids = np.zeros((1, length), np.int32)
-    for start in starts:
-        ids[:, start:] += 1
+    ids[:, edge:] += 1
+    ids[:, edge + alignment :] += 1
     return torch.from_numpy(ids)
 
 
 @dataclass
 class Observation:
-    """What one arrangement of ranks did; on the first rank alone."""
+    """What a model does on one rank, or on several."""
 
     loss: float
     gradients: dict[str, Tensor]
     changed: dict[int, Tensor]
-    """For each token that was replaced, which positions' logits changed: bool ``[time]``."""
+    """For each token that was replaced, the positions whose logits changed: bool ``[time]``."""
 
 
 def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Observation | None:
-    """Loss, gradients and probes of a recipe's model; every rank calls it, within a process group of ``parallel.cp`` ranks."""
+    """Return loss, gradients and probes of a recipe's model, on the first rank and None elsewhere.
+
+    Every rank calls it, within a process group of ``parallel.cp`` ranks.
+    """
     generator = torch.Generator().manual_seed(1)
-    tokens, labels = torch.randint(
-        VOCABULARY, (2, 1, recipe.training.seq_length), generator=generator
-    )
+    shape = (2, 1, recipe.training.seq_length)
+    tokens, labels = torch.randint(VOCABULARY, shape, generator=generator)
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
         layout, rank = recipe_layout(recipe), engine.batch_shard.context_rank
 
-        def batch(tokens: Tensor) -> Microbatch:
+        def batch_of(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
-            own = (layout.shard(x, rank) for x in (tokens, labels, weights))
-            return Microbatch(*own, Sequence(layout, rank, documents), 0)
+            return Microbatch(
+                tokens=layout.shard(tokens, rank),
+                labels=layout.shard(labels, rank),
+                weights=layout.shard(weights, rank),
+                sequence=Sequence(layout, rank, documents),
+                padding=0,
+            )
 
-        def logits(tokens: Tensor) -> Tensor:
-            one = batch(tokens)
+        def logits_of(tokens: Tensor) -> Tensor:
+            batch = batch_of(tokens)
             with torch.no_grad():
-                own = engine.model(one.tokens, None, None, packed_seq_params=one.sequence)
+                local = engine.model(batch.tokens, None, None, packed_seq_params=batch.sequence)
             parts: list = [None] * layout.ranks
-            dist.all_gather_object(parts, own)
+            dist.all_gather_object(parts, local)
             return layout.unshard(parts)
 
-        loss, count = engine.evaluate(batch(tokens))
-        gradients = engine.gradients([batch(tokens)])
-        whole, changed = logits(tokens), {}
+        batch = batch_of(tokens)
+        loss_sum, count = engine.evaluate(batch)
+        gradients = engine.gradients([batch])
+        logits = logits_of(tokens)
+        changed = {}
         for probe in probes:
-            other = tokens.clone()
-            other[0, probe] = (other[0, probe] + 1) % VOCABULARY
-            changed[probe] = (logits(other) != whole).any(-1)[0]
-        return Observation(loss / count, gradients, changed) if dist.get_rank() == 0 else None
+            replaced = tokens.clone()
+            replaced[0, probe] = (replaced[0, probe] + 1) % VOCABULARY
+            changed[probe] = (logits_of(replaced) != logits).any(-1)[0]
     finally:
         engine.close()
+    if gradients is None:
+        return None
+    return Observation(loss_sum / count, gradients, changed)
 
 
 def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
-    """Positions to replace: documents' first and last tokens, either side of the edges between ranks, some in between."""
-    edges = [start for start, *_ in recipe_layout(recipe).in_order][1:]
-    begins = (documents[0].diff() != 0).nonzero().flatten().tolist()
+    """Return the positions to replace: documents' first and last tokens, those on either side of
+    the edges between ranks, and some in between.
+    """
     length = documents.shape[1]
-    wanted = {
-        0,
-        length // 3,
-        length - 2,
-        *begins,
-        *(at + 1 for at in begins),
-        *edges,
-        *(at - back for at in edges for back in (1, 2)),
-    }
-    return sorted(at for at in wanted if 0 <= at < length)
+    edges = [segment.start for segment in recipe_layout(recipe).segments_in_order][1:]
+    last_tokens = (documents[0].diff() != 0).nonzero().flatten().tolist()
+    positions = {0, length // 3, length - 2}
+    for position in last_tokens:
+        positions |= {position, position + 1}
+    for edge in edges:
+        positions |= {edge - 2, edge - 1, edge}
+    return sorted(position for position in positions if 0 <= position < length)
 
 
 def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tensor]:
-    """Which positions may see token ``probe``, and which surely do: bool ``[time]``."""
+    """Return which positions may depend on token ``probe``, and which surely do: bool ``[time]``."""
     ids = documents[0].numpy()
     positions = np.arange(len(ids))
     may = (ids == ids[probe]) & (positions >= probe)
@@ -167,13 +194,64 @@ def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tens
 
 
 def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> str | None:
-    """What is wrong with the probes' answers: a position that saw what it must not, or did not see what it must."""
-    for probe, found in changed.items():
+    """Return what is wrong with the probes' answers, or None: a position that saw what it must not,
+    or did not see what it must.
+    """
+    for probe, positions in changed.items():
         may, must = may_see(recipe, documents, probe)
-        for wrong, what in (
-            (found & ~may, "changes, and must not"),
-            (must & ~found, "does not change, and must"),
+        for wrong, problem in (
+            (positions & ~may, "changes, and must not"),
+            (must & ~positions, "does not change, and must"),
         ):
             if wrong.any():
-                return f"with token {probe} position {int(wrong.nonzero()[0])} {what} ({int(wrong.sum())} such)"
+                first, count = int(wrong.nonzero()[0]), int(wrong.sum())
+                return f"with token {probe} replaced, position {first} {problem} ({count} in all)"
     return None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far several ranks are from one, for one case."""
+
+    leak: str | None
+    """What is wrong with what positions see, on several ranks or on one."""
+    loss_error: float
+    """Relative."""
+    gradient_error: float
+    """Of the worst gradient: norm of the difference, relative."""
+    worst_gradient: str
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, or None."""
+        is_close = (
+            self.loss_error <= MAX_LOSS_ERROR and self.gradient_error <= MAX_GRADIENT_ERROR
+        )  # False for NaN
+        if self.leak or is_close:
+            return self.leak
+        return (
+            f"loss or gradients are further than {MAX_LOSS_ERROR:g} and {MAX_GRADIENT_ERROR:g} "
+            "from one rank"
+        )
+
+
+def compare(
+    case: Recipe, documents: Tensor, one_rank: Observation, ranks: Observation
+) -> Comparison:
+    """Compare what several ranks did with what one did."""
+    errors = {
+        name: _relative_distance(ranks.gradients[name], expected)
+        for name, expected in one_rank.gradients.items()
+    }
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    return Comparison(
+        leak=find_leak(case, documents, ranks.changed)
+        or find_leak(case, documents, one_rank.changed),
+        loss_error=abs(ranks.loss - one_rank.loss) / abs(one_rank.loss),
+        gradient_error=errors[worst],
+        worst_gradient=worst,
+    )
+
+
+def _relative_distance(tensor: Tensor, expected: Tensor) -> float:
+    return float((tensor - expected).norm() / expected.norm().clamp(min=1e-30))

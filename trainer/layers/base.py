@@ -1,4 +1,7 @@
-"""What every kind of layer is and knows. Without torch: a recipe is checked before any process starts."""
+"""What every kind of layer knows of itself.
+
+Nothing here imports torch: a recipe is checked before any process starts.
+"""
 
 import math
 from abc import abstractmethod
@@ -18,7 +21,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples
 
 Shapes = dict[str, tuple[int, ...]]
-"""Shapes of whole parameters, before tensor parallelism splits them, by their names within a mixer."""
+"""Shapes of whole parameters, before tensor parallelism splits them, by name within a mixer."""
 
 
 class Section(BaseModel):
@@ -30,8 +33,9 @@ class Section(BaseModel):
 
 
 class ModelSizes(Protocol):
-    """The sizes of the model around a layer. A recipe's model section has them, see also
-    :class:`.mixer.MegatronSizes`.
+    """The sizes of the model around a layer.
+
+    A recipe's model section has them; :class:`.mixer.MegatronSizes` are those of a Megatron config.
     """
 
     @property
@@ -92,11 +96,13 @@ class Visibility(NamedTuple):
 
 
 class Block(Section):
-    """What every kind of layer has: where its norms stand, and how its two halves join the residual stream."""
+    """What every kind of layer has: the places of its norms, and how its two halves join the residual
+    stream.
+    """
 
     norm: Literal["pre", "post", "sandwich", "reordered"] = "pre"
-    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich: x + norm(f(norm(x)))
-    (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
+    """pre: x + f(norm(x)). post: n + f(n) with n = norm(x) (MiniMax, DeepNorm). sandwich:
+    x + norm(f(norm(x))) (Gemma). reordered: x + norm(f(x)) (OLMo 2)."""
     mixer_residual: Scales = (1.0, 1.0)
     """Scales of the residual stream and of the mixer's output where they are added."""
     mlp_residual: Scales = (1.0, 1.0)
@@ -104,11 +110,12 @@ class Block(Section):
     mlp: Literal["dense", "moe"] = "dense"
     """moe: the experts of model.moe in place of one MLP."""
     mlp_activation: Literal["silu", "identity"] = "silu"
-    """Of the MLP's gate: silu is SwiGLU, identity is TransNormerLLM's SGLU (arXiv 2307.14995)."""
+    """Activation of the MLP's gate: silu is SwiGLU, identity is TransNormerLLM's SGLU (arXiv
+    2307.14995)."""
 
     @classmethod
     def kind(cls) -> str:
-        """Return the word that chooses this kind in a recipe: the one value of its key ``mixer``."""
+        """Return the word that chooses this kind in a recipe: the value of its key ``mixer``."""
         (word,) = get_args(cls.model_fields["mixer"].annotation)
         return word
 
@@ -130,8 +137,10 @@ class Block(Section):
 
     @abstractmethod
     def build_mixer(self, context: MixerContext) -> Any:
-        """Build the module that computes this kind, a :class:`.mixer.Mixer` with the parameters of
-        :meth:`parameter_shapes`. What needs torch is imported here.
+        """Build the module that computes this block; import here what needs torch.
+
+        Returns:
+            A :class:`.mixer.Mixer` whose parameters are those of :meth:`parameter_shapes`.
         """
 
     @abstractmethod
@@ -150,30 +159,34 @@ class Block(Section):
 
     @abstractmethod
     def mixing_flops(self, model: ModelSizes, length: int, layer: int) -> float:
-        """Return the operations of the mixer's forward pass beyond one product with every
-        parameter: per token, the mean over a sequence of ``length`` tokens.
+        """Return the operations per token beyond a product with every parameter.
+
+        They are those of the forward pass, the mean over a sequence of ``length`` tokens.
         """
 
     def flops_per_token(self, model: ModelSizes, length: int, layer: int) -> float:
-        """Return the operations of the mixer's forward pass per token, the mean over a sequence of
-        ``length`` tokens; a multiplication and an addition are two.
+        """Return the operations per token of the mixer's forward pass.
+
+        The mean over a sequence of ``length`` tokens; a multiplication and an addition are two.
         """
         projections = 2.0 * self.parameter_count(model, layer)
         return projections + self.mixing_flops(model, length, layer)
 
     @abstractmethod
     def state_numbers(self, model: ModelSizes, length: int, layer: int) -> int:
-        """Count the numbers that ``length`` tokens of a sequence leave behind for the next token."""
+        """Count the numbers that ``length`` tokens leave behind for the next token to read."""
 
     @abstractmethod
     def exchanged_bytes(self, model: ModelSizes, layer: int, split: ContextSplit) -> float:
-        """Return the bytes that a context-parallel rank receives for one sequence, forward and
-        backward, besides keys and values: states are fp32, activations bf16.
+        """Return the bytes that a context-parallel rank receives besides keys and values.
+
+        For one sequence, forward and backward; states are fp32, activations bf16.
         """
 
     def projected_numbers(self, model: ModelSizes, layer: int) -> float:
-        """Estimate the numbers per token that the mixer's input projections give, which are kept
-        for the backward pass.
+        """Estimate how many numbers per token the input projections give.
+
+        They are kept for the backward pass.
         """
         width = model.num_attention_heads * model.kv_channels
         return self.parameter_count(model, layer) / model.hidden_size - width
@@ -181,14 +194,16 @@ class Block(Section):
     # What a recipe may say
 
     def problems(self, model: ModelSizes) -> Iterator[InvalidField]:
-        """Yield what is wrong with this block in such a model: each with the block's key, a reason
-        and a fix.
+        """Yield what is wrong with this block in such a model.
+
+        Each problem has one of the block's keys as its field, and a reason that ends in a fix.
         """
         yield from ()
 
     def tensor_parallel_splits(self, model: ModelSizes) -> dict[str, int]:
-        """Return the sizes that tensor parallelism splits besides the model's own heads, by the
-        keys of this block they come from.
+        """Return the sizes that tensor parallelism splits, besides the model's heads.
+
+        By the keys of this block they come from.
         """
         return {}
 
@@ -201,8 +216,9 @@ class Block(Section):
 
     @property
     def has_kv_schedule(self) -> bool:
-        """Whether context-parallel ranks exchange keys and values by a KV schedule: the recipe may
-        choose it, and :meth:`attention_pattern` gives a pattern.
+        """Whether context-parallel ranks exchange keys and values by a KV schedule.
+
+        If so, :meth:`attention_pattern` returns a pattern, and the recipe may name the schedule.
         """
         return False
 
@@ -226,7 +242,7 @@ class Block(Section):
         return 1 if pattern is None else pattern.alignment
 
     def leaves_gaps(self, num_kv_heads: int) -> bool:
-        """Return whether it means to see everything, and yet some positions are only seen nearby."""
+        """Return whether it sees far, and yet some positions are only seen from nearby."""
         return False
 
     @property
@@ -235,8 +251,9 @@ class Block(Section):
         return False
 
     def visibility(self, model: ModelSizes, positions: np.ndarray, source: int) -> Visibility:
-        """Return which ``positions`` depend on the token at position ``source``, all counted from
-        the start of the document. Positions before ``source`` are ignored.
+        """Return which positions depend on the token at position ``source`` of their document.
+
+        All positions count from the start of the document; those before ``source`` are ignored.
         """
         return Visibility(positions >= source, positions == source)
 
@@ -248,8 +265,9 @@ class Block(Section):
 
     @abstractmethod
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
-        """Return the ``mixer`` section of layer ``layer`` in the config of an exported model: under
-        ``kind`` the class of the exported code, and all that it must know.
+        """Return the section ``mixer`` of layer ``layer`` (from 0) in the config of an exported model.
+
+        ``kind`` names the class of the exported code; the rest is what that class must know.
         """
 
     def export_problem(self) -> str | None:
@@ -257,12 +275,12 @@ class Block(Section):
         return None
 
     def export_source(self) -> str | None:
-        """Return the Python source of this kind's module for an exported model, or None if
-        ``modeling_longspan.py`` has it.
+        """Return the source of the exported module, or None if ``modeling_longspan.py`` has it.
 
-        It needs torch and transformers alone and defines a class ``Mixer(config, options)`` with
-        ``forward(hidden, positions, state)`` like those of that file, where ``options`` is what
-        :meth:`exported` returns. Its parameters have the names of :meth:`parameter_shapes`, but for
-        ``in_proj.weight`` and ``out_proj.weight``, which are ``linear_in`` and ``linear_proj`` here.
+        It is Python that imports only torch and transformers and defines a class
+        ``Mixer(config, options)`` with ``forward(hidden, positions, state)``, like the mixers of
+        that file; ``options`` is what :meth:`exported` returns. Its parameters have the names of
+        :meth:`parameter_shapes`, but ``in_proj`` and ``out_proj`` for ``linear_in`` and
+        ``linear_proj``.
         """
         return None

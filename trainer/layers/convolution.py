@@ -16,11 +16,13 @@ from .base import (
 
 
 class ConvolutionBlock(Block):
-    """A gated short convolution, ``c * conv(b * x)`` of three projections (LFM2; Based's arXiv 2402.18668 has one gate)."""
+    """A gated short convolution, ``c * conv(b * x)`` of three projections (LFM2; Based, arXiv
+    2402.18668, has one gate).
+    """
 
     mixer: Literal["conv"]
     conv_kernel: Positive = 3
-    """Tokens that it sees, the token itself among them."""
+    """Number of tokens that it sees, including the token itself."""
 
     def build_mixer(self, context: MixerContext) -> Any:
         from .convolution_mixer import GatedConvolution

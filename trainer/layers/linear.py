@@ -22,11 +22,11 @@ from .linear_design import LinearDesign
 
 
 class LinearAttentionBlock(Block):
-    """Sizes that all kinds of linear attention share."""
+    """Keys that all kinds of linear attention share."""
 
     num_heads: Positive | None = None
-    """Defaults to num_attention_heads. Where head dims are not given, more heads have fewer dims each: the width,
-    num_attention_heads * head_dim, stays."""
+    """Number of heads; defaults to num_attention_heads. Unless head dims are given, more heads have
+    fewer dims each: the width, num_attention_heads * head_dim, stays."""
     key_head_dim: Positive | None = None
     """Dims of a query and a key."""
     value_head_dim: Positive | None = None
@@ -64,12 +64,12 @@ class LinearAttentionBlock(Block):
 
     @property
     def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of a head's part of the width, as fractions: key dims and value dims."""
+        """Default key dims and value dims, as fractions of a head's part of the width."""
         return (1, 1), (1, 1)
 
     @abstractmethod
     def _preset(self, plain: LinearDesign) -> LinearDesign:
-        """``plain`` as the paper has it."""
+        """Return ``plain`` with the steps of the paper."""
 
     def build_mixer(self, context: MixerContext) -> Any:
         from .linear_mixer import LinearAttention
@@ -142,11 +142,11 @@ def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> in
         reason = f"{heads} does not divide the width, {width}; set {key}"
         raise InvalidField("num_heads", reason)
     part = f"{share[0]}/{share[1]} of a head's part of the width {width}"
-    raise InvalidField(key, f"is by default {part}, {dim:g} with {heads} heads; set it")
+    raise InvalidField(key, f"defaults to {part}, {dim:g} with {heads} heads; set it")
 
 
 class LinearBlock(LinearAttentionBlock):
-    """Linear attention with ``elu + 1``, its weights normalised (arXiv 2006.16236 eq. 7-9)."""
+    """Linear attention with ``elu + 1``, its weights normalized (arXiv 2006.16236 eq. 7-9)."""
 
     mixer: Literal["linear"]
 
@@ -157,28 +157,28 @@ class LinearBlock(LinearAttentionBlock):
 class LightningBlock(LinearAttentionBlock):
     """Lightning attention: a fixed decay per head.
 
-    ``minimax`` (arXiv 2501.08313 sec. 2.2; `minimax` in transformers): SiLU of queries, keys and values, RMSNorm over all heads
-    together, a sigmoid gate. ``transnormer`` (arXiv 2307.14995): SiLU of queries and keys, a norm without weight, a gate
-    without activation, and in the first layer LRPE, a rotation with learned angles; TransNormerLLM also has
-    ``mlp_activation: identity``. MiniMax's code fixes the eps of its inner norm at 1e-6, which is here the model's; the norms
-    of TransNormerLLM's layers have no weight, ours do.
+    ``minimax`` (arXiv 2501.08313 sec. 2.2; `minimax` in transformers): SiLU of queries, keys and
+    values, RMSNorm over all heads together, a sigmoid gate. ``transnormer`` (arXiv 2307.14995):
+    SiLU of queries and keys, a norm without weight, a gate without activation, and in the first
+    layer LRPE, a rotation with learned angles; TransNormerLLM also has ``mlp_activation:
+    identity``. MiniMax's code fixes the eps of its inner norm at 1e-6, here it is the model's; the
+    norms of TransNormerLLM's layers have no weight, ours do.
     """
 
     mixer: Literal["lightning"]
     style: Literal["minimax", "transnormer"] = "minimax"
     """Whose activations, norm and gate it has."""
     decay: Literal["minimax", "paper"] = "minimax"
-    """minimax: ALiBi's slopes, weaker from layer to layer, which the published models have. paper: arXiv 2307.14995 eq. 10."""
+    """minimax: ALiBi's slopes, weaker from layer to layer, as in the published models. paper: arXiv
+    2307.14995 eq. 10."""
     output_gate: bool = True
-    """Multiply the normalised output by a gate, a projection of the layer's input."""
+    """Multiply the normalized output by a gate, a projection of the layer's input."""
 
     def design(self, model: ModelSizes, layer: int = 0) -> LinearDesign:
         design = super().design(model, layer)
-        return (
-            replace(design, feature_map="lrpe")
-            if self.style == "transnormer" and layer == 0
-            else design
-        )
+        if self.style == "transnormer" and layer == 0:
+            return replace(design, feature_map="lrpe")
+        return design
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         plain = replace(plain, decay=self.decay, norm="all")
@@ -193,16 +193,18 @@ class LightningBlock(LinearAttentionBlock):
 
 
 class RetentionBlock(LinearAttentionBlock):
-    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a norm per head, a SiLU gate.
+    """RetNet's retention (arXiv 2307.08621 eq. 5-9): rotated queries and keys, a fixed decay, a norm
+    per head, a SiLU gate.
 
-    Rotary positions stand for xPos, whose magnitudes are the decay; RMSNorm for GroupNorm, as in the authors' code. That code
-    also divides weights by their sums, which the norm takes back, and spaces its angles as ``linspace`` does.
+    Rotary positions replace xPos, whose magnitudes are the decay; RMSNorm replaces GroupNorm, as in
+    the authors' code. That code also divides weights by their sums, which the norm undoes, and
+    spaces its angles like ``linspace``.
     """
 
     mixer: Literal["retention"]
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -221,7 +223,8 @@ class RetentionBlock(LinearAttentionBlock):
 class SimpleGLABlock(LinearAttentionBlock):
     """Gated linear attention with one decay per head and token (arXiv 2312.06635 sec. 4.4).
 
-    fla's `simple_gla` by default has a short convolution and a bias in its gate, which the paper has not.
+    By default, fla's `simple_gla` also has a short convolution and a bias in its gate, unlike the
+    paper.
     """
 
     mixer: Literal["simple_gla"]
@@ -231,18 +234,19 @@ class SimpleGLABlock(LinearAttentionBlock):
 
 
 class GLABlock(LinearAttentionBlock):
-    """Gated linear attention: every key has a decay of its own, from a projection of low rank (arXiv 2312.06635 sec. 4).
+    """Gated linear attention: every key has a decay of its own, from a projection of low rank (arXiv
+    2312.06635 sec. 4).
 
-    RMSNorm for the paper's LayerNorm, as in the authors' code.
+    RMSNorm replaces the paper's LayerNorm, as in the authors' code.
     """
 
     mixer: Literal["gla"]
     decay_rank: Positive = 16
-    """Of the projection that the decays come from."""
+    """Rank of the projection that the decays come from."""
     decay_rank_key: ClassVar[str] = "decay_rank"
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 2), (1, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -258,18 +262,20 @@ class GLABlock(LinearAttentionBlock):
 
 
 class BasedBlock(LinearAttentionBlock):
-    """Based: the exponential's Taylor polynomial of queries and keys of few dims, normalised (arXiv 2402.18668 sec. 4.1)."""
+    """Based: the exponential's Taylor polynomial, with queries and keys of few dims, normalized (arXiv
+    2402.18668 sec. 4.1).
+    """
 
     mixer: Literal["based"]
     key_head_dim: Positive | None = 16
-    """Dims of a query and a key; the state has 1 + d + d (d + 1) / 2 rows."""
+    """Dims d of a query and a key; the state has 1 + d + d (d + 1) / 2 rows."""
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
         return replace(plain, feature_map="taylor", normalised=True)
 
 
 class HedgehogBlock(LinearAttentionBlock):
-    """Hedgehog: learned feature maps that imitate a softmax, normalised (arXiv 2402.04347)."""
+    """Hedgehog: learned feature maps that imitate a softmax, normalized (arXiv 2402.04347)."""
 
     mixer: Literal["hedgehog"]
 
@@ -279,23 +285,25 @@ class HedgehogBlock(LinearAttentionBlock):
 
 class _ConvolvedBlock(LinearAttentionBlock):
     conv_kernel: Natural = 4
-    """Tokens that the short convolution of queries, keys and values sees; 0 for none, and then SiLU alone."""
+    """Tokens that the short convolution of queries, keys and values sees; 0 for none, but SiLU."""
 
 
 class Mamba2Block(_ConvolvedBlock):
-    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): queries and keys (C and B) that heads share, values times their step.
+    """Mamba-2 (arXiv 2405.21060 eq. 1, sec. 5-7): heads share queries and keys (C and B), and values are
+    multiplied by their step.
 
-    Each head adds a multiple of its values. The norm is of the gated output, and of the heads of one key head together.
+    Each head adds a multiple of its values. The norm is that of the gated output, over the heads of
+    one key head together.
     """
 
     mixer: Literal["mamba2"]
     key_head_dim: Positive | None = 128
-    """The state's size."""
+    """Size of the state."""
     num_key_heads: Positive = 1
-    """Groups of heads that share queries and keys; tensor parallelism splits no group."""
+    """Number of groups of heads that share queries and keys; tensor parallelism splits no group."""
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (1, 1), (2, 1)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -332,20 +340,24 @@ class _DeltaBlock(_ConvolvedBlock):
 
 
 class DeltaNetBlock(_DeltaBlock):
-    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): what a key recalls is replaced. Keys and queries have unit length."""
+    """DeltaNet (arXiv 2406.06484 sec. 2.2, 3.3): a new value replaces what its key recalls. Keys and
+    queries have unit length.
+    """
 
     mixer: Literal["deltanet"]
 
 
 class GatedDeltaNetBlock(_DeltaBlock):
-    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`, `olmo_hybrid`."""
+    """Gated DeltaNet (arXiv 2412.06464 eq. 10): the delta rule after a decay per head; `qwen3_next`,
+    `olmo_hybrid`.
+    """
 
     mixer: Literal["gated_deltanet"]
     num_key_heads: Positive | None = None
-    """Defaults to num_heads; fewer are shared by several heads each (Qwen3-Next)."""
+    """Number of key heads; defaults to num_heads. Several heads may share one (Qwen3-Next)."""
 
     @property
-    def _shares(self):
+    def _shares(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (3, 4), (3, 2)
 
     def _preset(self, plain: LinearDesign) -> LinearDesign:
@@ -354,9 +366,11 @@ class GatedDeltaNetBlock(_DeltaBlock):
 
 
 class KDABlock(_DeltaBlock):
-    """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key; `kimi_linear`.
+    """Kimi Delta Attention (arXiv 2510.26692 eq. 1): the delta rule after a decay of each key;
+    `kimi_linear`.
 
-    Decays and the sigmoid gate come from projections of low rank, that of a head's dims; without a bias, which fla's gate has.
+    Decays and the sigmoid gate come from projections whose rank is the dims of a head. fla's gate
+    also has a bias.
     """
 
     mixer: Literal["kda"]

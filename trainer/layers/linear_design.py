@@ -8,79 +8,87 @@ from .base import Shapes
 
 @dataclass(frozen=True)
 class LinearDesign:
-    """What a mixer does around :func:`longspan.attention.linear_attention`, in the order in which it does it."""
+    """What a mixer does around :func:`longspan.attention.linear_attention`, in that order.
+
+    Exported models have these fields under the same names.
+    """
 
     heads: int
-    """Of values, and so of states."""
+    """Number of heads of values, each of which has a state."""
     key_heads: int
-    """Of queries and keys; a divisor of ``heads``."""
+    """Number of heads of queries and keys; a divisor of ``heads``."""
     key_dim: int
-    """Of a projected query or key."""
+    """Dims of a projected query or key."""
     value_dim: int
     conv_kernel: int = 0
     """Width of the short convolution of queries, keys and values, with SiLU after it; 0 for none."""
     conv_bias: bool = False
     silu: str = ""
-    """Which of ``q``, ``k`` and ``v`` go through SiLU where no convolution has done so."""
+    """Which of ``q``, ``k`` and ``v`` go through SiLU if there is no convolution."""
     rotary: bool = False
     feature_map: Literal["none", "elu", "taylor", "hedgehog", "l2", "lrpe"] = "none"
-    """Of queries and keys."""
+    """The feature map of queries and keys."""
     decay: Literal["none", "minimax", "paper", "retention", "sigmoid", "softplus"] = "none"
-    """Fixed, or of the token: ``logsigmoid(x) / 16``, or ``-exp(A) softplus(x + b)``."""
+    """Fixed, or computed for each token: ``logsigmoid(x) / 16``, or ``-exp(A) softplus(x + b)``."""
     decay_rank: int = 0
-    """Of the projection that gives every key a decay of its own; 0 for one per head."""
+    """Rank of the projection that gives every key a decay of its own; 0 for one decay per head."""
     steps: bool = False
-    """Values are multiplied by the step ``softplus(x + b)`` of the decay (Mamba-2's discretisation)."""
+    """Values are multiplied by the step ``softplus(x + b)`` of the decay (Mamba-2's
+    discretization)."""
     beta: float = 0.0
     """The delta rule with this times a sigmoid; 0 for none."""
     normalised: bool = False
-    """Weights sum to one."""
+    """The weights of a query sum to one."""
     scale: float = 1.0
     skip: bool = False
     """A learned multiple of each head's values is added to its output."""
     norm: Literal["none", "head", "key_head", "all"] = "none"
-    """RMSNorm of the output: of each head, of the heads of one key head together, or of all heads together."""
+    """RMSNorm of the output: of each head, of the heads of one key head together, or of all."""
     norm_weight: bool = True
     gate: Literal["none", "sigmoid", "silu", "identity"] = "none"
-    """The output is multiplied by this of a projection."""
+    """The output is multiplied by this function of a projection."""
     gate_rank: int = 0
-    """Of that projection; 0 for a full one."""
+    """Rank of that projection; 0 for a full one."""
     gate_first: bool = False
     """Gate, then norm."""
 
     @property
     def feature_dim(self) -> int:
-        """Rows of a head's state."""
+        """Rows of a head's state: dims of a query's or key's features."""
         dim = self.key_dim
-        return {"taylor": 1 + dim + dim * (dim + 1) // 2, "hedgehog": 2 * dim, "lrpe": 2 * dim}.get(
-            self.feature_map, dim
-        )
+        if self.feature_map == "taylor":
+            return 1 + dim + dim * (dim + 1) // 2
+        return 2 * dim if self.feature_map in ("hedgehog", "lrpe") else dim
 
     @property
     def width(self) -> int:
-        """Of all heads' outputs."""
+        """Dims of all heads' outputs together."""
         return self.heads * self.value_dim
 
     @property
     def group(self) -> int:
-        """Heads that share a key head."""
+        """Number of heads that share a key head."""
         return self.heads // self.key_heads
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """Rows of one key head in the fused projection: query, key, values; gates, betas, decays."""
-        gates = self.group * self.value_dim if self.gate != "none" and not self.gate_rank else 0
-        decays = self.group if self.decay in ("sigmoid", "softplus") and not self.decay_rank else 0
-        return self.conv_channels // self.key_heads, gates, self.group if self.beta else 0, decays
+        """Rows of one key head in the fused projection: query, key and values; gates; betas; decays."""
+        mixed = self.conv_channels // self.key_heads
+        has_gates = self.gate != "none" and not self.gate_rank
+        gates = self.group * self.value_dim if has_gates else 0
+        betas = self.group if self.beta else 0
+        has_decays = self.decay in ("sigmoid", "softplus") and not self.decay_rank
+        decays = self.group if has_decays else 0
+        return mixed, gates, betas, decays
 
     @property
     def conv_channels(self) -> int:
-        """Queries, keys and values of all heads."""
+        """Dims of the queries, keys and values of all heads together."""
         return self.key_heads * 2 * self.key_dim + self.width
 
     @property
     def state_numbers(self) -> int:
-        """Numbers of all heads' states."""
+        """Count of numbers in all heads' states."""
         return self.heads * self.feature_dim * (self.value_dim + self.normalised)
 
     def parameter_shapes(self, hidden_size: int) -> Shapes:

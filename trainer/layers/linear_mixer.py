@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
 
 from ...attention import apply_rotary
-from ...attention.linear.attention import normalised
+from ...attention.linear.attention import normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...parallel import Sequence, linear_attention, short_convolution
 from .base import MixerContext, Shapes
@@ -162,7 +162,7 @@ class LinearAttention(Mixer):
     def _result(self, out: Tensor, values: Tensor, gate: Tensor, hidden: Tensor) -> Tensor:
         design = self.design
         if design.normalised:
-            out = normalised(out)
+            out = normalized(out)
         if design.skip:
             out = out + values * self.skip[:, None].to(values.dtype)
         if design.gate_rank:

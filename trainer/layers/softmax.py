@@ -38,16 +38,19 @@ from .softmax_design import SoftmaxDesign
 
 
 class SoftmaxBlock(Block):
-    """Attention with grouped queries, under some pattern."""
+    """Softmax attention with grouped queries, under a pattern."""
 
     qk_norm: bool | Literal["all"] = False
-    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMo 2)."""
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together
+    (OLMo 2)."""
     output_gate: bool = False
-    """Multiply the attention's output by a sigmoid of a projection of the layer's input (Qwen3-Next)."""
+    """Multiply the attention's output by a sigmoid of a projection of the layer's input
+    (Qwen3-Next)."""
     rotary_fraction: Fraction = 1.0
     """Share of the head dimension that is rotated; 0 for no position embedding."""
     attention_sink: bool = False
-    """A learned logit per query head that takes its share of the softmax and adds nothing (gpt-oss)."""
+    """A learned logit per query head, which takes its share of the softmax and adds nothing
+    (gpt-oss)."""
     softcap: Annotated[float, Field(gt=0)] | None = None
     """Logits become softcap * tanh(logits / softcap) (Gemma 2)."""
 
@@ -153,7 +156,7 @@ class ClosedFormBlock(SoftmaxBlock):
         return sum(pattern.visible_pairs(length, head) for head in range(model.kv_heads))
 
     def _kept_keys(self, model: ModelSizes, length: int) -> int:
-        """Count the keys that the last query sees, or a later one within a period of the pattern."""
+        """Count the keys that the last query sees, or a later one within a pattern's period."""
         pattern = self.attention_pattern(model.kv_heads)
         count = 0
         for head in range(model.kv_heads):
@@ -164,8 +167,10 @@ class ClosedFormBlock(SoftmaxBlock):
         return count
 
     def leaves_gaps(self, num_kv_heads: int) -> bool:
-        """Return whether it has stripes at every distance, and yet some positions are only seen
-        from nearby. A window on its own leaves none: it is meant to end.
+        """Return whether it has stripes at every distance, and yet leaves gaps between them.
+
+        Some positions are then only seen from nearby. A window on its own leaves no gaps: it is
+        meant to end.
         """
         rules = self.rules(num_kv_heads)
         has_stripes = any(rule.reach is None and rule.step > 1 for rule in rules)
@@ -215,15 +220,15 @@ class S2Block(ClosedFormBlock):
     block: Positive = 64
     """Tokens in a block of the pattern: a power of two."""
     local_blocks: Positive = 16
-    """Blocks in the local band, the query's own among them."""
+    """Blocks in the local band, including the query's own."""
     stride: Positive = 16
-    """Every stride-th block is seen at any distance."""
+    """Every stride-th block is visible at any distance."""
     dense_heads: Natural = 0
-    """The first so many KV heads see everything."""
+    """This number of KV heads, from the first on, see everything."""
     offset: Natural = 0
-    """Blocks by which the stripes are moved."""
+    """Blocks by which the stripes are shifted."""
     near: Annotated[tuple[Positive, Positive], Field(strict=False)] | None = None
-    """[blocks, stride]: a finer stride within so many blocks."""
+    """[blocks, stride]: a finer stride within that many blocks."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         pattern = S2(
@@ -245,11 +250,11 @@ class S2Block(ClosedFormBlock):
 
 
 class WindowBlock(ClosedFormBlock):
-    """The last tokens alone."""
+    """Only the last tokens."""
 
     mixer: Literal["window"]
     window: Positive
-    """How many tokens, the query's own among them."""
+    """Number of tokens, including the query's own."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Window(self.window)
@@ -260,21 +265,21 @@ class StreamingBlock(ClosedFormBlock):
 
     mixer: Literal["streaming"]
     sinks: Positive = 4
-    """The first so many tokens of the document."""
+    """Number of tokens at the start of the document."""
     window: Positive
-    """The last so many, the query's own among them."""
+    """Number of last tokens, including the query's own."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return Streaming(self.sinks, self.window)
 
 
 class PatternBlock(ClosedFormBlock):
-    """Any pattern, as an expression."""
+    """Any pattern, written as an expression."""
 
     mixer: Literal["pattern"]
     pattern: str
-    """As in "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV head; stripes are
-    spread evenly over the heads."""
+    """Like "S2(64, 16, 16) | Sinks(4)", or "PerHead([Window(512), Causal()])" with one for each KV
+    head; stripes are spread evenly over the heads."""
 
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern:
         return parse_pattern(self.pattern).spread(num_kv_heads)
@@ -288,7 +293,7 @@ class PatternBlock(ClosedFormBlock):
         for per_head in _per_heads(pattern):
             if (per_head.first_head, len(per_head.patterns)) != (0, num_kv_heads):
                 reason = (
-                    f"PerHead lists {len(per_head.patterns)} patterns and the model has "
+                    f"PerHead lists {len(per_head.patterns)} patterns, but the model has "
                     f"{num_kv_heads} KV heads; list one for each, from head 0"
                 )
                 yield InvalidField("pattern", reason)
@@ -312,7 +317,7 @@ class MoBABlock(SoftmaxBlock):
     block: Positive = 64
     """Tokens in a block: a power of two."""
     top_k: Positive = 8
-    """Blocks that a block of queries sees, its own among them."""
+    """Number of blocks that a block of queries sees, including its own."""
 
     def attention_pattern(self, num_kv_heads: int) -> MoBA:
         return MoBA(self.block, self.top_k)

@@ -8,7 +8,7 @@ from ...attention.patterns import Pattern, Selector
 
 @dataclass(frozen=True)
 class SoftmaxDesign:
-    """What a mixer does around :func:`longspan.parallel.attend`; sizes are those of the whole model."""
+    """What a mixer does around :func:`longspan.parallel.attend`, for all heads of the model."""
 
     pattern: Pattern | Selector
     num_heads: int

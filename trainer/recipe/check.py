@@ -110,7 +110,7 @@ def _reason(item: Any) -> str:
         case "union_tag_not_found":
             key = _discriminator(item)
             example = {"mixer": "full", "name": "deepspeed"}[key]
-            return f"has no {key}; as in {{{key}: {example}}}"
+            return f"needs a {key}, as in {{{key}: {example}}}"
     reason = item["msg"].removeprefix("Input ")
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 

@@ -24,7 +24,7 @@ def _model_problems(model: ModelConfig) -> Problems:
     blocks, pattern = model.layers.blocks, model.layers.pattern
     for name in dict.fromkeys(pattern):
         if name not in blocks:
-            reason = f"names no block: {name!r}; the blocks are {', '.join(blocks)}"
+            reason = f"names an unknown block {name!r}; the blocks are {', '.join(blocks)}"
             yield Problem("model.layers.pattern", reason)
     for name, block in blocks.items():
         key = f"model.layers.blocks.{name}"
@@ -55,10 +55,10 @@ def _data_problems(recipe: Recipe) -> Problems:
 def _recall_problems(recipe: Recipe, task: MQARConfig) -> Problems:
     data, length = recipe.data, recipe.training.seq_length
     if data.packing != "concat":
-        reason = "means nothing to data.mqar, whose examples are no documents; remove it"
+        reason = "has no effect on data.mqar, whose examples are not documents; remove it"
         yield Problem("data.packing", reason)
     if data.sources is not None:
-        reason = "is given beside data.sources; set one of the two to null"
+        reason = "is set together with data.sources; set one of the two to null"
         yield Problem("data.mqar", reason)
 
     most_pairs = max(task.pairs)
@@ -82,13 +82,13 @@ def _recall_problems(recipe: Recipe, task: MQARConfig) -> Problems:
         yield Problem("model.vocab_size", reason)
 
     if data.tokenizer != "bytes":
-        reason = "means nothing to data.mqar, whose tokens are no text; remove it"
+        reason = "has no effect on data.mqar, whose tokens are not text; remove it"
         yield Problem("data.tokenizer", reason)
     if data.validation is not None:
-        reason = "means nothing to data.mqar, which makes its own held-out data; remove it"
+        reason = "has no effect on data.mqar, which makes its own held-out data; remove it"
         yield Problem("data.validation", reason)
     if recipe.evaluation.sample_prompt is not None:
-        reason = "needs text to go on from, and data.mqar has none; remove it"
+        reason = "needs text to continue, and data.mqar has none; remove it"
         yield Problem("evaluation.sample_prompt", reason)
 
 
@@ -124,7 +124,7 @@ def _training_problems(recipe: Recipe) -> Problems:
         )
         yield Problem("training.seq_length", reason)
     if recipe.checkpoint.keep_latest_k == 1:
-        reason = "1 would leave nothing to go back to if it is damaged; use 2 or more, or 0 for all"
+        reason = "1 would leave no checkpoint to fall back on if it is damaged; use 2 or more, or 0 for all"
         yield Problem("checkpoint.keep_latest_k", reason)
     yield from _batch_problems(recipe)
 
@@ -147,7 +147,7 @@ def _split_problems(recipe: Recipe) -> Problems:
         reason = f"{parallel.tp} does not divide 128, to whose multiple the vocabulary is padded"
         yield Problem("parallel.tp", reason)
     if parallel.sequence_parallel and parallel.tp == 1:
-        reason = "shares tokens among tensor-parallel ranks, and parallel.tp is 1; remove it"
+        reason = "splits tokens over tensor-parallel ranks, but parallel.tp is 1; remove it"
         yield Problem("parallel.sequence_parallel", reason)
     if model.num_hidden_layers % parallel.pp:
         reason = f"{parallel.pp} does not divide model.num_hidden_layers {model.num_hidden_layers}"
@@ -215,7 +215,7 @@ def _memory_problems(recipe: Recipe) -> Problems:
     for name in memory.recompute_blocks:
         if name not in blocks:
             suggestion = suggest(name, list(blocks))
-            reason = f"names no block{suggestion}; known: {', '.join(blocks)}"
+            reason = f"is not a block{suggestion}; known: {', '.join(blocks)}"
             yield Problem(f"memory.recompute_blocks.{name}", reason)
     not_full = [name for name in blocks if memory.recompute_of(name) != "full"]
     if memory.offload_inputs and not_full:
@@ -243,11 +243,11 @@ def _expert_problems(recipe: Recipe) -> Problems:
     for name in with_experts:
         if blocks[name].mlp_activation != "silu":
             key = f"model.layers.blocks.{name}.mlp_activation"
-            yield Problem(key, "of experts is silu; remove it")
+            yield Problem(key, "must be silu for experts; remove it")
     if recipe.memory.mlp_tile and with_experts:
         reason = (
             f"{recipe.memory.mlp_tile} would balance the experts of {with_experts[0]} tile by tile;"
-            " remove it, and take memory.recompute"
+            " remove it and use memory.recompute"
         )
         yield Problem("memory.mlp_tile", reason)
     yield from _expert_split_problems(recipe, moe)
@@ -260,7 +260,7 @@ def _moe_problems(moe: MoEConfig, used: bool) -> Problems:
         reason = f"{moe.num_experts_per_tok} is more than the {moe.num_experts} experts"
         yield Problem("model.moe.num_experts_per_tok", reason)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
-        reason = "gates no expert; set model.moe.shared_expert_intermediate_size"
+        reason = "has no expert to gate; set model.moe.shared_expert_intermediate_size"
         yield Problem("model.moe.shared_expert_gate", reason)
 
 
@@ -311,14 +311,14 @@ def _bucket_problems(recipe: Recipe) -> Problems:
     for name, part, _ in _split_blocks(recipe, shortest):
         reason = (
             f"{shortest} gives context-parallel ranks parts of {part} tokens, which are not whole "
-            f"blocks of model.layers.blocks.{name}; use a greater one"
+            f"blocks of model.layers.blocks.{name}; use a larger one"
         )
         yield Problem(key, reason)
     unit = math.lcm(_equal_parts(recipe), alignment)
     if shortest % unit:
         reason = (
             f"{shortest} is not a multiple of {unit}, by which context and tensor parallel ranks "
-            "and patterns divide sequences; use a greater one"
+            "and patterns divide sequences; use a larger one"
         )
         yield Problem(key, reason)
 
@@ -340,7 +340,7 @@ def _stage_problems(recipe: Recipe) -> Problems:
         if not previous_start < stage.from_step < recipe.training.steps:
             reason = (
                 f"{stage.from_step} is not between {previous_start} and training.steps "
-                f"{recipe.training.steps}; stages stand in their order"
+                f"{recipe.training.steps}; stages must be in order"
             )
             yield Problem(f"{key}.from_step", reason)
         previous_start = stage.from_step

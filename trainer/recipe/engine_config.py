@@ -94,7 +94,7 @@ class MegatronConfig(EngineConfig):
     """Megatron-core's DDP and distributed optimizer."""
 
     name: Literal["megatron"] = "megatron"
-    """All degrees of parallel."""
+    """Every degree of parallel."""
 
     has_expert_parallel: ClassVar[bool] = True
     offload_key: ClassVar[str] = "memory.offload_inputs"
@@ -110,9 +110,10 @@ class DeepSpeedConfig(EngineConfig):
     name: Literal["deepspeed"]
     """tp, cp and data parallel."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """What data- and context-parallel ranks share among them: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    """What data- and context-parallel ranks share: 1 the optimizer's state, 2 gradients too, 3
+    weights too."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own keys, as zero_optimization: {offload_optimizer: {device: cpu}}."""
+    """DeepSpeed's own keys, like zero_optimization: {offload_optimizer: {device: cpu}}."""
 
     has_expert_parallel: ClassVar[bool] = False
     offload_key: ClassVar[str] = "engine.config.zero_optimization"
@@ -138,7 +139,7 @@ class DeepSpeedConfig(EngineConfig):
         if pp > 1:
             yield Problem(
                 "parallel.pp",
-                f"{pp} needs engine megatron: DeepSpeed's pipeline takes other models; use tp, cp or ZeRO",
+                f"{pp} needs engine megatron: DeepSpeed's pipeline accepts only other models; use tp, cp or ZeRO",
             )
         if self.zero_stage == 0 and dtype != "float32":
             yield Problem(
@@ -151,7 +152,7 @@ class DeepSpeedConfig(EngineConfig):
                 yield Problem(f"engine.config.{key}", reason)
             elif key not in _PASSED_ON:
                 known = ", ".join(_PASSED_ON)
-                reason = f"unknown{suggest(key, list(_PASSED_ON))}; passed on are {known}"
+                reason = f"unknown{suggest(key, list(_PASSED_ON))}; keys passed on: {known}"
                 yield Problem(f"engine.config.{key}", reason)
         yield from self._zero_problems()
 
@@ -167,7 +168,7 @@ class DeepSpeedConfig(EngineConfig):
             elif key not in _ZERO_PASSED_ON:
                 known = ", ".join(_ZERO_PASSED_ON)
                 suggestion = suggest(key, list(_ZERO_PASSED_ON))
-                reason = f"is not passed on{suggestion}; passed on are {known}"
+                reason = f"is not passed on{suggestion}; keys passed on: {known}"
                 yield Problem(f"{section}.{key}", reason)
         for key, stages in _OFFLOAD_STAGES.items():
             offload = zero.get(key)

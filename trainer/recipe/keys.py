@@ -1,7 +1,7 @@
 """Every key of a recipe as Markdown tables, from the schema: ``longspan recipes --keys``."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from ..layers.base import Block
 from ..layers.linear import LinearAttentionBlock
@@ -98,7 +98,9 @@ class _Page:
             shared = {**known, key: word} if known else {}
             yield from self.section(f"{path}: {{{key}: {word['const']}}}", kind, shared)
 
-    def _shared_sections(self, path: str, kinds: list[dict]) -> Iterator[str]:
+    def _shared_sections(
+        self, path: str, kinds: list[dict]
+    ) -> Generator[str, None, dict[str, dict]]:
         """Yield a section for the keys that several kinds of block share, and return these keys."""
         shared: dict[str, dict] = {}
         for base, blocks in _SHARED_KEYS.items():
@@ -108,7 +110,7 @@ class _Page:
                 for kind in kinds
                 if schema["properties"].keys() <= kind["properties"].keys()
             ]
-            about = f"Of {', '.join(mixers)}."
+            about = f"Keys of {', '.join(mixers)}."
             yield from self.section(f"{path}: {blocks}", {**schema, "description": about}, shared)
             shared |= schema["properties"]
         return shared

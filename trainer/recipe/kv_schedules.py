@@ -14,7 +14,7 @@ def schedule_problems(model: ModelConfig, parallel: ParallelConfig) -> Problems:
         key = f"parallel.schedules.{name}"
         if name not in blocks:
             suggestion = suggest(name, list(blocks))
-            yield Problem(key, f"names no block{suggestion}; known: {', '.join(blocks)}")
+            yield Problem(key, f"is not a block{suggestion}; known: {', '.join(blocks)}")
         elif not blocks[name].has_kv_schedule:
             kind = blocks[name].kind()
             reason = f"is for softmax attention, but the block is {kind}; remove it"
@@ -53,7 +53,7 @@ def _why_none_can(
     """Return why none of the schedules of that name can do the pattern, or None if one can."""
     local_heads = max(1, model.num_attention_heads // parallel.tp)
     local_kv_heads = max(1, model.kv_heads // parallel.tp)
-    reason = f"parallel.cp {parallel.cp} is no grid; take ring"
+    reason = f"parallel.cp {parallel.cp} cannot form a grid; use ring"
     for number, candidate in enumerate(named(schedule, parallel.cp)):
         refusal = unsupported_reason(candidate, parallel.cp, pattern, local_heads, local_kv_heads)
         if refusal is None:

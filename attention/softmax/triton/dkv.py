@@ -1,102 +1,56 @@
-"""A tile of keys against the queries that see it: the gradients of keys and values."""
+"""A tile of keys with the queries that see it: the gradients of keys and values."""
 
 import triton
 import triton.language as tl
 
-from ...triton_device import LOG2E, bulk_rows
+from ...triton_device import LOG2E, tensor_descriptor
 from .rules import (
-    AT,
-    AT_STEP,
     COLUMNS,
+    OFFSET,
+    OFFSET_STEP,
+    POSITION,
+    POSITION_STEP,
     REACH,
     RESIDUE,
-    ROW,
-    ROW_STEP,
-    RUNNING,
+    SEQUENCE_ARGUMENTS,
     SHIFT,
     STEP,
     STOP,
     WIDTH,
-    _field,
-    _gradient,
-    _in_bands,
-    _in_far,
-    _last_query,
-    _load,
-    _logits,
-    _position,
-    _store,
+    in_bands,
+    in_far_rule,
+    key_position,
+    load_tile,
+    products_to_logits,
+    query_end,
+    rule_field,
+    store_tile,
+    weights_and_gradient,
 )
 
 
-@triton.jit(do_not_specialize=[*RUNNING, "splits"])
+@triton.jit(do_not_specialize=[*SEQUENCE_ARGUMENTS, "splits"])
 def dkv_kernel(
-    Q,
-    K,
-    V,
-    LSE,
-    DO,
-    DELTA,
-    DK,
-    DV_OUT,
-    TABLE,
-    POINTERS,
-    LISTS,
-    scale,
-    softcap,
-    sigmoid_bias,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    g_b,
-    g_t,
-    g_h,
-    dk_b,
-    dk_t,
-    dk_h,
-    dv_b,
-    dv_t,
-    dv_h,
-    list_b,
-    list_h,
-    kv_heads,
-    group,
-    q_start,
-    q_len,
-    k_start,
-    k_step,
-    k_size,
-    k_len,
-    splits,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BANDS: tl.constexpr,
-    FIXED: tl.constexpr,
-    FARS: tl.constexpr,
-    FAR: tl.constexpr,
-    LISTED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of a tile of ``BN`` keys and values of one KV head, all query heads of its group one after another.
+    Q, K, V, LSE, DO, DELTA, DK, DV_OUT, TABLE, POINTERS, LISTS, scale, softcap, sigmoid_bias,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
+    list_b, list_h, kv_heads, group, q_start, q_len, k_start, k_step, k_size, k_len, splits,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
+    FARS: tl.constexpr, FAR: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a tile of ``BN`` keys and values of one KV head.
 
-    With ``FAR`` below 0 what the bands show, at the keys' rows. Else what the bands leave, for the tiles of far rule ``FAR``: a
-    sixteenth of the columns can hold most of the work, so each tile's queries are shared among ``splits`` programs, whose
-    sums go to ``[splits * batch * kv_heads, tiles * BN, ...]`` and home by :func:`home_kernel`.
+    All query heads of its group follow one another. Program ids: tile of keys times split, batch
+    row times KV head. The other arguments are those of the forward kernel.
+
+    With ``FAR`` below 0 the launch is for what the bands (or lists) show, and stores to the places
+    of the keys. Otherwise it is for what the bands leave of the tiles of far rule ``FAR``. A
+    sixteenth of the keys can hold most of that work, so the queries of each tile are shared among
+    ``splits`` programs. Their sums go to ``[splits * batch, kv_heads, tiles * BN, dim]``, and
+    :func:`reduce_splits_kernel` adds them to the places of the keys.
     """
-    unit = tl.program_id(0) // splits
+    tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     kv = (tl.program_id(1) % kv_heads).to(tl.int64)
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
@@ -105,229 +59,226 @@ def dkv_kernel(
     DO += b * g_b + kv * group * g_h
     LSE += (b * kv_heads + kv) * group * q_len
     DELTA += (b * kv_heads + kv) * group * q_len
-    base, q_end = q_start - q_start % BM, q_start + q_len
+    first_tile = q_start - q_start % BM  # tiles of queries begin at multiples of BM in the document
+    q_end = q_start + q_len
 
-    row = unit * BN
+    # Which keys the tile has, and their first and last position.
+    k_offset = tile * BN
     if FAR >= 0:
-        row, j0 = _segment_tile(table, BANDS + FAR, unit, BN, k_start, FAR >= FIXED)
+        k_offset, j0 = _stripe_tile(table, BANDS + FAR, tile, BN, k_start, FAR >= FIXED)
         j = j0 + tl.arange(0, BN)
-        j_low, j_high = j0, j0 + BN - 1
+        j_low = j0
+        j_high = j0 + BN - 1
     else:
-        j = _position(row + tl.arange(0, BN), k_start, k_step, k_size)
-        j_low = _position(row, k_start, k_step, k_size)
-        j_high = _position(tl.minimum(row + BN, k_len) - 1, k_start, k_step, k_size)
-    kept = (row + tl.arange(0, BN) >= 0) & (row + tl.arange(0, BN) < k_len)
+        j = key_position(k_offset + tl.arange(0, BN), k_start, k_step, k_size)
+        j_low = key_position(k_offset, k_start, k_step, k_size)
+        j_high = key_position(tl.minimum(k_offset + BN, k_len) - 1, k_start, k_step, k_size)
+    is_key = (k_offset + tl.arange(0, BN) >= 0) & (k_offset + tl.arange(0, BN) < k_len)
+
     K += b * k_b + kv * k_h
     V += b * v_b + kv * v_h
-    k = _load(
-        K, bulk_rows(K, k_len, k_t, BN, D, BLOCK_D, TMA), row, k_len, k_t, BN, D, BLOCK_D, True, TMA
-    )
-    v = _load(
-        V,
-        bulk_rows(V, k_len, v_t, BN, DV, BLOCK_DV, TMA),
-        row,
-        k_len,
-        v_t,
-        BN,
-        DV,
-        BLOCK_DV,
-        True,
-        TMA,
-    )
+    k_tiles = tensor_descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
+    k = load_tile(K, k_tiles, k_offset, k_len, k_t, BN, D, BLOCK_D, True, TMA)
+    v_tiles = tensor_descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
+    v = load_tile(V, v_tiles, k_offset, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
     dk = tl.zeros([BN, BLOCK_D], tl.float32)
     dv = tl.zeros([BN, BLOCK_DV], tl.float32)
 
-    # The query tiles `tiles` to `tiles_end`, of which `clear` to `clear_end` see the keys whole. With lists, and for a
-    # relative rule, they are not beside one another: `per` tiles in each block of queries.
-    clear, clear_end, entries, per, first_block, block_step, shift = 0, 0, LISTS, 1, 0, 0, 0
+    # Which tiles of queries see the keys: `begin` to `end`, and all pairs of `full` to `full_end`
+    # are visible. With lists, and for a relative rule, the tiles are not side by side: there are
+    # `tiles_per_block` in each block of queries.
+    full = 0
+    full_end = 0
+    entries = LISTS
+    tiles_per_block = 1
+    first_block = 0
+    block_step = 0
+    shift = 0
     if LISTED:
-        shift = _field(table, 0, SHIFT)
-        per = (1 << shift) // BM
+        shift = rule_field(table, 0, SHIFT)
+        tiles_per_block = (1 << shift) // BM
         pointer = POINTERS + b * list_b + kv * list_h + (j_low >> shift)
         entries = LISTS + tl.load(pointer)
-        tiles, tiles_end = 0, (tl.load(pointer + 1) - tl.load(pointer)) * per
+        begin = 0
+        end = (tl.load(pointer + 1) - tl.load(pointer)) * tiles_per_block
     else:
-        band_all, band_any = j_low, j_low
+        # Before `band_all` all keys are in the bands of a query, before `band_any` some.
+        band_all = j_low
+        band_any = j_low
         for band in tl.static_range(BANDS):
-            band_all = tl.maximum(band_all, _last_query(j_low, table, band))
-            band_any = tl.maximum(band_any, _last_query(j_high, table, band))
+            band_all = tl.maximum(band_all, query_end(j_low, table, band))
+            band_any = tl.maximum(band_any, query_end(j_high, table, band))
+        # The same four as positions of queries.
         if FAR < 0:
-            begin, end, clear_at, clear_to = j_low, band_any, j_high, band_all
+            i_begin = j_low
+            i_end = band_any
+            i_full = j_high
+            i_full_end = band_all
         else:
-            begin, end, clear_at, clear_to = band_all, band_all, tl.maximum(j_high, band_any), 0
-            owner = j0 >= 0
+            i_begin = band_all
+            i_end = band_all
+            i_full = tl.maximum(j_high, band_any)
+            i_full_end = 0
+            # A tile that several fixed rules show belongs to the first, with all of its queries.
+            # Another head may have more tiles than this one.
+            is_mine = j0 >= 0
             for far in tl.static_range(BANDS, BANDS + FIXED):
-                on = (j0 >> _field(table, far, SHIFT)) % _field(table, far, STEP) == _field(
-                    table, far, RESIDUE
+                phase = (j0 >> rule_field(table, far, SHIFT)) % rule_field(table, far, STEP)
+                shown = phase == rule_field(table, far, RESIDUE)
+                shown = shown & (j0 < rule_field(table, far, STOP))
+                i_end = tl.maximum(i_end, tl.where(shown, query_end(j0, table, far), 0))
+                shown_whole = shown & (j_high < rule_field(table, far, STOP))
+                i_full_end = tl.maximum(
+                    i_full_end, tl.where(shown_whole, query_end(j0, table, far), 0)
                 )
-                on = on & (j0 < _field(table, far, STOP))
-                end = tl.maximum(end, tl.where(on, _last_query(j0, table, far), 0))
-                whole = on & (j_high < _field(table, far, STOP))
-                clear_to = tl.maximum(clear_to, tl.where(whole, _last_query(j0, table, far), 0))
-                if far < BANDS + FAR:  # the tile is that rule's, with all of its queries
-                    owner = owner & (on == 0)
-                if far == BANDS + FAR:  # of another head, perhaps, there are more tiles
-                    owner = owner & on
-            end = tl.where(owner, end, 0)
-        begin, end = tl.maximum(begin, q_start), tl.minimum(end, q_end)
-        tiles, tiles_end = (begin - base) // BM, tl.cdiv(tl.maximum(end - base, 0), BM)
-        clear = tl.cdiv(tl.maximum(clear_at - base, q_start - base), BM)
-        clear_end = (tl.maximum(tl.minimum(clear_to, q_end), base) - base) // BM
-        tiles_end = tl.where(end > begin, tiles_end, tiles)
+                if far < BANDS + FAR:
+                    is_mine = is_mine & (shown == 0)
+                if far == BANDS + FAR:
+                    is_mine = is_mine & shown
+            i_end = tl.where(is_mine, i_end, 0)
+
+        # As tiles.
+        i_begin = tl.maximum(i_begin, q_start)
+        i_end = tl.minimum(i_end, q_end)
+        begin = (i_begin - first_tile) // BM
+        end = tl.cdiv(tl.maximum(i_end - first_tile, 0), BM)
+        full = tl.cdiv(tl.maximum(i_full - first_tile, q_start - first_tile), BM)
+        full_end = (tl.maximum(tl.minimum(i_full_end, q_end), first_tile) - first_tile) // BM
+        end = tl.where(i_end > i_begin, end, begin)
+
         if FAR >= FIXED:
-            shift, block_step = _field(table, BANDS + FAR, SHIFT), _field(table, BANDS + FAR, STEP)
-            per = (1 << shift) // BM
-            first_block = (j0 >> shift) + _field(table, BANDS + FAR, RESIDUE)
-            last = tl.minimum(
-                (q_end - 1) >> shift, (j0 >> shift) + _field(table, BANDS + FAR, REACH) - 1
+            # A relative rule: every `block_step`-th block of queries from `first_block` on.
+            shift = rule_field(table, BANDS + FAR, SHIFT)
+            block_step = rule_field(table, BANDS + FAR, STEP)
+            tiles_per_block = (1 << shift) // BM
+            first_block = (j0 >> shift) + rule_field(table, BANDS + FAR, RESIDUE)
+            last_block = tl.minimum(
+                (q_end - 1) >> shift, (j0 >> shift) + rule_field(table, BANDS + FAR, REACH) - 1
             )
-            first_block += (
-                tl.cdiv(tl.maximum(0, (begin >> shift) - first_block), block_step) * block_step
-            )
-            tiles, clear_end = 0, 0
-            tiles_end = tl.maximum(0, last - first_block + block_step) // block_step * per
-    share = tl.cdiv(tiles_end - tiles, splits)
-    tiles = tiles + split * share
-    tiles_end = tl.minimum(tiles_end, tiles + share)
-    tiles_end = tl.maximum(tiles, tiles_end)
-    clear = tl.minimum(tl.maximum(clear, tiles), tiles_end)
-    clear_end = tl.minimum(tl.maximum(clear_end, clear), tiles_end)
+            blocks_before = tl.maximum(0, (i_begin >> shift) - first_block)
+            first_block += tl.cdiv(blocks_before, block_step) * block_step
+            begin = 0
+            full_end = 0
+            num_blocks = tl.maximum(0, last_block - first_block + block_step) // block_step
+            end = num_blocks * tiles_per_block
+
+    # The share of this split.
+    share = tl.cdiv(end - begin, splits)
+    begin = begin + split * share
+    end = tl.minimum(end, begin + share)
+    end = tl.maximum(begin, end)
+    full = tl.minimum(tl.maximum(full, begin), end)
+    full_end = tl.minimum(tl.maximum(full_end, full), end)
 
     for _ in range(0, group):
-        q_rows = bulk_rows(Q, q_len, q_t, BM, D, BLOCK_D, TMA)
-        do_rows = bulk_rows(DO, q_len, g_t, BM, DV, BLOCK_DV, TMA)
-        for n in range(clear, clear_end):
-            at = base + n * BM - q_start
-            q = _load(Q, q_rows, at, q_len, q_t, BM, D, BLOCK_D, False, TMA)
-            do = _load(DO, do_rows, at, q_len, g_t, BM, DV, BLOCK_DV, False, TMA)
-            lse = tl.load(LSE + at + tl.arange(0, BM)) * LOG2E
-            delta = tl.load(DELTA + at + tl.arange(0, BM))
-            dk, dv = _receive(
-                dk,
-                dv,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                True,
-                scale,
-                softcap,
-                sigmoid_bias,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                False,
-            )
-        for step in range(tiles, tiles_end - (clear_end - clear)):
-            n = tl.where(step < clear, step, step + clear_end - clear)
-            first = base + n * BM
+        q_tiles = tensor_descriptor(Q, q_len, q_t, BM, D, BLOCK_D, TMA)
+        do_tiles = tensor_descriptor(DO, q_len, g_t, BM, DV, BLOCK_DV, TMA)
+
+        # Tiles of queries that see all keys, without a mask.
+        for n in range(full, full_end):
+            q_offset = first_tile + n * BM - q_start
+            q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, False, TMA)
+            do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, False, TMA)
+            lse = tl.load(LSE + q_offset + tl.arange(0, BM)) * LOG2E
+            delta = tl.load(DELTA + q_offset + tl.arange(0, BM))
+            dk, dv = _add_queries(
+                dk, dv, q, do, lse, delta, k, v, True, scale, softcap, sigmoid_bias,
+                SOFTCAP, SIGMOID, PRECISION, False,
+            )  # fmt: skip
+
+        # Those before and after them, with a mask.
+        for step in range(begin, end - (full_end - full)):
+            n = tl.where(step < full, step, step + full_end - full)
+            i0 = first_tile + n * BM
             if LISTED:
-                first = (tl.load(entries + n // per) << shift) + n % per * BM
+                i0 = (tl.load(entries + n // tiles_per_block) << shift) + n % tiles_per_block * BM
             elif FAR >= FIXED:
-                first = ((first_block + n // per * block_step) << shift) + n % per * BM
-            at = first - q_start
-            i = (first + tl.arange(0, BM))[None, :]
-            inside = (at + tl.arange(0, BM) >= 0) & (at + tl.arange(0, BM) < q_len)
-            q = _load(Q, q_rows, at, q_len, q_t, BM, D, BLOCK_D, True, TMA)
-            do = _load(DO, do_rows, at, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
-            lse = tl.load(LSE + at + tl.arange(0, BM), mask=inside, other=0.0) * LOG2E
-            delta = tl.load(DELTA + at + tl.arange(0, BM), mask=inside, other=0.0)
-            visible = (i >= j[:, None]) & inside[None, :] & kept[:, None]
+                query_block = first_block + n // tiles_per_block * block_step
+                i0 = (query_block << shift) + n % tiles_per_block * BM
+            q_offset = i0 - q_start
+            i = (i0 + tl.arange(0, BM))[None, :]
+            is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
+            q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
+            do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
+            lse = tl.load(LSE + q_offset + tl.arange(0, BM), mask=is_query, other=0.0) * LOG2E
+            delta = tl.load(DELTA + q_offset + tl.arange(0, BM), mask=is_query, other=0.0)
+            visible = (i >= j[:, None]) & is_query[None, :] & is_key[:, None]
             if not LISTED:
                 if FAR < 0:
-                    visible = visible & _in_bands(i, j[:, None], table, BANDS)
+                    visible = visible & in_bands(i, j[:, None], table, BANDS)
                 else:
-                    visible = visible & (_in_bands(i, j[:, None], table, BANDS) == 0)
-                    visible = visible & _by_rule(i, j[:, None], table, BANDS, FIXED, FAR)
-            dk, dv = _receive(
-                dk,
-                dv,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                visible,
-                scale,
-                softcap,
-                sigmoid_bias,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                True,
-            )
+                    visible = visible & (in_bands(i, j[:, None], table, BANDS) == 0)
+                    visible = visible & _in_launch(i, j[:, None], table, BANDS, FIXED, FAR)
+            dk, dv = _add_queries(
+                dk, dv, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+                SOFTCAP, SIGMOID, PRECISION, True,
+            )  # fmt: skip
+
+        # The next query head of the group.
         Q += q_h
         DO += g_h
         LSE += q_len
         DELTA += q_len
 
     if FAR >= 0:
-        row, k_len, b = (
-            unit * BN,
-            tl.num_programs(0) // splits * BN,
-            split * tl.num_programs(1) // kv_heads + b,
-        )
-    _store(DK + b * dk_b + kv * dk_h, row, k_len, dk_t, dk * scale, BN, D, BLOCK_D)
-    _store(DV_OUT + b * dv_b + kv * dv_h, row, k_len, dv_t, dv, BN, DV, BLOCK_DV)
+        # To the split's own sums.
+        k_offset = tile * BN
+        k_len = tl.num_programs(0) // splits * BN
+        b = split * tl.num_programs(1) // kv_heads + b
+    store_tile(DK + b * dk_b + kv * dk_h, k_offset, k_len, dk_t, dk * scale, BN, D, BLOCK_D)
+    store_tile(DV_OUT + b * dv_b + kv * dv_h, k_offset, k_len, dv_t, dv, BN, DV, BLOCK_DV)
 
 
 @triton.jit
-def _segment_tile(table, rule, unit, BN: tl.constexpr, k_start, RELATIVE: tl.constexpr):
-    """Key row and position of a far rule's tile; to a relative rule all blocks belong."""
-    width = _field(table, rule, WIDTH)
-    per = width // BN
+def _stripe_tile(table, rule, tile, BN: tl.constexpr, k_start, RELATIVE: tl.constexpr):
+    """Return offset and position of the ``tile``-th tile of a far rule.
+
+    A relative rule may show any block of keys, so all of them are its tiles.
+    """
+    width = rule_field(table, rule, WIDTH)
+    tiles_per_stripe = width // BN
     if RELATIVE:
-        at = (k_start // width + unit // per) * width
-        row = at - k_start
+        position = (k_start // width + tile // tiles_per_stripe) * width
+        offset = position - k_start
     else:
-        at = _field(table, rule, AT) + unit // per * _field(table, rule, AT_STEP)
-        row = _field(table, rule, ROW) + unit // per * _field(table, rule, ROW_STEP)
-    return row + unit % per * BN, at + unit % per * BN
+        stripe = tile // tiles_per_stripe
+        position = rule_field(table, rule, POSITION) + stripe * rule_field(
+            table, rule, POSITION_STEP
+        )
+        offset = rule_field(table, rule, OFFSET) + stripe * rule_field(table, rule, OFFSET_STEP)
+    return offset + tile % tiles_per_stripe * BN, position + tile % tiles_per_stripe * BN
 
 
 @triton.jit
-def _by_rule(i, j, table, BANDS: tl.constexpr, FIXED: tl.constexpr, FAR: tl.constexpr):
-    """What the launch for far rule ``FAR`` answers for: all fixed rules, or a relative one without what others show."""
-    fixed = i < -j - 1  # none
+def _in_launch(i, j, table, BANDS: tl.constexpr, FIXED: tl.constexpr, FAR: tl.constexpr):
+    """Return which pairs the launch for far rule ``FAR`` is responsible for.
+
+    All pairs of any fixed rule; or those of a relative rule that no other rule shows.
+    """
+    by_fixed = i < -j - 1  # False everywhere
     for far in tl.static_range(BANDS, BANDS + FIXED):
-        fixed = fixed | _in_far(i, j, table, far, False)
+        by_fixed = by_fixed | in_far_rule(i, j, table, far, False)
     if FAR < FIXED:
-        mine = fixed
+        mine = by_fixed
     else:
-        mine = _in_far(i, j, table, BANDS + FAR, True) & (fixed == 0)
+        mine = in_far_rule(i, j, table, BANDS + FAR, True) & (by_fixed == 0)
         for far in tl.static_range(BANDS + FIXED, BANDS + FAR):
-            mine = mine & (_in_far(i, j, table, far, True) == 0)
+            mine = mine & (in_far_rule(i, j, table, far, True) == 0)
     return mine
 
 
 @triton.jit
-def _receive(
-    dk,
-    dv,
-    q,
-    do,
-    lse,
-    delta,
-    k,
-    v,
-    visible,
-    scale,
-    softcap,
-    sigmoid_bias,
-    SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASK: tl.constexpr,
-):
-    """What one tile of queries adds to the gradients of the keys and values."""
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)  # rows that see nothing
+def _add_queries(
+    dk, dv, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+    SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of queries contributes to the gradients of the keys and values."""
+    # Queries that see nothing: all weights are exp2(s - inf) = 0.
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
     products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    s, slope = _logits(products, scale, softcap, sigmoid_bias, SOFTCAP, SIGMOID)
+    s, slope = products_to_logits(products, scale, softcap, sigmoid_bias, SOFTCAP, SIGMOID)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p, ds = _gradient(s, slope, dp, lse[None, :], delta[None, :], visible, SIGMOID, MASK)
+    p, ds = weights_and_gradient(s, slope, dp, lse[None, :], delta[None, :], visible, SIGMOID, MASK)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -335,81 +286,43 @@ def _receive(
 
 @triton.jit(do_not_specialize=["k_start", "k_len", "splits"])
 def reduce_splits_kernel(
-    PARTS,
-    OUT,
-    TABLE,
-    p_b,
-    p_t,
-    p_h,
-    o_b,
-    o_t,
-    o_h,
-    kv_heads,
-    batch,
-    k_start,
-    k_len,
-    splits,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BN: tl.constexpr,
-    RULES: tl.constexpr,
-    RULE: tl.constexpr,
-    RELATIVE: tl.constexpr,
-):
-    """Add the splits' sums of one tile of a far rule, in order, to the rows where its keys are."""
+    PARTS, OUT, TABLE, p_b, p_t, p_h, o_b, o_t, o_h, kv_heads, batch, k_start, k_len, splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BN: tl.constexpr,
+    RULES: tl.constexpr, RULE: tl.constexpr, RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """Add the splits' sums of one tile of a far rule, in order, to the places of its keys."""
+    tile = tl.program_id(0)
     kv = (tl.program_id(1) % kv_heads).to(tl.int64)
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
-    row, _ = _segment_tile(
-        TABLE + kv * RULES * COLUMNS, RULE, tl.program_id(0), BN, k_start, RELATIVE
-    )
+    table = TABLE + kv * RULES * COLUMNS
+    offset, _ = _stripe_tile(table, RULE, tile, BN, k_start, RELATIVE)
     OUT += b * o_b + kv * o_h
     PARTS += b * p_b + kv * p_h
-    total = _load(OUT, OUT, row, k_len, o_t, BN, D, BLOCK_D, True, False)
+    total = load_tile(OUT, OUT, offset, k_len, o_t, BN, D, BLOCK_D, True, False)
+    part_len = tl.num_programs(0) * BN
     for split in range(0, splits):
         part = PARTS + (tl.full([], 0, tl.int64) + split) * batch * p_b
-        total += _load(
-            part,
-            part,
-            tl.program_id(0) * BN,
-            tl.num_programs(0) * BN,
-            p_t,
-            BN,
-            D,
-            BLOCK_D,
-            True,
-            False,
-        )
-    _store(OUT, row, k_len, o_t, total, BN, D, BLOCK_D)
+        total += load_tile(part, part, tile * BN, part_len, p_t, BN, D, BLOCK_D, True, False)
+    store_tile(OUT, offset, k_len, o_t, total, BN, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
-    OUT,
-    DO,
-    DLSE,
-    DELTA,
-    o_b,
-    o_t,
-    o_h,
-    g_b,
-    g_t,
-    g_h,
-    heads,
-    q_len,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr,
-    WITH_LSE: tl.constexpr,
-):
-    """``sum(out * grad_out) - grad_lse`` of each row, ``[batch, heads, queries]``."""
+    OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, heads, q_len,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, WITH_LSE: tl.constexpr,
+):  # fmt: skip
+    """Compute ``sum(out * grad_out) - grad_lse`` of each query: ``[batch, heads, queries]``."""
     head = tl.program_id(1) % heads
-    b, h = (tl.program_id(1) // heads).to(tl.int64), head.to(tl.int64)
-    row = tl.program_id(0) * BM
-    out = _load(OUT + b * o_b + h * o_h, OUT, row, q_len, o_t, BM, DV, BLOCK_DV, True, False)
-    do = _load(DO + b * g_b + h * g_h, DO, row, q_len, g_t, BM, DV, BLOCK_DV, True, False)
-    rows = row + tl.arange(0, BM)
-    at = (b * heads + h) * q_len + rows
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = head.to(tl.int64)
+    q_offset = tl.program_id(0) * BM
+    out = load_tile(
+        OUT + b * o_b + h * o_h, OUT, q_offset, q_len, o_t, BM, DV, BLOCK_DV, True, False
+    )
+    do = load_tile(DO + b * g_b + h * g_h, DO, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, False)
+    queries = q_offset + tl.arange(0, BM)
+    index = (b * heads + h) * q_len + queries
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     if WITH_LSE:
-        delta -= tl.load(DLSE + at, mask=rows < q_len, other=0.0)
-    tl.store(DELTA + at, delta, mask=rows < q_len)
+        delta -= tl.load(DLSE + index, mask=queries < q_len, other=0.0)
+    tl.store(DELTA + index, delta, mask=queries < q_len)

@@ -1,62 +1,53 @@
-"""A tile of queries against the keys that it sees: forward, and the gradient of the queries."""
+"""A tile of queries with the keys that it sees: the forward pass, and the queries' gradient."""
 
 import triton
 import triton.language as tl
 
-from ...triton_device import LOG2E, bulk_rows
+from ...triton_device import LOG2E, tensor_descriptor
 from .rules import (
-    AT,
-    AT_STEP,
     COLUMNS,
-    NEVER,
+    OFFSET,
+    OFFSET_STEP,
+    POSITION,
+    POSITION_STEP,
     RESIDUE,
-    ROW,
-    ROW_STEP,
-    RUNNING,
+    SEQUENCE_ARGUMENTS,
     SHIFT,
     STEP,
     STOP,
+    UNLIMITED,
     WIDTH,
-    _field,
-    _first_key,
-    _gradient,
-    _in_bands,
-    _in_far,
-    _load,
-    _logits,
-    _position,
-    _rows_below,
-    _store,
+    first_key,
+    in_bands,
+    in_far_rule,
+    key_position,
+    keys_before,
+    load_tile,
+    products_to_logits,
+    rule_field,
+    store_tile,
+    weights_and_gradient,
 )
 
 
 @triton.jit
 def _visit(
-    acc,
-    m,
-    l,
-    q,
-    do,
-    lse,
-    delta,
-    k,
-    v,
-    visible,
-    scale,
-    softcap,
-    sigmoid_bias,
-    GRAD: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, m, l, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+    GRAD: tl.constexpr, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, PRECISION: tl.constexpr,
     MASK: tl.constexpr,
-):
-    """One key tile: of the online softmax (``acc`` the output, ``m`` and ``l`` the rows' maximum and sum), or of dQ."""
+):  # fmt: skip
+    """Add one tile of keys to the online softmax, or with ``GRAD`` to dQ.
+
+    ``acc`` is the output, or dQ; ``m`` is the maximum of each query's logits, ``l`` the sum of its
+    weights.
+    """
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s, slope = _logits(products, scale, softcap, sigmoid_bias, SOFTCAP, SIGMOID)
+    s, slope = products_to_logits(products, scale, softcap, sigmoid_bias, SOFTCAP, SIGMOID)
     if GRAD:
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        p, ds = _gradient(s, slope, dp, lse[:, None], delta[:, None], visible, SIGMOID, MASK)
+        p, ds = weights_and_gradient(
+            s, slope, dp, lse[:, None], delta[:, None], visible, SIGMOID, MASK
+        )
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     elif SIGMOID:
         p = tl.sigmoid(s)
@@ -66,321 +57,218 @@ def _visit(
     else:
         if MASK:
             s = tl.where(visible, s, -float("inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(top == -float("inf"), 0.0, top) if MASK else top
+        new_m = tl.maximum(m, tl.max(s, 1))
+        # A query that has seen nothing yet: no NaN from inf - inf.
+        base = tl.where(new_m == -float("inf"), 0.0, new_m) if MASK else new_m
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        m = top
+        m = new_m
     return acc, m, l
 
 
-@triton.jit(do_not_specialize=[*RUNNING, "list_q"])
+@triton.jit(do_not_specialize=[*SEQUENCE_ARGUMENTS, "list_q"])
 def forward_dq_kernel(
-    Q,
-    K,
-    V,
-    OUT,
-    LSE,
-    DO,
-    DELTA,
-    TABLE,
-    LISTS,
-    scale,
-    softcap,
-    sigmoid_bias,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    o_b,
-    o_t,
-    o_h,
-    g_b,
-    g_t,
-    g_h,
-    list_b,
-    list_h,
-    list_q,
-    heads,
-    group,
-    q_start,
-    q_len,
-    k_start,
-    k_step,
-    k_size,
-    k_len,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BANDS: tl.constexpr,
-    FIXED: tl.constexpr,
-    FARS: tl.constexpr,
-    LISTED: tl.constexpr,
-    GRAD: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Output and log-sum-exp, or with ``GRAD`` the gradient, of a tile of ``BM`` queries of one head. ``OUT`` is either."""
-    base = q_start - q_start % BM
-    first = (
-        base + (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    )  # the last see most: begin with them
+    Q, K, V, OUT, LSE, DO, DELTA, TABLE, LISTS, scale, softcap, sigmoid_bias,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h,
+    list_b, list_h, list_q, heads, group, q_start, q_len, k_start, k_step, k_size, k_len,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
+    FARS: tl.constexpr, LISTED: tl.constexpr, GRAD: tl.constexpr, SOFTCAP: tl.constexpr,
+    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute output and log-sum-exp, or with ``GRAD`` dQ, of a tile of ``BM`` queries of one head.
+
+    Program ids: tile of queries, batch row times head. ``OUT`` is the output or dQ. Arguments
+    ``x_b``, ``x_t``, ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for
+    ``DO``). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far rules,
+    of which the first ``FIXED`` have fixed stripes.
+    """
+    # Tiles begin at multiples of BM in the document. The last queries see most keys: they go first.
+    first_tile = q_start - q_start % BM
+    i0 = first_tile + (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head = tl.program_id(1) % heads
-    b, h, kv = (
-        (tl.program_id(1) // heads).to(tl.int64),
-        head.to(tl.int64),
-        (head // group).to(tl.int64),
-    )
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = head.to(tl.int64)
+    kv = (head // group).to(tl.int64)
     table = TABLE + kv * (BANDS + FARS) * COLUMNS
     K += b * k_b + kv * k_h
     V += b * v_b + kv * v_h
-    row = first - q_start
-    i = first + tl.arange(0, BM)
-    low, high = tl.maximum(first, q_start), tl.minimum(first + BM, q_start + q_len) - 1
+    q_offset = i0 - q_start  # below 0 if q_start is inside the tile
+    i = i0 + tl.arange(0, BM)
+    i_low = tl.maximum(i0, q_start)
+    i_high = tl.minimum(i0 + BM, q_start + q_len) - 1
 
-    q_rows = bulk_rows(Q + b * q_b + h * q_h, q_len, q_t, BM, D, BLOCK_D, TMA)
-    q = _load(Q + b * q_b + h * q_h, q_rows, row, q_len, q_t, BM, D, BLOCK_D, True, TMA)
-    k_rows = bulk_rows(K, k_len, k_t, BN, D, BLOCK_D, TMA)
-    v_rows = bulk_rows(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
-    at_rows = (b * heads + h) * q_len + row + tl.arange(0, BM)
-    inside = (row + tl.arange(0, BM) >= 0) & (row + tl.arange(0, BM) < q_len)
+    # Load what belongs to the queries.
+    q_tiles = tensor_descriptor(Q + b * q_b + h * q_h, q_len, q_t, BM, D, BLOCK_D, TMA)
+    q = load_tile(Q + b * q_b + h * q_h, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
+    k_tiles = tensor_descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
+    v_tiles = tensor_descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
+    lse_index = (b * heads + h) * q_len + q_offset + tl.arange(0, BM)
+    is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
-    do, lse, delta = q, m, l  # forward has none
+    do, lse, delta = q, m, l  # unused by the forward pass
     if GRAD:
-        do_rows = bulk_rows(DO + b * g_b + h * g_h, q_len, g_t, BM, DV, BLOCK_DV, TMA)
-        do = _load(DO + b * g_b + h * g_h, do_rows, row, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
-        lse = tl.load(LSE + at_rows, mask=inside, other=float("inf")) * LOG2E
-        lse = tl.where(lse == -float("inf"), float("inf"), lse)  # rows that see nothing
-        delta = tl.load(DELTA + at_rows, mask=inside, other=0.0)
+        do_tiles = tensor_descriptor(DO + b * g_b + h * g_h, q_len, g_t, BM, DV, BLOCK_DV, TMA)
+        do = load_tile(
+            DO + b * g_b + h * g_h, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA
+        )
+        lse = tl.load(LSE + lse_index, mask=is_query, other=float("inf")) * LOG2E
+        # Queries that see nothing: all weights are exp2(s - inf) = 0.
+        lse = tl.where(lse == -float("inf"), float("inf"), lse)
+        delta = tl.load(DELTA + lse_index, mask=is_query, other=0.0)
         acc = tl.zeros([BM, BLOCK_D], tl.float32)
     else:
         acc = tl.zeros([BM, BLOCK_DV], tl.float32)
 
+    # Block lists: the list of the query block has its length, then the key blocks.
     if LISTED:
-        # The block's list: how many blocks, then which.
-        shift = _field(table, 0, SHIFT)
-        own, per = low >> shift, (1 << shift) // BN
-        entry = LISTS + b * list_b + kv * list_h + own * list_q
-        for n in range(0, tl.load(entry) * per):
-            j0 = (tl.load(entry + 1 + n // per) << shift) + n % per * BN
-            tile = j0 - k_start
-            k = _load(K, k_rows, tile, k_len, k_t, BN, D, BLOCK_D, True, TMA)
-            v = _load(V, v_rows, tile, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
+        shift = rule_field(table, 0, SHIFT)
+        query_block = i_low >> shift
+        tiles_per_block = (1 << shift) // BN
+        entry = LISTS + b * list_b + kv * list_h + query_block * list_q
+        for n in range(0, tl.load(entry) * tiles_per_block):
+            j0 = (tl.load(entry + 1 + n // tiles_per_block) << shift) + n % tiles_per_block * BN
+            k_offset = j0 - k_start
+            k = load_tile(K, k_tiles, k_offset, k_len, k_t, BN, D, BLOCK_D, True, TMA)
+            v = load_tile(V, v_tiles, k_offset, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
             j = j0 + tl.arange(0, BN)
-            kept = (tile + tl.arange(0, BN) >= 0) & (tile + tl.arange(0, BN) < k_len)
-            visible = (i[:, None] >= j[None, :]) & kept[None, :]
+            is_key = (k_offset + tl.arange(0, BN) >= 0) & (k_offset + tl.arange(0, BN) < k_len)
+            visible = (i[:, None] >= j[None, :]) & is_key[None, :]
             acc, m, l = _visit(
-                acc,
-                m,
-                l,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                visible,
-                scale,
-                softcap,
-                sigmoid_bias,
-                GRAD,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                True,
-            )
-    # Behind `lowest` the bands show something to some row, behind `highest` all to all.
-    lowest, highest = high + 1, high + 1
+                acc, m, l, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+                GRAD, SOFTCAP, SIGMOID, PRECISION, True,
+            )  # fmt: skip
+
+    # The bands show the keys from `band_start` on to some query, and those from `full_band_start` on
+    # to all queries.
+    band_start = i_high + 1
+    full_band_start = i_high + 1
     for band in tl.static_range(BANDS):
-        lowest = tl.minimum(lowest, _first_key(low, table, band))
-        highest = tl.minimum(highest, _first_key(high, table, band))
+        band_start = tl.minimum(band_start, first_key(i_low, table, band))
+        full_band_start = tl.minimum(full_band_start, first_key(i_high, table, band))
 
+    # Far rules, one after another: what neither a band nor an earlier far rule has shown.
     for far in tl.static_range(BANDS, BANDS + FARS):
-        shift, width = _field(table, far, SHIFT), _field(table, far, WIDTH)
-        at, at_step, row_step = (
-            _field(table, far, AT),
-            _field(table, far, AT_STEP),
-            _field(table, far, ROW_STEP),
+        shift = rule_field(table, far, SHIFT)
+        width = rule_field(table, far, WIDTH)
+        position = rule_field(table, far, POSITION)
+        position_step = rule_field(table, far, POSITION_STEP)
+        offset_step = rule_field(table, far, OFFSET_STEP)
+        offset = rule_field(table, far, OFFSET)
+        if far >= BANDS + FIXED:
+            # A relative rule: its stripes depend on the block of the queries, which is the same in
+            # the whole tile.
+            cycle = rule_field(table, far, STEP)
+            turn = ((i_low >> shift) + cycle - rule_field(table, far, RESIDUE)) % cycle << shift
+            position += turn
+            offset += turn
+        stop = rule_field(table, far, STOP)
+
+        # Stripes that some query sees, and that the bands do not show to all.
+        begin = tl.cdiv(tl.maximum(0, first_key(i_low, table, far) - position), position_step)
+        begin = tl.maximum(begin, tl.cdiv(tl.maximum(0, 1 - width - offset), offset_step))
+        end = tl.minimum(tl.minimum(i_high + 1, stop), full_band_start)
+        end = tl.cdiv(tl.maximum(0, end - position), position_step)
+        end = tl.minimum(end, tl.cdiv(tl.maximum(0, k_len - offset), offset_step))
+
+        # Of these the ones that all queries see as a whole, and that nothing else shows to any.
+        full = tl.maximum(
+            begin,
+            tl.cdiv(tl.maximum(0, first_key(i_high, table, far) - position), position_step),
         )
-        row0 = _field(table, far, ROW)
-        if far >= BANDS + FIXED:  # the tile's queries are of one block
-            cycle = _field(table, far, STEP)
-            turn = ((low >> shift) + cycle - _field(table, far, RESIDUE)) % cycle << shift
-            at += turn
-            row0 += turn
-        stop = _field(table, far, STOP)
-        # Runs that some row sees and the bands do not show to all.
-        begin = tl.cdiv(tl.maximum(0, _first_key(low, table, far) - at), at_step)
-        begin = tl.maximum(begin, tl.cdiv(tl.maximum(0, 1 - width - row0), row_step))
-        end = tl.cdiv(tl.maximum(0, tl.minimum(tl.minimum(high + 1, stop), highest) - at), at_step)
-        end = tl.minimum(end, tl.cdiv(tl.maximum(0, k_len - row0), row_step))
-        # Of these the ones that all rows see, and that nothing else shows.
-        clear = tl.maximum(
-            begin, tl.cdiv(tl.maximum(0, _first_key(high, table, far) - at), at_step)
-        )
-        clear = tl.maximum(clear, tl.cdiv(tl.maximum(0, -row0), row_step))
-        bound = tl.minimum(tl.minimum(low + 1, stop), lowest)
+        full = tl.maximum(full, tl.cdiv(tl.maximum(0, -offset), offset_step))
+        bound = tl.minimum(tl.minimum(i_low + 1, stop), band_start)
         for other in tl.static_range(BANDS, far):
-            limited = _field(table, other, STOP) < NEVER
-            behind = tl.cdiv(tl.maximum(0, _field(table, other, STOP) - at), at_step)
-            clear = tl.where(limited, tl.maximum(clear, behind), clear)
-            bound = tl.where(limited, bound, tl.minimum(bound, _first_key(low, table, other)))
-        clear_end = tl.minimum(end, (tl.maximum(0, bound - width - at + at_step)) // at_step)
-        clear_end = tl.minimum(
-            clear_end, (tl.maximum(0, k_len - width - row0 + row_step)) // row_step
+            is_limited = rule_field(table, other, STOP) < UNLIMITED
+            beyond = tl.cdiv(
+                tl.maximum(0, rule_field(table, other, STOP) - position), position_step
+            )
+            full = tl.where(is_limited, tl.maximum(full, beyond), full)
+            bound = tl.where(is_limited, bound, tl.minimum(bound, first_key(i_low, table, other)))
+        full_end = tl.minimum(
+            end, (tl.maximum(0, bound - width - position + position_step)) // position_step
         )
-        clear_end = tl.maximum(clear, clear_end)
-        clear = tl.minimum(clear, clear_end)
-        per = width // BN
-        for n in range(clear * per, clear_end * per):
-            tile = row0 + n // per * row_step + n % per * BN
-            k = _load(K, k_rows, tile, k_len, k_t, BN, D, BLOCK_D, False, TMA)
-            v = _load(V, v_rows, tile, k_len, v_t, BN, DV, BLOCK_DV, False, TMA)
+        full_end = tl.minimum(
+            full_end, (tl.maximum(0, k_len - width - offset + offset_step)) // offset_step
+        )
+        full_end = tl.maximum(full, full_end)
+        full = tl.minimum(full, full_end)
+
+        # The full stripes, without a mask.
+        tiles_per_stripe = width // BN
+        for n in range(full * tiles_per_stripe, full_end * tiles_per_stripe):
+            k_offset = offset + n // tiles_per_stripe * offset_step + n % tiles_per_stripe * BN
+            k = load_tile(K, k_tiles, k_offset, k_len, k_t, BN, D, BLOCK_D, False, TMA)
+            v = load_tile(V, v_tiles, k_offset, k_len, v_t, BN, DV, BLOCK_DV, False, TMA)
             acc, m, l = _visit(
-                acc,
-                m,
-                l,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                True,
-                scale,
-                softcap,
-                sigmoid_bias,
-                GRAD,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                False,
-            )
-        skipped = (clear_end - clear) * per
-        for step in range(begin * per, tl.maximum(begin, end) * per - skipped):
-            n = tl.where(step < clear * per, step, step + skipped)
-            tile = row0 + n // per * row_step + n % per * BN
-            j0 = at + n // per * at_step + n % per * BN
-            k = _load(K, k_rows, tile, k_len, k_t, BN, D, BLOCK_D, True, TMA)
-            v = _load(V, v_rows, tile, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
+                acc, m, l, q, do, lse, delta, k, v, True, scale, softcap, sigmoid_bias,
+                GRAD, SOFTCAP, SIGMOID, PRECISION, False,
+            )  # fmt: skip
+
+        # Those before and after them, with a mask.
+        full_tiles = (full_end - full) * tiles_per_stripe
+        end_tile = tl.maximum(begin, end) * tiles_per_stripe - full_tiles
+        for step in range(begin * tiles_per_stripe, end_tile):
+            n = tl.where(step < full * tiles_per_stripe, step, step + full_tiles)
+            k_offset = offset + n // tiles_per_stripe * offset_step + n % tiles_per_stripe * BN
+            j0 = position + n // tiles_per_stripe * position_step + n % tiles_per_stripe * BN
+            k = load_tile(K, k_tiles, k_offset, k_len, k_t, BN, D, BLOCK_D, True, TMA)
+            v = load_tile(V, v_tiles, k_offset, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
             j = (j0 + tl.arange(0, BN))[None, :]
-            kept = (tile + tl.arange(0, BN) >= 0) & (tile + tl.arange(0, BN) < k_len)
-            visible = (
-                (i[:, None] >= j)
-                & _in_far(i[:, None], j, table, far, far >= BANDS + FIXED)
-                & kept[None, :]
-            )
+            is_key = (k_offset + tl.arange(0, BN) >= 0) & (k_offset + tl.arange(0, BN) < k_len)
+            shown = in_far_rule(i[:, None], j, table, far, far >= BANDS + FIXED)
+            visible = (i[:, None] >= j) & shown & is_key[None, :]
             for other in tl.static_range(BANDS, far):
-                visible = visible & (
-                    _in_far(i[:, None], j, table, other, other >= BANDS + FIXED) == 0
-                )
-            visible = visible & (_in_bands(i[:, None], j, table, BANDS) == 0)
+                shown = in_far_rule(i[:, None], j, table, other, other >= BANDS + FIXED)
+                visible = visible & (shown == 0)
+            visible = visible & (in_bands(i[:, None], j, table, BANDS) == 0)
             acc, m, l = _visit(
-                acc,
-                m,
-                l,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                visible,
-                scale,
-                softcap,
-                sigmoid_bias,
-                GRAD,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                True,
-            )
+                acc, m, l, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+                GRAD, SOFTCAP, SIGMOID, PRECISION, True,
+            )  # fmt: skip
 
+    # The bands: tiles `begin` to `end`, of which all queries see `full` to `full_end` as a whole.
     if BANDS > 0:
-        start = _rows_below(lowest, k_start, k_step, k_size, k_len)
-        stop = _rows_below(high + 1, k_start, k_step, k_size, k_len)
-        tiles, tiles_end = start // BN, tl.where(stop > start, tl.cdiv(stop, BN), start // BN)
-        clear = tl.cdiv(_rows_below(highest, k_start, k_step, k_size, k_len), BN)
-        clear_end = _rows_below(low + 1, k_start, k_step, k_size, k_len) // BN
-        clear = tl.minimum(tl.maximum(clear, tiles), tiles_end)
-        clear_end = tl.minimum(tl.maximum(clear_end, clear), tiles_end)
-        for n in range(clear, clear_end):
-            k = _load(K, k_rows, n * BN, k_len, k_t, BN, D, BLOCK_D, False, TMA)
-            v = _load(V, v_rows, n * BN, k_len, v_t, BN, DV, BLOCK_DV, False, TMA)
+        start = keys_before(band_start, k_start, k_step, k_size, k_len)
+        stop = keys_before(i_high + 1, k_start, k_step, k_size, k_len)
+        begin = start // BN
+        end = tl.where(stop > start, tl.cdiv(stop, BN), start // BN)
+        full = tl.cdiv(keys_before(full_band_start, k_start, k_step, k_size, k_len), BN)
+        full_end = keys_before(i_low + 1, k_start, k_step, k_size, k_len) // BN
+        full = tl.minimum(tl.maximum(full, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, full), end)
+        for n in range(full, full_end):
+            k = load_tile(K, k_tiles, n * BN, k_len, k_t, BN, D, BLOCK_D, False, TMA)
+            v = load_tile(V, v_tiles, n * BN, k_len, v_t, BN, DV, BLOCK_DV, False, TMA)
             acc, m, l = _visit(
-                acc,
-                m,
-                l,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                True,
-                scale,
-                softcap,
-                sigmoid_bias,
-                GRAD,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                False,
-            )
-        for step in range(tiles, tiles_end - (clear_end - clear)):
-            n = tl.where(step < clear, step, step + clear_end - clear)
-            k = _load(K, k_rows, n * BN, k_len, k_t, BN, D, BLOCK_D, True, TMA)
-            v = _load(V, v_rows, n * BN, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
-            rows = n * BN + tl.arange(0, BN)
-            j = _position(rows, k_start, k_step, k_size)[None, :]
-            visible = (
-                (i[:, None] >= j) & _in_bands(i[:, None], j, table, BANDS) & (rows < k_len)[None, :]
-            )
+                acc, m, l, q, do, lse, delta, k, v, True, scale, softcap, sigmoid_bias,
+                GRAD, SOFTCAP, SIGMOID, PRECISION, False,
+            )  # fmt: skip
+        for step in range(begin, end - (full_end - full)):
+            n = tl.where(step < full, step, step + full_end - full)
+            k = load_tile(K, k_tiles, n * BN, k_len, k_t, BN, D, BLOCK_D, True, TMA)
+            v = load_tile(V, v_tiles, n * BN, k_len, v_t, BN, DV, BLOCK_DV, True, TMA)
+            k_offset = n * BN + tl.arange(0, BN)
+            j = key_position(k_offset, k_start, k_step, k_size)[None, :]
+            shown = in_bands(i[:, None], j, table, BANDS)
+            visible = (i[:, None] >= j) & shown & (k_offset < k_len)[None, :]
             acc, m, l = _visit(
-                acc,
-                m,
-                l,
-                q,
-                do,
-                lse,
-                delta,
-                k,
-                v,
-                visible,
-                scale,
-                softcap,
-                sigmoid_bias,
-                GRAD,
-                SOFTCAP,
-                SIGMOID,
-                PRECISION,
-                True,
-            )
+                acc, m, l, q, do, lse, delta, k, v, visible, scale, softcap, sigmoid_bias,
+                GRAD, SOFTCAP, SIGMOID, PRECISION, True,
+            )  # fmt: skip
 
+    # Store the results.
     OUT += b * o_b + h * o_h
     if GRAD:
-        _store(OUT, row, q_len, o_t, acc * scale, BM, D, BLOCK_D)
+        store_tile(OUT, q_offset, q_len, o_t, acc * scale, BM, D, BLOCK_D)
     elif SIGMOID:
-        _store(OUT, row, q_len, o_t, acc, BM, DV, BLOCK_DV)
-        tl.store(LSE + at_rows, l, mask=inside)
+        store_tile(OUT, q_offset, q_len, o_t, acc, BM, DV, BLOCK_DV)
+        tl.store(LSE + lse_index, l, mask=is_query)
     else:
-        total = tl.where(l == 0.0, 1.0, l)  # rows that see nothing
-        _store(OUT, row, q_len, o_t, acc / total[:, None], BM, DV, BLOCK_DV)
-        tl.store(
-            LSE + at_rows,
-            tl.where(l == 0.0, -float("inf"), (m + tl.log2(total)) / LOG2E),
-            mask=inside,
-        )
+        total = tl.where(l == 0.0, 1.0, l)  # 0 for queries that see nothing
+        store_tile(OUT, q_offset, q_len, o_t, acc / total[:, None], BM, DV, BLOCK_DV)
+        final_lse = tl.where(l == 0.0, -float("inf"), (m + tl.log2(total)) / LOG2E)
+        tl.store(LSE + lse_index, final_lse, mask=is_query)

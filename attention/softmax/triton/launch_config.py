@@ -1,11 +1,11 @@
-"""Launch shapes of the kernels: a table, no tuning while training."""
+"""How the kernels are launched: a table for each kind of GPU, and no tuning while training."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Rows of queries and of keys in a tile, warps of a program, and loads in flight."""
+    """Queries and keys in a tile, warps of a program, and stages of its pipelined loads."""
 
     queries: int
     keys: int
@@ -13,22 +13,28 @@ class KernelConfig:
     stages: int
 
 
-CHIPS = (80, 90, 100, 103)
-"""Compute capabilities that the table is for; others have less shared memory."""
-MAX_DIM = 128
-"""Beyond it the gradients of keys and values do not fit into registers."""
+MAX_HEAD_DIM = 128
+"""Beyond this head dim the gradients of keys and values do not fit into registers."""
 
 
-def shape(kernel: str, capability: int, bytes_per_number: int, dim: int) -> KernelConfig:
-    """Of ``kernel`` (forward, dq or dkv) on a GPU of compute ``capability`` (90 for 9.0), for head dims up to ``dim``."""
-    row = _SHAPES[kernel]
-    dim = 64 if dim <= 64 else MAX_DIM
+def kernel_config(
+    kernel: str, capability: int, bytes_per_number: int, head_dim: int
+) -> KernelConfig:
+    """Return the configuration of a kernel.
+
+    Args:
+        kernel: ``forward``, ``dq`` or ``dkv``.
+        capability: compute capability of the GPU, 90 for 9.0.
+        bytes_per_number: size of the inputs' numbers.
+        head_dim: the largest head dim of the call.
+    """
     if bytes_per_number == 4:
         return KernelConfig(32, 32, 4, 1)
-    return row["tma" if capability >= 90 else "pointers", dim]
+    loads = "tma" if capability >= 90 else "pointers"
+    return _CONFIGS[kernel][loads, 64 if head_dim <= 64 else MAX_HEAD_DIM]
 
 
-_SHAPES = {
+_CONFIGS = {
     "forward": {
         ("tma", 64): KernelConfig(128, 64, 8, 3),
         ("tma", 128): KernelConfig(128, 64, 8, 3),
@@ -48,3 +54,4 @@ _SHAPES = {
         ("pointers", 128): KernelConfig(32, 64, 8, 2),
     },
 }
+"""By kernel, by how tiles are loaded, and by head dim."""

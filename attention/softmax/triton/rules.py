@@ -1,13 +1,16 @@
-"""The segment kernels: attention of a closed-form pattern, forward and backward, without lists of blocks.
+"""What the kernels of softmax attention share: a pattern as a small table, and loads and logits.
 
-A KV head's pattern is a row of a small table: its bands (all keys up to a distance), then its far rules (blocks
-``start, start + step, ...``, the segments). From these a program finds its own key tiles, or query tiles, in closed form.
-Tiles that are seen whole take no mask. Block lists (:class:`~longspan.attention.BlockLists`) go through the same kernels with
-``LISTED``.
+The kernels compute attention under a closed-form pattern, forward and backward, without lists of
+blocks. The pattern of a KV head is a few rows of a table: its bands (all keys up to a distance),
+then its far rules, each of which shows stripes: ``width`` consecutive keys at regular distances.
+From these a program finds its own tiles of keys, or of queries, in closed form. Tiles of which all
+pairs are visible need no mask. Block lists go through the same kernels with ``LISTED``.
 
-Names: ``i`` and ``j`` are positions of queries and keys in the document; rows are places in the tensors. Query rows are
-consecutive positions from ``q_start``; key rows are the blocks ``k_start, k_start + k_step, ...`` of ``k_size`` positions.
-Everything is deterministic: no atomics, partial sums are added in a fixed order.
+Names: ``i`` and ``j`` are positions of queries and keys in the document, offsets are places in the
+tensors. Queries are at consecutive positions from ``q_start`` on. Keys are in blocks of ``k_size``
+positions, ``k_start, k_start + k_step, ...``; consecutive keys are blocks of one position.
+
+Everything is deterministic: there are no atomics, and partial sums are added in a fixed order.
 """
 
 import triton
@@ -15,106 +18,104 @@ import triton.language as tl
 
 from ...triton_device import LOG2E
 
-# Columns of the table; its rows are the bands, then the far rules whose blocks are fixed, then the relative ones.
+# Columns of the table. Its rows are the bands, then the far rules whose stripes are fixed, then the
+# relative ones.
 SHIFT = tl.constexpr(0)  # log2 of the rule's block
-REACH = tl.constexpr(1)  # in blocks; 2**30 >> SHIFT where it has no limit
-STOP = tl.constexpr(2)
+REACH = tl.constexpr(1)  # in blocks; UNLIMITED >> SHIFT if there is no limit
+STOP = tl.constexpr(2)  # a position; UNLIMITED if there is no limit
 STEP = tl.constexpr(3)
 RESIDUE = tl.constexpr(4)
-WIDTH = tl.constexpr(5)  # keys in a run of the segment
-ROW = tl.constexpr(6)  # key row of the first run; for a relative rule that of block 0
-ROW_STEP = tl.constexpr(7)
-AT = tl.constexpr(8)  # position of the first run
-AT_STEP = tl.constexpr(9)
+WIDTH = tl.constexpr(5)  # keys in a stripe
+OFFSET = tl.constexpr(6)  # of the first stripe; for a relative rule that of the document's block 0
+OFFSET_STEP = tl.constexpr(7)
+POSITION = tl.constexpr(8)  # of the first stripe
+POSITION_STEP = tl.constexpr(9)
 COLUMNS = tl.constexpr(10)
 
-NEVER = tl.constexpr(1 << 30)
+UNLIMITED = tl.constexpr(1 << 30)
 
-# What differs from one sequence to the next: the kernels are compiled once for all.
-RUNNING = ["q_start", "q_len", "k_start", "k_len", "list_b", "list_h"]
+# Arguments that differ from one sequence to the next. Kernels are not specialized for their values,
+# so that they are compiled once for all.
+SEQUENCE_ARGUMENTS = ["q_start", "q_len", "k_start", "k_len", "list_b", "list_h"]
 
 
 @triton.jit
-def _field(table, rule, column: tl.constexpr):
+def rule_field(table, rule, column: tl.constexpr):
+    """Load one column of a rule."""
     return tl.load(table + rule * COLUMNS + column)
 
 
 @triton.jit
-def _first_key(i, table, rule):
-    """The earliest key within reach of query ``i``."""
-    shift = _field(table, rule, SHIFT)
-    return tl.maximum(0, ((i >> shift) - _field(table, rule, REACH) + 1) << shift)
+def first_key(i, table, rule):
+    """Return the earliest key position within reach of query ``i``."""
+    shift = rule_field(table, rule, SHIFT)
+    return tl.maximum(0, ((i >> shift) - rule_field(table, rule, REACH) + 1) << shift)
 
 
 @triton.jit
-def _last_query(j, table, rule):
-    """Behind the last query within whose reach key ``j`` is."""
-    shift = _field(table, rule, SHIFT)
-    return ((j >> shift) + _field(table, rule, REACH)) << shift
+def query_end(j, table, rule):
+    """Return the position after the last query within whose reach key ``j`` is."""
+    shift = rule_field(table, rule, SHIFT)
+    return ((j >> shift) + rule_field(table, rule, REACH)) << shift
 
 
 @triton.jit
-def _rows_below(at, k_start, k_step, k_size, k_len):
-    """How many key rows stand before position ``at``."""
-    blocks = tl.maximum(at // k_size - k_start, 0)
-    inside = (at // k_size >= k_start) & (blocks % k_step == 0)
-    rows = (blocks + k_step - 1) // k_step * k_size + tl.where(inside, at % k_size, 0)
-    return tl.minimum(rows, k_len)
+def keys_before(position, k_start, k_step, k_size, k_len):
+    """Return how many keys of the tensor are before ``position``."""
+    blocks = tl.maximum(position // k_size - k_start, 0)
+    inside = (position // k_size >= k_start) & (blocks % k_step == 0)
+    keys = (blocks + k_step - 1) // k_step * k_size + tl.where(inside, position % k_size, 0)
+    return tl.minimum(keys, k_len)
 
 
 @triton.jit
-def _position(row, k_start, k_step, k_size):
-    """Of a key row; where the blocks are single positions also of rows before the first."""
+def key_position(offset, k_start, k_step, k_size):
+    """Return the position of a key; of consecutive keys also of offsets below 0."""
     return tl.where(
         k_size == 1,
-        k_start + row * k_step,
-        (k_start + row // k_size * k_step) * k_size + row % k_size,
+        k_start + offset * k_step,
+        (k_start + offset // k_size * k_step) * k_size + offset % k_size,
     )
 
 
 @triton.jit
-def _in_bands(i, j, table, BANDS: tl.constexpr):
-    seen = i < -j - 1  # none
+def in_bands(i, j, table, BANDS: tl.constexpr):
+    """Return whether some band reaches from query ``i`` back to key ``j``."""
+    seen = i < -j - 1  # False everywhere
     for band in tl.static_range(BANDS):
-        shift = _field(table, band, SHIFT)
-        seen = seen | (((i >> shift) - (j >> shift)) < _field(table, band, REACH))
+        shift = rule_field(table, band, SHIFT)
+        seen = seen | (((i >> shift) - (j >> shift)) < rule_field(table, band, REACH))
     return seen
 
 
 @triton.jit
-def _in_far(i, j, table, rule, RELATIVE: tl.constexpr):
-    shift = _field(table, rule, SHIFT)
-    away = (i >> shift) - (j >> shift)
-    near = (away < _field(table, rule, REACH)) & (j < _field(table, rule, STOP))
-    phase = tl.maximum(away, 0) if RELATIVE else j >> shift
-    return near & (phase % _field(table, rule, STEP) == _field(table, rule, RESIDUE))
+def in_far_rule(i, j, table, rule, RELATIVE: tl.constexpr):
+    """Return whether a far rule shows key ``j`` to query ``i``, apart from causality."""
+    shift = rule_field(table, rule, SHIFT)
+    distance = (i >> shift) - (j >> shift)
+    near = (distance < rule_field(table, rule, REACH)) & (j < rule_field(table, rule, STOP))
+    phase = tl.maximum(distance, 0) if RELATIVE else j >> shift
+    return near & (phase % rule_field(table, rule, STEP) == rule_field(table, rule, RESIDUE))
 
 
 @triton.jit
-def _load(
-    base,
-    descriptor,
-    row,
-    length,
-    stride,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHECK: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Rows ``row`` to ``row + SIZE``; zeros where there are none. ``CHECK`` says that some may be missing."""
+def load_tile(
+    base, descriptor, offset, length, stride,
+    SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Load tokens ``offset`` to ``offset + SIZE`` as ``[SIZE, BLOCK_D]``, zeros outside the tensor.
+
+    Without ``CHECK`` all of these tokens must be in the tensor.
+    """
     if TMA:
-        x = descriptor.load([row, 0])
+        x = descriptor.load([offset, 0])
     else:
-        rows, dims = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
-        pointers = (
-            base
-            + (tl.full([], 0, tl.int64) + row) * stride
-            + rows[:, None] * stride
-            + dims[None, :]
-        )
-        inside = (row + rows >= 0) & (row + rows < length)
+        tokens = tl.arange(0, SIZE)
+        dims = tl.arange(0, BLOCK_D)
+        start = base + (tl.full([], 0, tl.int64) + offset) * stride
+        pointers = start + tokens[:, None] * stride + dims[None, :]
+        inside = (offset + tokens >= 0) & (offset + tokens < length)
         if CHECK and BLOCK_D == D:
             x = tl.load(pointers, mask=inside[:, None], other=0.0)
         elif CHECK:
@@ -127,25 +128,31 @@ def _load(
 
 
 @triton.jit
-def _store(
-    base, row, length, stride, x, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+def store_tile(
+    base, offset, length, stride, x, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    rows, dims = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
-    pointers = (
-        base + (tl.full([], 0, tl.int64) + row) * stride + rows[:, None] * stride + dims[None, :]
-    )
-    inside = (row + rows >= 0) & (row + rows < length)
+    """Store ``x`` ``[SIZE, BLOCK_D]`` from token ``offset`` on, as far as the tensor goes."""
+    tokens = tl.arange(0, SIZE)
+    dims = tl.arange(0, BLOCK_D)
+    start = base + (tl.full([], 0, tl.int64) + offset) * stride
+    pointers = start + tokens[:, None] * stride + dims[None, :]
+    inside = (offset + tokens >= 0) & (offset + tokens < length)
     tl.store(pointers, x.to(base.dtype.element_ty), mask=inside[:, None] & (dims < D)[None, :])
 
 
 @triton.jit
-def _logits(products, scale, softcap, sigmoid_bias, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr):
-    """Logits in base 2 (softmax) or natural (sigmoid), and their slope in the scaled products."""
+def products_to_logits(
+    products, scale, softcap, sigmoid_bias, SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr
+):
+    """Return the logits, and their slope in the scaled products.
+
+    For softmax in base 2, whose exponential is one instruction; for the sigmoid in base e.
+    """
     slope = 1.0
     if SOFTCAP:
-        bent = 2.0 * tl.sigmoid(2.0 * scale / softcap * products) - 1.0  # tanh
-        slope = 1.0 - bent * bent
-        logits = bent * softcap
+        tanh = 2.0 * tl.sigmoid(2.0 * scale / softcap * products) - 1.0
+        slope = 1.0 - tanh * tanh
+        logits = tanh * softcap
     else:
         logits = products * scale
     logits = logits + sigmoid_bias if SIGMOID else logits * LOG2E
@@ -153,10 +160,15 @@ def _logits(products, scale, softcap, sigmoid_bias, SOFTCAP: tl.constexpr, SIGMO
 
 
 @triton.jit
-def _gradient(s, slope, dp, lse, delta, visible, SIGMOID: tl.constexpr, MASK: tl.constexpr):
-    """Weights and gradients of the scaled products, from the final log-sum-exp (arXiv 2205.14135, algorithm 4)."""
-    p = tl.sigmoid(s) if SIGMOID else tl.exp2(s - lse)
+def weights_and_gradient(
+    logits, slope, grad_weights, lse, delta, visible, SIGMOID: tl.constexpr, MASK: tl.constexpr
+):
+    """Return the weights, and the gradient of the scaled products.
+
+    From the final log-sum-exp, in base 2 (FlashAttention, arXiv 2205.14135, algorithm 4).
+    """
+    p = tl.sigmoid(logits) if SIGMOID else tl.exp2(logits - lse)
     if MASK:
         p = tl.where(visible, p, 0.0)
-    ds = p * (1.0 - p) * dp if SIGMOID else p * (dp - delta)
+    ds = p * (1.0 - p) * grad_weights if SIGMOID else p * (grad_weights - delta)
     return p, ds * slope

@@ -16,7 +16,7 @@ from longspan.attention.linear.triton import (
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.attention.softmax.aot_worker import _resources
+from tests.attention.softmax.aot_worker import kernel_resources
 
 # Of the walk: whether it goes back, whether the state is transposed, and what it is given.
 ROLES = {
@@ -74,7 +74,7 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
-    return case | {"shape": vars(size)} | _resources(found.asm["ptx"], found)
+    return case | {"shape": vars(size)} | kernel_resources(found.asm["ptx"], found)
 
 
 if __name__ == "__main__":

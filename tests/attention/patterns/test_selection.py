@@ -6,21 +6,28 @@ from ..softmax.oracle import document_ids, make, oracle, relative
 
 
 def brute_force(q, k, documents, block, top_k):
-    """Which blocks each query sees, one query block and head at a time: bool ``[batch, kv_heads, time, time]``."""
+    """Return which keys each query sees, one query block and head at a time.
+
+    Returns:
+        Bool ``[batch, kv_heads, time, time]``.
+    """
     batch, length, _, _ = q.shape
     ids = torch.zeros(batch, length) if documents is None else documents
-    seen = torch.zeros(batch, k.shape[2], length, length, dtype=torch.bool)
-    parts = [slice(start, min(length, start + block)) for start in range(0, length, block)]
+    kv_heads = k.shape[2]
+    group_size = q.shape[2] // kv_heads
+    visible = torch.zeros(batch, kv_heads, length, length, dtype=torch.bool)
+    blocks = [slice(start, min(length, start + block)) for start in range(0, length, block)]
     for b in range(batch):
-        for h in range(k.shape[2]):
-            group = slice(h * q.shape[2] // k.shape[2], (h + 1) * q.shape[2] // k.shape[2])
-            for own, rows in enumerate(parts):
-                query = q[b, rows, group].mean((0, 1))
-                earlier = [n for n in range(own) if ids[b, parts[n].start] == ids[b, rows.start]]
-                earlier.sort(key=lambda n: -(query @ k[b, parts[n], h].mean(0)).item())
+        for h in range(kv_heads):
+            query_heads = slice(h * group_size, (h + 1) * group_size)
+            for own, queries in enumerate(blocks):
+                mean_query = q[b, queries, query_heads].mean((0, 1))
+                document = ids[b, queries.start]
+                earlier = [n for n in range(own) if ids[b, blocks[n].start] == document]
+                earlier.sort(key=lambda n: -(mean_query @ k[b, blocks[n], h].mean(0)).item())
                 for n in [own, *earlier[: top_k - 1]]:
-                    seen[b, h, rows, parts[n]] = True
-    return seen & torch.ones(length, length, dtype=torch.bool).tril()
+                    visible[b, h, queries, blocks[n]] = True
+    return visible & torch.ones(length, length, dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("documents", [None, [40, 8, 25]], ids=["one", "packed"])
@@ -28,20 +35,20 @@ def brute_force(q, k, documents, block, top_k):
 def test_parity_with_brute_force(heads, kv_heads, top_k, documents):
     q, k, v = make(2, 73, heads, kv_heads, 8)
     ids = None if documents is None else document_ids(documents)[:1].expand(2, -1)
-    seen = brute_force(q, k, ids, 8, top_k)
+    masks = iter(brute_force(q, k, ids, 8, top_k))  # the oracle asks once for each batch row
 
     class Chosen(Window):
         def mask(self, queries, keys, num_kv_heads):
             return next(masks)
 
-    masks = iter(seen)
     out = attend(q, k, v, MoBA(8, top_k), documents=ids)
     expected, _ = oracle(q, k, v, Chosen(1))
     upstream = torch.randn_like(out)
-    ours, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (out, expected))
+    gradients = torch.autograd.grad(out, (q, k, v), upstream)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
     assert relative(out, expected) < 1e-10
-    for a, b in zip(ours, wanted, strict=True):
-        assert relative(a, b) < 1e-10
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert relative(gradient, expected_gradient) < 1e-10
 
 
 def test_bad_arguments_are_named():
@@ -62,14 +69,19 @@ KEYS = LENGTH // BLOCK * (BLOCK // 2)
 
 
 def cards(generator, batch=16):
-    """Blocks of cards, each a key with a value, and as often the question for one key that was shown in some block before.
+    """Make sequences of cards and questions.
 
-    Gives keys, values (of the questions: what the answer is) and which tokens are questions.
+    The first half of each block are cards, each a key with a value. The second half asks for one
+    key of an earlier block.
+
+    Returns:
+        Keys, values (of a question: its answer), and which tokens are questions; all
+        ``[batch, LENGTH]``.
     """
     blocks = LENGTH // BLOCK
-    shown = (
-        torch.rand(batch, KEYS, generator=generator).argsort(1).view(batch, blocks, BLOCK // 2)
-    )  # each key once
+    # Each key is shown once.
+    shown = torch.rand(batch, KEYS, generator=generator).argsort(1)
+    shown = shown.view(batch, blocks, BLOCK // 2)
     keys = torch.cat([shown, shown], -1)
     values = torch.randint(VALUES, (batch, KEYS), generator=generator)
     earlier = (
@@ -90,13 +102,14 @@ class Retriever(torch.nn.Module):
     def __init__(self, pattern, dim=64):
         super().__init__()
         self.pattern = pattern
-        self.key, self.value = torch.nn.Embedding(KEYS, dim), torch.nn.Embedding(VALUES, dim)
+        self.key = torch.nn.Embedding(KEYS, dim)
+        self.value = torch.nn.Embedding(VALUES, dim)
         self.asks = torch.nn.Embedding(2, dim)
-        self.qkv, self.out = (
-            torch.nn.Linear(3 * dim, 3 * dim, bias=False),
-            torch.nn.Linear(dim, VALUES),
-        )
-        with torch.no_grad():  # a question begins a little like its card: else hundreds of steps go by before anything is found
+        self.qkv = torch.nn.Linear(3 * dim, 3 * dim, bias=False)
+        self.out = torch.nn.Linear(dim, VALUES)
+        # A question is a little like its card from the start: otherwise it takes hundreds of steps
+        # until anything is found.
+        with torch.no_grad():
             self.qkv.weight[:dim] = self.qkv.weight[dim : 2 * dim]
 
     def forward(self, keys, values, asks):
@@ -107,9 +120,10 @@ class Retriever(torch.nn.Module):
 
 
 def accuracy(pattern, steps):
-    """Of the answers after ``steps`` of training, on new sequences."""
+    """Return the share of right answers on new sequences, after ``steps`` of training."""
     torch.manual_seed(0)
-    model, generator = Retriever(pattern), torch.Generator().manual_seed(0)
+    model = Retriever(pattern)
+    generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
         keys, values, asks = cards(generator)
@@ -123,6 +137,7 @@ def accuracy(pattern, steps):
 
 
 def test_trained_it_finds_what_a_window_of_the_same_budget_cannot():
-    chosen, nearest = accuracy(MoBA(BLOCK, TOP_K), 400), accuracy(Window(BLOCK * TOP_K), 400)
+    chosen = accuracy(MoBA(BLOCK, TOP_K), 400)
+    nearest = accuracy(Window(BLOCK * TOP_K), 400)
     assert nearest < 0.52, nearest  # what lies within the window, and guesses
     assert chosen > nearest + 0.08, (chosen, nearest)

@@ -1,4 +1,7 @@
-"""Compile kernels ahead of time, without a GPU, and print what each needs as JSON lines. ARCH KERNEL:DIM:VARIANT ..."""
+"""Compile kernels ahead of time, without a GPU, and print what each needs as JSON lines.
+
+Arguments: ARCH KERNEL:DIM:VARIANT ...
+"""
 
 import json
 import re
@@ -10,7 +13,7 @@ from pathlib import Path
 import triton
 from longspan.attention.softmax.triton.dkv import dkv_kernel
 from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
-from longspan.attention.softmax.triton.launch_config import shape
+from longspan.attention.softmax.triton.launch_config import kernel_config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,7 +29,7 @@ TENSORS = dict.fromkeys(("Q", "K", "V", "OUT", "DO"), "*bf16")
 TENSORS |= dict.fromkeys(("LSE", "DELTA", "DK", "DV_OUT"), "*fp32") | dict.fromkeys(
     ("TABLE", "LISTS", "POINTERS"), "*i32"
 )
-# What the launcher cannot promise to be a multiple of 16.
+# Arguments that may not be multiples of 16.
 ODD = {
     "heads",
     "kv_heads",
@@ -45,17 +48,17 @@ ODD = {
 
 
 def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
-    """Registers, spills and shared memory of one kernel."""
-    size = shape(kernel, arch, 2, dim)
+    """Compile one kernel. Returns its registers, spills, shared memory and instructions."""
+    config = kernel_config(kernel, arch, 2, dim)
     bands, fixed, fars, far, lists = VARIANTS[variant]
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
     constants = {
-        "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": size.queries, "BN": size.keys, "BANDS": bands,
-        "FIXED": fixed, "FARS": fars, "LISTED": lists, "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90,
-        "PRECISION": "tf32",
+        "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
+        "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": fars, "LISTED": lists,
+        "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
     if lists:
-        constants |= {"BM": min(64, size.queries), "BN": min(64, size.keys)}
+        constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
     signature, hints = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
@@ -73,7 +76,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=hints)
     target = GPUTarget("cuda", arch, 32)
     found = triton.compile(
-        source, target=target, options={"num_warps": size.warps, "num_stages": size.stages}
+        source, target=target, options={"num_warps": config.warps, "num_stages": config.stages}
     )
     assembly = found.asm["ptx"]
     return {
@@ -81,11 +84,12 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
         "arch": arch,
         "dim": dim,
         "variant": variant,
-        "shape": vars(size),
-    } | _resources(assembly, found)
+        "shape": vars(config),
+    } | kernel_resources(assembly, found)
 
 
-def _resources(assembly: str, found) -> dict:
+def kernel_resources(assembly: str, compiled_kernel) -> dict:
+    """Assemble the PTX. Returns what the kernel needs, and counts of some of its instructions."""
     chip = re.search(r"\.target (\w+)", assembly).group(1)
     name = "ptxas-blackwell" if chip.startswith("sm_10") else "ptxas"
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
@@ -93,14 +97,13 @@ def _resources(assembly: str, found) -> dict:
         file.write(assembly)
         file.flush()
         command = [str(ptxas), "-v", f"--gpu-name={chip}", file.name, "-o", "/dev/null"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    stores, loads = map(
-        int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told).groups()
-    )
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    stores, loads = map(int, spills.groups())
     return {
-        "registers": int(re.search(r"Used (\d+) registers", told).group(1)),
+        "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": max(stores, loads),
-        "shared": found.metadata.shared,
+        "shared": compiled_kernel.metadata.shared,
         "wgmma": assembly.count("wgmma.mma_async"),
         "tma": assembly.count("cp.async.bulk.tensor"),
     }

@@ -1,11 +1,14 @@
-"""Attention by its definition, with autograd: every pair in fp64, and how far results are from it."""
+"""Attention by its definition, with autograd and every pair in fp64; and distances from it."""
 
 import torch
 from torch import Tensor
 
 
 def make(batch, length, heads, kv_heads, dim, value_dim=None, dtype=torch.float64) -> list[Tensor]:
-    """Queries, keys and values whose logits have a standard deviation of 5: flat softmaxes hide errors."""
+    """Make queries, keys and values whose logits have a standard deviation of 5.
+
+    Flat softmaxes hide errors.
+    """
     generator = torch.Generator("cpu").manual_seed(length + heads)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")  # noqa: E731
     q = draw(batch, length, heads, dim) * 5.0
@@ -16,13 +19,14 @@ def make(batch, length, heads, kv_heads, dim, value_dim=None, dtype=torch.float6
 def oracle(
     q, k, v, pattern, documents=None, scale=None, sinks=None, softcap=None, sigmoid_bias=None
 ):
-    """Output and log-sum-exp of the dense formula."""
+    """Return output and log-sum-exp of the dense formula."""
     batch, length, heads, dim = q.shape
     group = heads // k.shape[2]
     ids = torch.zeros(batch, length) if documents is None else documents
     same = ids[:, :, None] == ids[:, None]
-    at = torch.arange(length) - same.int().argmax(-1)
-    visible = torch.stack([pattern.mask(own, own, k.shape[2]) for own in at]) & same[:, None]
+    positions = torch.arange(length) - same.int().argmax(-1)  # from each document's start
+    masks = [pattern.mask(row, row, k.shape[2]) for row in positions]
+    visible = torch.stack(masks) & same[:, None]  # [batch, kv_heads, queries, keys]
     visible = visible.repeat_interleave(group, 1)
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * (dim**-0.5 if scale is None else scale)
@@ -41,24 +45,20 @@ def oracle(
 
 
 def document_ids(lengths, batch=2) -> Tensor | None:
-    """int32 ``[batch, time]``, the second row in the opposite order."""
+    """Return int32 ``[batch, time]``; the second row has the documents in the opposite order."""
     if lengths is None:
         return None
-    ids = (
-        torch.arange(len(lengths), device="cpu")
-        .repeat_interleave(torch.tensor(lengths, device="cpu"))
-        .expand(batch, -1)
-        .int()
-        .clone()
-    )
+    documents = torch.arange(len(lengths), device="cpu")
+    ids = documents.repeat_interleave(torch.tensor(lengths, device="cpu"))
+    ids = ids.expand(batch, -1).int().clone()
     ids[1] = ids[1].flip(0).max() - ids[1].flip(0)
     return ids
 
 
 def errors(run, inputs, expected_inputs=None, **options) -> dict[str, float]:
-    """Relative errors of output, log-sum-exp and every gradient of ``run(*inputs) -> (out, lse)`` against the oracle.
+    """Compare ``run() -> (out, lse)`` and every gradient with the oracle. Returns relative errors.
 
-    Upstream gradients are random; those of the log-sum-exp count where the row sees something.
+    Upstream gradients are random; queries that see nothing have none for the log-sum-exp.
     """
     wide = [x.detach().double().requires_grad_() for x in inputs]
     names, sinks = ["q", "k", "v"], options.get("sinks")

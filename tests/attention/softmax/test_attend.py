@@ -35,7 +35,8 @@ def compare(
     dtype=torch.float64,
     **options,
 ):
-    inputs, ids = make(2, length, heads, kv_heads, 16, value_dim, dtype), document_ids(documents)
+    inputs = make(2, length, heads, kv_heads, 16, value_dim, dtype)
+    ids = document_ids(documents)
     lse = options.get("sigmoid_bias") is None
 
     def run():
@@ -129,7 +130,7 @@ def test_any_pattern_and_length(pattern, length, group):
 
 
 class TestDKernelsTraps:
-    """What the reference implementation gets wrong (its gradients there are NaN, garbage, or another pattern's)."""
+    """What the reference implementation gets wrong: gradients are NaN, or of another pattern."""
 
     @pytest.mark.parametrize(
         ("pattern", "length", "heads", "kv_heads"),
@@ -228,7 +229,7 @@ def test_reruns_are_bitwise_equal():
     ("change", "message"),
     [
         ({"q": torch.zeros(1, 4, 3, 8)}, "2 heads, which do not divide the 3 heads"),
-        ({"k": torch.zeros(1, 5, 2, 8)}, "shapes do not fit"),
+        ({"k": torch.zeros(1, 5, 2, 8)}, "shapes do not fit together"),
         ({"v": torch.zeros(1, 4, 2, 8, dtype=torch.float64)}, "v is torch.float64"),
         (
             {"v": torch.zeros(1, 4, 2, 8, device="meta")},
@@ -257,14 +258,14 @@ def test_reruns_are_bitwise_equal():
             {"pattern": BlockLists(4, torch.zeros(3, 1, 1, 1).int())},
             "lists for a batch of 3, but q has 1 rows",
         ),
-        ({"pattern": "S2"}, "pattern must be a Pattern, as S2.64, 16, 16., got 'S2'"),
+        ({"pattern": "S2"}, "pattern must be a Pattern such as S2.64, 16, 16., got 'S2'"),
         (
             {"sinks": torch.zeros(2)},
             r"sinks must be one number for each head of q, shape \(4,\), got \(2,\)",
         ),
-        ({"softcap": 0.0}, "softcap must be positive, got 0"),
-        ({"sinks": torch.zeros(4), "sigmoid_bias": 0.0}, "sinks belongs to softmax"),
-        ({"return_lse": True, "sigmoid_bias": 0.0}, "return_lse belongs to softmax"),
+        ({"softcap": 0.0}, "softcap must be positive, or None for no softcap, got 0"),
+        ({"sinks": torch.zeros(4), "sigmoid_bias": 0.0}, "sinks needs the softmax"),
+        ({"return_lse": True, "sigmoid_bias": 0.0}, "return_lse needs the softmax"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

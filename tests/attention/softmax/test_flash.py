@@ -1,4 +1,4 @@
-"""The flash backend: everywhere against libraries that read their arguments as flash-attn does, and on CUDA with the real."""
+"""The flash backend, with stand-ins that read their arguments as flash-attn does, and on CUDA."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -10,7 +10,7 @@ from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, 
 from longspan.attention.patterns.rules import Blocks
 from longspan.attention.softmax import flash as flash_backend
 from longspan.attention.softmax.backends import tile_backward, tile_forward
-from longspan.attention.softmax.flash import Call, calls
+from longspan.attention.softmax.flash import FlashCall, split_into_calls
 from longspan.attention.softmax.tiles import LogitOptions, Tile
 
 from .oracle import document_ids, errors, make, relative
@@ -120,7 +120,7 @@ class Flash2(Dense):
 
 
 class Flash4(Dense):
-    """flash_attn/cute/interface.py of 4.0.0b36: what we pass of the arguments, most of which are for other things."""
+    """flash_attn/cute/interface.py of 4.0.0b36, with only those of its arguments that we pass."""
 
     multiple = 32
 
@@ -173,11 +173,11 @@ LIBRARIES = {"flash-attn": Flash2, "flash-attn-4": Flash4}
 
 
 @pytest.fixture(autouse=True)
-def forgetful():
-    """Each test looks again at what is installed."""
-    flash_backend._installed.cache_clear()
+def empty_cache():
+    """Let each test find anew what is installed."""
+    flash_backend._installed_library.cache_clear()
     yield
-    flash_backend._installed.cache_clear()
+    flash_backend._installed_library.cache_clear()
 
 
 @pytest.fixture
@@ -192,40 +192,42 @@ def installed(monkeypatch):
 
         monkeypatch.setattr(flash_backend, "_DEVICES", {"cpu"})
         monkeypatch.setattr(flash_backend, "_DTYPES", {torch.float64, torch.bfloat16})
-        monkeypatch.setattr(flash_backend, "_interface", interface)
+        monkeypatch.setattr(flash_backend, "_import_interface", interface)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return install
 
 
 def tile(pattern, queries, keys):
-    """From positions ``(start, stop)``."""
-    q_at, k_at = (Blocks(start, 1, stop - start) for start, stop in (queries, keys))
-    return Tile(pattern, (q_at,), (k_at,), LogitOptions(0.3))
+    """Return the tile of queries and keys at positions ``(start, stop)``."""
+    q_positions, k_positions = (Blocks(start, 1, stop - start) for start, stop in (queries, keys))
+    return Tile(pattern, (q_positions,), (k_positions,), LogitOptions(0.3))
 
 
-STRETCH = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
+POSITIONS = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.one_of(st.just(Causal()), st.integers(1, 50).map(Window)), STRETCH, STRETCH)
+@given(st.one_of(st.just(Causal()), st.integers(1, 50).map(Window)), POSITIONS, POSITIONS)
 def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     expected = pattern.mask(torch.arange(*queries), torch.arange(*keys), 1)[0]
     found = {name: torch.zeros(expected.shape, dtype=torch.int) for name in LIBRARIES}
-    for call in calls(tile(pattern, queries, keys), 1):
-        rows, columns = call.queries.stop - call.queries.start, call.keys.stop - call.keys.start
-        left, right = -1 if call.left is None else call.left, 0 if call.causal else -1
+    for call in split_into_calls(tile(pattern, queries, keys), 1):
+        num_queries = call.queries.stop - call.queries.start
+        num_keys = call.keys.stop - call.keys.start
+        left2, right2 = -1 if call.left is None else call.left, 0 if call.causal else -1
+        left4, right4 = call.left, 0 if call.causal else None
         masks = {
-            "flash-attn": Flash2.mask(rows, columns, call.causal, left, right),
-            "flash-attn-4": Flash4.mask(
-                rows, columns, call.causal, call.left, 0 if call.causal else None
-            ),
+            "flash-attn": Flash2.mask(num_queries, num_keys, call.causal, left2, right2),
+            "flash-attn-4": Flash4.mask(num_queries, num_keys, call.causal, left4, right4),
         }
         for name, mask in masks.items():
-            assert mask.any(1).all(), "a row without keys has another log-sum-exp in each of them"
+            assert mask.any(1).all(), (
+                "the libraries differ in the log-sum-exp of a query without keys"
+            )
             found[name][call.queries, call.keys] += mask
         if call.causal or call.left is not None:
-            assert rows <= columns, "flash-attn 4 has no tests of that"
+            assert num_queries <= num_keys, "flash-attn 4 has no tests of that"
     for mask in found.values():
         assert torch.equal(mask, expected.int())
 
@@ -234,44 +236,47 @@ def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     ("pattern", "queries", "keys", "expected"),
     [
         pytest.param(
-            Causal(), (0, 8), (0, 8), [Call(slice(0, 8), slice(0, 8), True, None)], id="causal"
+            Causal(), (0, 8), (0, 8), [FlashCall(slice(0, 8), slice(0, 8), True, None)], id="causal"
         ),
         pytest.param(
-            Window(3), (0, 8), (0, 8), [Call(slice(0, 8), slice(0, 8), True, 2)], id="window"
+            Window(3), (0, 8), (0, 8), [FlashCall(slice(0, 8), slice(0, 8), True, 2)], id="window"
         ),
         pytest.param(
             Window(8),
             (0, 8),
             (0, 8),
-            [Call(slice(0, 8), slice(0, 8), True, None)],
+            [FlashCall(slice(0, 8), slice(0, 8), True, None)],
             id="window of all",
         ),
         pytest.param(
             S2(4, 1, 1),
             (0, 8),
             (0, 8),
-            [Call(slice(0, 8), slice(0, 8), True, None)],
+            [FlashCall(slice(0, 8), slice(0, 8), True, None)],
             id="S2 of all",
         ),
         pytest.param(
             Window(3),
             (5, 8),
             (0, 8),
-            [Call(slice(0, 3), slice(3, 8), True, 2)],
+            [FlashCall(slice(0, 3), slice(3, 8), True, 2)],
             id="the window's keys",
         ),
         pytest.param(
             Causal(),
             (8, 12),
             (0, 8),
-            [Call(slice(0, 4), slice(0, 8), False, None)],
+            [FlashCall(slice(0, 4), slice(0, 8), False, None)],
             id="all keys before",
         ),
         pytest.param(
             Window(4),
             (8, 20),
             (5, 8),
-            [Call(slice(0, 1), slice(0, 3), False, None), Call(slice(1, 3), slice(1, 3), False, 0)],
+            [
+                FlashCall(slice(0, 1), slice(0, 3), False, None),
+                FlashCall(slice(1, 3), slice(1, 3), False, 0),
+            ],
             id="halo",
         ),
         pytest.param(Causal(), (0, 4), (4, 8), [], id="all keys after"),
@@ -281,23 +286,27 @@ def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
     ],
 )
 def test_what_is_called(pattern, queries, keys, expected):
-    assert list(calls(tile(pattern, queries, keys), 2)) == expected
+    assert list(split_into_calls(tile(pattern, queries, keys), 2)) == expected
 
 
-def test_positions_are_one_run():
-    at = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))
-    assert list(calls(Tile(Causal(), at, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)) == [
-        Call(slice(0, 8), slice(0, 12), True, None)
-    ]
-    for at in [
+def test_positions_must_be_consecutive():
+    positions = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))
+    assert list(
+        split_into_calls(Tile(Causal(), positions, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)
+    ) == [FlashCall(slice(0, 8), slice(0, 12), True, None)]
+    for positions in [
         (Blocks(0, 1, 4), Blocks(8, 1, 4)),
         (Blocks(4, 1, 4), Blocks(0, 1, 4)),
         (Blocks(0, 2, 4),),
     ]:
         with pytest.raises(
-            ValueError, match=r"flash takes one run of positions as k_at, got \(Blocks\("
+            ValueError, match=r"flash needs keys at consecutive positions, got \(Blocks\("
         ):
-            list(calls(Tile(Causal(), (Blocks(0, 1, 4),), at, LogitOptions(1.0)), 1))
+            list(
+                split_into_calls(
+                    Tile(Causal(), (Blocks(0, 1, 4),), positions, LogitOptions(1.0)), 1
+                )
+            )
 
 
 def compare(
@@ -311,7 +320,8 @@ def compare(
     dtype=torch.float64,
     **options,
 ):
-    inputs, ids = make(2, length, heads, kv_heads, dim, value_dim, dtype), document_ids(documents)
+    inputs = make(2, length, heads, kv_heads, dim, value_dim, dtype)
+    ids = document_ids(documents)
 
     def run():
         return attend(*inputs, pattern, documents=ids, backend="flash", return_lse=True, **options)
@@ -363,23 +373,21 @@ def test_options(installed, options):
     ("queries", "keys"), [((20, 73), (10, 40)), ((40, 73), (9, 40)), ((0, 30), (20, 73))]
 )
 def test_tiles_anywhere(installed, pattern, queries, keys, package):
-    """Some queries see nothing, others also keys elsewhere: the final output and log-sum-exp come from outside."""
+    """Some queries see nothing, others also keys elsewhere, so ``out`` and ``lse`` are given."""
     installed(package)
     q, k, v = (x.detach() for x in make(2, 73, 4, 2, 16))
-    q, k, v, at = (
-        q[:, slice(*queries)],
-        k[:, slice(*keys)],
-        v[:, slice(*keys)],
-        tile(pattern, queries, keys),
-    )
-    out, lse = tile_forward(q, k, v, at, "flash")
-    expected_out, expected_lse = tile_forward(q, k, v, at, "reference")
+    q = q[:, slice(*queries)]
+    k = k[:, slice(*keys)]
+    v = v[:, slice(*keys)]
+    part = tile(pattern, queries, keys)
+    out, lse = tile_forward(q, k, v, part, "flash")
+    expected_out, expected_lse = tile_forward(q, k, v, part, "reference")
     assert torch.equal(lse.isinf(), expected_lse.isinf())
     assert relative(out, expected_out) < 1e-10
     assert relative(lse.nan_to_num(), expected_lse.nan_to_num()) < 1e-10
     final = (torch.randn_like(out), torch.randn_like(out), lse.clamp(min=0.0) + 1.0)
     found, expected = (
-        tile_backward(final[0], q, k, v, *final[1:], at, backend, torch.ones_like(lse))
+        tile_backward(final[0], q, k, v, *final[1:], part, backend, torch.ones_like(lse))
         for backend in ("flash", "reference")
     )
     for a, b in zip(found, expected, strict=True):
@@ -402,7 +410,9 @@ def test_tiles_anywhere(installed, pattern, queries, keys, package):
 def test_which_version(installed, packages, capability, dim, softcap, expected):
     installed(*packages, capability=capability)
     q = torch.empty(1, 4, 2, dim)
-    assert isinstance(flash_backend._flash(q, q, LogitOptions(1.0, softcap)).interface, expected)
+    assert isinstance(
+        flash_backend._library_for(q, q, LogitOptions(1.0, softcap)).interface, expected
+    )
 
 
 LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
@@ -414,9 +424,9 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
         ({}, "backend flash needs CUDA, but q is on cpu; use torch"),
         (
             {"dtype": torch.float32},
-            "backend flash does float16 and bfloat16, but q is torch.float32; use torch",
+            "backend flash supports only float16 and bfloat16, but q is torch.float32; use torch",
         ),
-        ({"dim": 264}, "backend flash does heads of up to 256, but q has 264 and v 264"),
+        ({"dim": 264}, "backend flash supports head dims up to 256, but q has 264 and v 264"),
         (
             {"pattern": S2(4, 1, 3)},
             r"the same for all heads, but pattern is S2\(4, 1, 3\); use triton or torch",
@@ -427,7 +437,7 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
         ({"pattern": LISTS}, "but pattern is BlockLists"),
         (
             {"sigmoid_bias": 0.0},
-            "backend flash does softmax alone, but sigmoid_bias is given; use triton or torch",
+            "backend flash supports only softmax, but sigmoid_bias is given; use triton or torch",
         ),
     ],
 )
@@ -471,14 +481,14 @@ class TestOnCuda:
         pytest.importorskip(
             {"flash-attn": "flash_attn_2_cuda", "flash-attn-4": "flash_attn.cute"}[request.param]
         )
-        real = flash_backend._interface
+        real = flash_backend._import_interface
 
         def only(package, *rest):
             if package != request.param:
                 raise ImportError(f"not under test: {package}")
             return real(package, *rest)
 
-        monkeypatch.setattr(flash_backend, "_interface", only)
+        monkeypatch.setattr(flash_backend, "_import_interface", only)
 
     def compare(
         self,
@@ -516,7 +526,8 @@ class TestOnCuda:
                 raise
             pytest.skip("left to the other version")
         for name, error in found.items():
-            # Rounding the weights, their gradients and each query head's part of dk to bf16 gives 5e-3 in exact arithmetic.
+            # Rounding the weights, their gradients and each query head's part of dk to bf16 gives
+            # 5e-3 in exact arithmetic.
             assert error < (5e-3 if name in ("out", "lse") else 1e-2), name
 
     @pytest.mark.parametrize("documents", [None, [170, 1, 129, 300]], ids=["one", "documents"])
@@ -543,13 +554,12 @@ class TestOnCuda:
     @pytest.mark.parametrize("pattern", [Causal(), Window(100)], ids=repr)
     def test_tiles_anywhere(self, pattern, queries, keys):
         q, k, v = (x.detach().bfloat16().cuda() for x in make(2, 600, 4, 2, 64))
-        q, k, v, at = (
-            q[:, slice(*queries)],
-            k[:, slice(*keys)],
-            v[:, slice(*keys)],
-            tile(pattern, queries, keys),
-        )
-        found, expected = (tile_forward(q, k, v, at, backend) for backend in ("flash", "reference"))
+        q = q[:, slice(*queries)]
+        k = k[:, slice(*keys)]
+        v = v[:, slice(*keys)]
+        part = tile(pattern, queries, keys)
+        found = tile_forward(q, k, v, part, "flash")
+        expected = tile_forward(q, k, v, part, "reference")
         assert torch.equal(found[1].isinf(), expected[1].isinf())
         for a, b in zip(found, expected, strict=True):
             assert relative(a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0)) < 5e-3

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, against the dense formula in fp64 on the same inputs. `make test-gpu`."""
+"""The Triton kernels on a GPU (`make test-gpu`), against the dense formula in fp64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: right in the interpreter, and compiled for the chips that they are made for."""
+"""The Triton kernels without a GPU: run by the interpreter, and compiled ahead of time."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-# All that a shape must be fit for; by head dim the same.
+# What a configuration must be fit for, with any head dim.
 AHEAD = [
     "forward:{}:s2",
     "forward:{}:lists",
@@ -62,7 +62,7 @@ def test_parity_in_the_interpreter(cases):
     "cases", [AHEAD, pytest.param(WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
 )
 def test_compiled_ahead_of_time(arch, dim, cases):
-    """No register spills worth the name, shared memory in bounds, and the chip's own instructions."""
+    """Few register spills, shared memory in bounds, and the instructions of the GPU are used."""
     for line in python("aot_worker.py", arch, *(case.format(dim) for case in cases)).splitlines():
         found = json.loads(line)
         assert found["spills"] <= 64, found
@@ -71,18 +71,18 @@ def test_compiled_ahead_of_time(arch, dim, cases):
         assert arch != 100 or found["tma"], found
 
 
-def test_it_is_refused_without_a_gpu():
+def test_without_a_gpu_it_says_what_to_use():
     import torch
     from longspan.attention import Causal, attend
 
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a GPU")
     x = torch.zeros(1, 4, 2, 8)
     with pytest.raises(ValueError, match="backend triton needs CUDA, but q is on cpu; use torch"):
         attend(x, x, x, Causal(), backend="triton")
 
 
-def test_lengths_are_no_part_of_what_is_compiled():
+def test_kernels_are_not_specialized_for_lengths():
     from longspan.attention.softmax.triton.dkv import dkv_kernel
     from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 

@@ -1,4 +1,7 @@
-"""The Triton kernels in the interpreter, in fp32, against the dense formula: all within 1e-5. CASE ..."""
+"""The Triton kernels in the interpreter, in fp32, against the dense formula: all within 1e-5.
+
+Arguments: CASE ...
+"""
 
 import os
 import sys
@@ -120,14 +123,14 @@ def tiles() -> dict[str, float]:
     expected = tile_backward(
         upstream.double(), *(x.double() for x in (q, k, v)), out, lse, whole, "reference"
     )
-    # Of seven blocks the stripes 0, 3, 6, what is between them in two parts, and a stray half block.
+    # Of seven blocks the stripes 0, 3 and 6, what is between them in two parts, and half a block.
     parts = [(Blocks(0, 3, 3, 16),), (Blocks(16, 1, 24), Blocks(64, 1, 32)), (Blocks(40, 1, 8),)]
     ours = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
-    at = (Blocks(0, 1, 50), Blocks(50, 1, 62))
+    q_positions = (Blocks(0, 1, 50), Blocks(50, 1, 62))
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
     for part in parts:
         rows = torch.cat([torch.from_numpy(blocks.positions()) for blocks in part])
-        tile = Tile(pattern, at, part, logits)
+        tile = Tile(pattern, q_positions, part, logits)
         merge_(*ours, *tile_forward(q, k[:, rows], v[:, rows], tile, "triton"), logits)
         own = tile_backward(
             upstream, q, k[:, rows], v[:, rows], out.float(), lse.float(), tile, "triton"
@@ -142,7 +145,7 @@ def tiles() -> dict[str, float]:
 
 def mutants() -> None:
     """A stripe off by one and a band a block short must not pass."""
-    row = triton_backend._row
+    row = triton_backend._table_row
 
     def stripe(rule, keys, size):
         shifted = (
@@ -159,9 +162,9 @@ def mutants() -> None:
         )
 
     for mutant in (stripe, band):
-        triton_backend._row = mutant
-        triton_backend._table.cache_clear()
-        triton_backend._table_on.cache_clear()
+        triton_backend._table_row = mutant
+        triton_backend._rule_table.cache_clear()
+        triton_backend._rule_table_on.cache_clear()
         found = compare(S2(16, 2, 3))
         assert min(found.values()) > 1e-3, found
 

@@ -127,7 +127,7 @@ def test_the_default_length_shows_the_structure(capsys, tmp_path):
     [
         (["S3(64)"], "unknown pattern 'S3'"),
         (["S2(63, 2, 2)"], "S2.block must be a power of two"),
-        (["S2(64, 2, 2"], "is no pattern"),
+        (["S2(64, 2, 2"], "is not a pattern"),
         (["PerHead([Causal()])"], "PerHead has patterns for 1 KV heads"),
         (
             ["quickstrat"],

@@ -206,8 +206,8 @@ def test_damaged_weights_are_named(longspan, tiny_recipe, tmp_path):
 def wandb_records(file: Path):
     """Yield the records of a .wandb file, which has LevelDB's log format after 7 bytes of its own.
 
-    The log consists of blocks of 32 KiB. A chunk has a header of 7 bytes: checksum (4), length (2), and
-    type (1), which says whether it is a whole record, or the first, a middle or the last chunk of one.
+    The log consists of blocks of 32 KiB. A chunk has a header of 7 bytes: checksum (4), length (2)
+    and type (1): whether it is a whole record, or the first, a middle or the last chunk of one.
     """
     from wandb.proto import wandb_internal_pb2
 

@@ -71,7 +71,7 @@ def test_a_leak_and_a_loss_are_both_seen():
     ):
         changed = may.clone()
         changed[position] = not changed[position]
-        assert f"with token {probe} position {position} {what}" in find_leak(
+        assert f"with token {probe} replaced, position {position} {what}" in find_leak(
             found["sparse"], documents, {probe: changed}
         )
     across = torch.zeros(documents.shape[1], dtype=torch.bool)
@@ -88,7 +88,7 @@ def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
         == load_recipe("quickstart").model.layers.blocks["sparse"]
     )
     assert recipe.model.kv_heads == 4
-    edges = {start for start, *_ in recipe_layout(recipe).in_order}
+    edges = {segment.start for segment in recipe_layout(recipe).segments_in_order}
     starts = ((documents_of(recipe)[0].diff() != 0).nonzero().flatten() + 1).tolist()
     assert all(start % 32 == 0 for start in starts)
     assert set(starts) & edges

@@ -15,7 +15,7 @@ def edges(sequences) -> dict[str, int]:
     """Count the documents that start on an edge between two segments, and inside one."""
     counts = {"on": 0, "inside": 0}
     for sequence in sequences:
-        segment_starts = {start for start, *_ in sequence.layout.in_order}
+        segment_starts = {segment.start for segment in sequence.layout.segments_in_order}
         for ids in sequence.all_documents:
             lengths = ids.unique_consecutive(return_counts=True)[1]
             for start in lengths.cumsum(0)[:-1].tolist():

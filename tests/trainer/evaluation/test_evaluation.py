@@ -315,7 +315,7 @@ def ended(capsys, *arguments) -> tuple[int, str, str]:
         (
             "tasks --tasks variable_tracking,frequent_words --examples 1",
             "settings",
-            "frequent_words        512  ",
+            "frequent_words     512  ",
         ),
     ],
 )

@@ -200,7 +200,7 @@ def test_ranks_share_the_examples_of_a_step_and_their_tokens():
         (["data.mqar=null"], "data.sources: is required, or data.mqar in its place"),
         (
             ["data.sources={python-stdlib: 1.0}"],
-            "data.mqar: is given beside data.sources; set one of the two to null",
+            "data.mqar: is set together with data.sources; set one of the two to null",
         ),
         (
             ["data.mqar.vocab_size=33"],
@@ -219,15 +219,15 @@ def test_ranks_share_the_examples_of_a_step_and_their_tokens():
             ["model.vocab_size=600"],
             "model.vocab_size: 600 is not that of data.mqar, 256; remove it",
         ),
-        (["data.tokenizer=t.json"], "data.tokenizer: means nothing to data.mqar"),
-        (["data.validation=held-out"], "data.validation: means nothing to data.mqar"),
+        (["data.tokenizer=t.json"], "data.tokenizer: has no effect on data.mqar"),
+        (["data.validation=held-out"], "data.validation: has no effect on data.mqar"),
         (
             ["evaluation.ngram_baseline=true"],
             "evaluation.ngram_baseline: counts bytes: needs data.sources",
         ),
         (
             ["evaluation.sample_prompt=x"],
-            "evaluation.sample_prompt: needs text to go on from, and data.mqar has none",
+            "evaluation.sample_prompt: needs text to continue, and data.mqar has none",
         ),
         (["data.mqar.pairs=[]"], "data.mqar.pairs: list should have at least 1 item"),
         (["data.mqar.pairs=null"], "data.mqar.pairs: is required"),

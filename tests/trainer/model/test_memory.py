@@ -125,7 +125,7 @@ def test_offloading_needs_full_recompute(tiny_recipe):
         load_recipe(
             str(tiny_recipe), ["memory.offload_inputs=true", "memory.recompute_blocks={ful: full}"]
         )
-    assert "memory.recompute_blocks.ful: names no block (did you mean full?)" in str(caught.value)
+    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(caught.value)
     assert (
         "memory.offload_inputs: block full keeps more than its input (recompute none); set"
         in str(caught.value)

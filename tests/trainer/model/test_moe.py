@@ -133,14 +133,14 @@ def _with_router(mlp, weight):
             ["memory.mlp_tile=8"],
             "memory.mlp_tile: 8 would balance the experts of lightning tile by tile",
         ),
-        (["model.moe.shared_expert_gate=true"], "model.moe.shared_expert_gate: gates no expert"),
+        (["model.moe.shared_expert_gate=true"], "model.moe.shared_expert_gate: has no expert to gate"),
         (
             ["launch.processes=2", "parallel.ep=2", "engine.name=deepspeed"],
             "parallel.ep: 2 needs engine megatron",
         ),
         (
             ["parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel: shares tokens among tensor-parallel ranks",
+            "parallel.sequence_parallel: splits tokens over tensor-parallel ranks",
         ),
     ],
 )

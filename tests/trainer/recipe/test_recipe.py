@@ -89,13 +89,13 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("optimizer.betas=[1.0, 1.0]", "optimizer.betas.0: should be less than 1"),
         ("training.seed=10000000000000000000000", "training.seed: should be less than 2147483648"),
         ("training.steps=!!int x", "training.steps: '!!int x' is not YAML"),
-        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names no block: 'spares'"),
+        ("model.layers.pattern=[linear, spares]", "model.layers.pattern: names an unknown block 'spares'"),
         ("model.layers.blocks.more={mixer: full}", "blocks.more: is not in model.layers.pattern"),
         (
             "model.layers.blocks.linear.mixer=lihgtning",
             "unknown mixer 'lihgtning' (did you mean lightning?)",
         ),
-        ("model.layers.blocks.linear={}", "has no mixer; as in {mixer: full}"),
+        ("model.layers.blocks.linear={}", "needs a mixer, as in {mixer: full}"),
         (
             "model.layers.blocks.sparse.block=12",
             "sparse.block: must be a power of two, got 12; 8 and 16 are the nearest",
@@ -123,7 +123,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ("model.layers.blocks.full={mixer: streaming}", "blocks.full.window: is required"),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: S2(8}",
-            "blocks.full.pattern: 'S2(8' is no pattern",
+            "blocks.full.pattern: 'S2(8' is not a pattern",
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'S2(9, 1, 2)'}",
@@ -135,11 +135,11 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal()]) | Sinks(2)'}",
-            "blocks.full.pattern: PerHead lists 1 patterns and the model has 2 KV heads; list one for each, from head 0",
+            "blocks.full.pattern: PerHead lists 1 patterns, but the model has 2 KV heads; list one for each, from head 0",
         ),
         (
             "model.layers.blocks.full={mixer: pattern, pattern: 'PerHead([Causal(), Causal(), Window(9)])'}",
-            "blocks.full.pattern: PerHead lists 3 patterns and the model has 2 KV heads; list one for each, from head 0",
+            "blocks.full.pattern: PerHead lists 3 patterns, but the model has 2 KV heads; list one for each, from head 0",
         ),
         ("model.layers.blocks.full.rotary_fraction=0.3", "rotary_fraction: rotates 4.8 of 16 dims"),
         (
@@ -156,7 +156,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "model.layers.blocks.full={mixer: gated_deltanet, num_heads: 32}",
-            "full.key_head_dim: is by default 3/4 of a head's part of the width 64, 1.5 with 32 heads; set it",
+            "full.key_head_dim: defaults to 3/4 of a head's part of the width 64, 1.5 with 32 heads; set it",
         ),
         (
             "parallel.tp=2 model.layers.blocks.full={mixer: gated_deltanet, num_key_heads: 1}",
@@ -176,7 +176,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "parallel.schedules.ful=ring",
-            "parallel.schedules.ful: names no block (did you mean full?); known: full, linear",
+            "parallel.schedules.ful: is not a block (did you mean full?); known: full, linear",
         ),
         (
             "parallel.schedules.linear=ring",
@@ -188,7 +188,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         ),
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: grid}}",
-            "parallel.schedules.full: grid cannot do model.layers.blocks.full: parallel.cp 2 is no grid; take ring",
+            "parallel.schedules.full: grid cannot do model.layers.blocks.full: parallel.cp 2 cannot form a grid; use ring",
         ),
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
@@ -370,7 +370,7 @@ STAGES = """stages=[{from_step: 6, training: {seq_length: 192, global_batch_size
 def test_stages_add_up(tiny_recipe):
     recipe = load_recipe(str(tiny_recipe), [STAGES])
     assert recipe.stage_starts == [0, 6, 12]
-    stages = map(recipe.at, (0, 5, 6, 11, 12, 19))
+    stages = map(recipe.at_step, (0, 5, 6, 11, 12, 19))
     shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
     assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
     by_step = [Stages(recipe).at(step) for step in range(20)]
