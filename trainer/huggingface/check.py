@@ -1,5 +1,5 @@
-"""Whether an exported model gives the run's logits: for whole prompts, token by token from its cache,
-and for greedy text.
+"""Whether an exported model gives the run's logits: for whole prompts, token by token from its
+cache, and for greedy text.
 """
 
 from collections.abc import Callable
@@ -193,8 +193,8 @@ def _logits_from_cache(hf_model: "PreTrainedModel", tokens: "Tensor") -> "Tensor
 def _require_same_text(
     engine: "Engine", text: "Tensor", start: int, largest: "Tensor", saved: SavedRun
 ) -> None:
-    """Require that every token from ``start`` on is the run's likeliest; if two are equally likely up
-    to rounding, either is.
+    """Require that every token from ``start`` on is the run's likeliest; if two are equally likely
+    up to rounding, either is.
     """
     logits = engine.logits(text)[:, start - 1 : -1]  # [prompts, greedy tokens, vocab]
     chosen = logits.gather(-1, text[:, start:, None])[..., 0]

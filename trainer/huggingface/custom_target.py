@@ -1,4 +1,4 @@
-"""A model with code of its own, which goes with it: any stack, layer by layer as the recipe has it."""
+"""Any stack, layer by layer as the recipe has it: a model whose code goes with it."""
 
 import types
 from collections.abc import Callable, Iterator
@@ -89,7 +89,7 @@ class CustomTarget(Target):
 
         LongspanConfig.register_for_auto_class()
         modeling_longspan.LongspanForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        config = LongspanConfig(**self.config(), **token_ids)
+        config = LongspanConfig(**{**self.config(), **token_ids})
         return lambda: modeling_longspan.LongspanForCausalLM(config)
 
     def finish_folder(self, folder: Path) -> None:

@@ -55,8 +55,8 @@ def load_folder(folder: str | Path, what: str, **options: Any) -> LoadedModel:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Report whatever transformers raises as a UserError that begins with ``what``: each part of the
-    library has exceptions of its own.
+    """Report whatever transformers raises as a UserError that begins with ``what``: each part of
+    the library has exceptions of its own.
     """
     silence_libraries()
     try:

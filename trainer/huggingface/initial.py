@@ -139,7 +139,8 @@ def _open_folder(recipe: Recipe, initial: InitialConfig) -> _Folder:
         model_type = config["model_type"]
     except OSError as error:
         raise UserError(
-            f"initial: {path}/config.json: {error.strerror}; name the folder of a Hugging Face model"
+            f"initial: {path}/config.json: {error.strerror}; "
+            "name the folder of a Hugging Face model"
         ) from None
     except (ValueError, TypeError, KeyError):
         raise UserError(
@@ -162,7 +163,7 @@ def _load(initial: InitialConfig) -> LoadedModel:
 def _parameters(loaded: LoadedModel, target: NativeTarget) -> "dict[str, Tensor]":
     """Return the parameters that the folder's files give.
 
-    If the output matrix is the embedding, it is there under both names, unless ours are one as well.
+    If the output matrix is the embedding, it is there under both names, unless ours are one too.
     """
     parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     if target.model.tie_word_embeddings and loaded.model.config.tie_word_embeddings:
@@ -238,7 +239,7 @@ def _one_sided_problems(
 
 
 def _unnamed(names: list[str], patterns: list[str], key: str, what: str) -> Iterator[str]:
-    """Yield which ``names`` match no pattern of ``initial.key``, and which patterns match no name."""
+    """Yield which names match no pattern of ``initial.key``, and which patterns match no name."""
     unnamed = [
         name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)
     ]

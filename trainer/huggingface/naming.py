@@ -1,6 +1,6 @@
-"""Tensor maps of a model's parts, under the names that most models of ``transformers`` have in memory.
+"""Tensor maps of a model's parts, under the names that most models of ``transformers`` use.
 
-What they write to disk may have other names.
+These are the names in memory; what the models write to disk may have others.
 """
 
 from collections.abc import Iterator
@@ -96,8 +96,8 @@ def mlp(model: ModelConfig, layer: int) -> Iterator[TensorMap]:
 
 
 def stacked_experts(layer: int, num_experts: int | None) -> Iterator[TensorMap]:
-    """Yield the maps of a router and of experts whose matrices are stacked, as in Mixtral; None is a
-    dense MLP, which becomes the only expert.
+    """Yield the maps of a router and of experts whose matrices are stacked, as in Mixtral; None is
+    for a dense MLP, which becomes the only expert.
     """
     if num_experts is None:
         yield from _expert(layer, "mlp", 0)

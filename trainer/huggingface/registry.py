@@ -1,4 +1,4 @@
-"""Every architecture that a model can be exported as, and imported from: a new one is a line here."""
+"""Every architecture that models are exported as and imported from: a new one is a line here."""
 
 from ..errors import UserError
 from .custom_target import CustomTarget
@@ -21,7 +21,7 @@ NATIVE_TARGETS: tuple[type[NativeTarget], ...] = (
     OlmoHybrid,
     GraniteHybrid,
 )
-"""The architectures of transformers, in the order in which they are tried: the first match is used."""
+"""The architectures of transformers, in the order in which they are tried."""
 
 
 def choose_target(to_export: ModelToExport) -> tuple[Target, list[str]]:

@@ -48,9 +48,9 @@ def layer_kind(block: Block, model: ModelConfig) -> str:
 class NativeTarget(Target):
     """One architecture of transformers.
 
-    It describes both ways: :meth:`mismatches` decides whether a model can be exported as exactly
-    this; for import, ``fixed_values``, ``required_sizes`` and ``trained_with`` compare the config of
-    a folder with a recipe, which may have changed some of the layers.
+    It describes both ways. For export, :meth:`mismatches` decides whether the model is exactly
+    this. For import, :meth:`required_sizes`, :meth:`fixed_values` and :meth:`trained_with` compare
+    a folder's config with the recipe, which may have changed some of the layers.
     """
 
     kinds: ClassVar[Mapping[str, str]]
@@ -112,7 +112,7 @@ class NativeTarget(Target):
             yield from naming.mlp(self.model, layer)
 
     def has_no_effect(self, hf_name: str) -> bool:
-        """Return whether the Hugging Face tensor changes nothing, so that an import may ignore it."""
+        """Return whether a Hugging Face tensor changes nothing, so that an import ignores it."""
         return False
 
     # Its config
@@ -147,8 +147,8 @@ class NativeTarget(Target):
     # What a folder's config must say, and what it may say otherwise
 
     def required_sizes(self) -> dict[str, int]:
-        """Return the values in a folder's ``config.json`` without which its tensors would have other
-        shapes.
+        """Return the values that a folder's ``config.json`` must have for its tensors to have the
+        shapes of ours.
         """
         config = self._base_config()
         return {key: config[key] for key in _SIZE_KEYS}

@@ -33,8 +33,8 @@ def by_part(
 def by_head(
     design: LinearDesign, layer: int, projections: Mapping[str, Sequence[str]]
 ) -> TensorMap:
-    """Return the map of a fused projection whose Hugging Face tensors have all parts of one key head
-    after another; otherwise as :func:`by_part`.
+    """Return the map of a fused projection whose Hugging Face tensors have one key head, with all
+    its parts, after another; otherwise as :func:`by_part`.
     """
     parts = _parts(design)
     rows = {
@@ -89,8 +89,8 @@ def _fused_projection(layer: int, rows: Mapping[str, np.ndarray]) -> TensorMap:
 
 
 def _parts(design: LinearDesign) -> dict[str, np.ndarray]:
-    """Return the rows of each part of the fused projection, ``[key heads, rows]``; ``qkv`` is query,
-    key and values together.
+    """Return the rows of each part of the fused projection, ``[key heads, rows]``; ``qkv`` is
+    query, key and values together.
     """
     qkv, gate, beta, decay = fused_rows(design.key_heads, design.parts)
     q, k, v = np.split(qkv, [design.key_dim, 2 * design.key_dim], axis=1)

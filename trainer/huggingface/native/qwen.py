@@ -26,8 +26,8 @@ class Qwen3(LlamaLike):
 
 
 class Qwen35(GatedDeltaHybrid):
-    """Dense Qwen3.5: norms that multiply by one plus their weight; an output gate and partial rotary
-    positions in the softmax layers.
+    """Dense Qwen3.5: norms that multiply by one plus their weight, and softmax layers with an
+    output gate and partial rotary positions.
     """
 
     model_type = "qwen3_5_text"
