@@ -10,7 +10,7 @@ class LongspanConfig(PreTrainedConfig):
 
     Args:
         layers: for each layer its ``norm``, its ``mixer_residual`` and ``mlp_residual``, its
-            ``mlp`` and ``mlp_activation``, and under ``mixer`` what :mod:`.modeling_longspan` builds.
+            ``mlp`` and ``mlp_activation``, and the options of its mixer as ``mixer``.
         moe: the experts of layers whose ``mlp`` is ``moe``.
     """
 

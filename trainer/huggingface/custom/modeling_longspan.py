@@ -337,7 +337,7 @@ class LinearOptions:
     key_dim: int
     value_dim: int
     conv_kernel: int
-    """Width of the short convolution of queries, keys and values, which SiLU follows; 0 for none."""
+    """Width of the short convolution of queries, keys and values, then SiLU; 0 for none."""
     conv_bias: bool
     silu: str
     """Which of ``q``, ``k`` and ``v`` go through SiLU if there is no convolution."""
