@@ -38,7 +38,7 @@ _CONFIGS = {
     "forward": {
         ("tma", 64): KernelConfig(128, 64, 8, 3),
         ("tma", 128): KernelConfig(128, 64, 8, 3),
-        ("pointers", 64): KernelConfig(128, 64, 4, 3),
+        ("pointers", 64): KernelConfig(128, 64, 8, 3),
         ("pointers", 128): KernelConfig(64, 64, 4, 2),
     },
     "dq": {
