@@ -41,7 +41,7 @@ def draw(seed, *shapes):
 
 
 def over_ranks(threads, layout, operation, inputs, upstream, mutated=None):
-    """Return output and gradients of ``operation(*inputs, layout, group)``, of the whole sequence."""
+    """Return output and gradients of ``operation(*inputs, layout, group)``, put together again."""
 
     def work(rank, group):
         own = [layout.shard(x, rank).requires_grad_() for x in inputs]

@@ -1,4 +1,4 @@
-"""The fla backend: everywhere against stand-ins for fla's operations, on CUDA with the real ones."""
+"""The fla backend: everywhere against stand-ins for fla's kernels, on CUDA with the real ones."""
 
 import inspect
 import sys

@@ -70,7 +70,7 @@ def test_odd_lengths(family, length):
 @pytest.mark.parametrize("strength", [pytest.param(5.0, marks=WIDE), 150.0])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("none", "delta")])
 def test_strong_decays(family, strength, dtype):
-    """The sums over a chunk reach -300 and -9000; an exponential of these alone would be infinite."""
+    """The sums over a chunk reach -300 and -9000, whose inverse exponentials are infinite."""
     found = errors(on("torch"), make(family, 130, strength=strength, dtype=dtype))
     assert max(found.values()) < TOLERANCE[dtype], found
 
