@@ -87,7 +87,7 @@ def check_same_plan(group: dist.ProcessGroup, key: int) -> None:
     if len(keys.unique()) > 1:
         other = next(rank for rank, of_rank in enumerate(keys.tolist()) if of_rank != keys[0])
         raise RuntimeError(
-            f"rank {other} of the group is about to do something else than rank 0: "
+            f"rank {other} of the group is about to do something different from rank 0: "
             f"{_COMPARED} differ"
         )
     if on_gpu:

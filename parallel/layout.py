@@ -57,8 +57,8 @@ class Layout:
         for segment in self.segments_in_order:
             if segment.start != next_token or segment.stop <= segment.start:
                 raise ValueError(
-                    f"segments must hold every token once: {segment.start}:{segment.stop} "
-                    f"follows upon {next_token}"
+                    f"segments must hold every token once, but {segment.start}:{segment.stop} "
+                    f"comes after {next_token} tokens"
                 )
             next_token = segment.stop
         if any(list(of_rank) != sorted(of_rank) for of_rank in self.segments):

@@ -101,8 +101,8 @@ def attend(
     most_segments = max(len(segments) for segments in layout.segments)
     if backend == "flash" and most_segments > _MOST_FLASH_SEGMENTS:
         raise ValueError(
-            "backend flash takes keys side by side, and this layout has each rank's in many "
-            "pieces; use torch"
+            "backend flash needs keys side by side, but this layout gives ranks many segments; "
+            "use torch"
         )
     call = _DistributedCall(plan, pattern, logits, backend, group)
     out, lse = _AttendOverRanks.apply(q, k, v, sinks, call, return_lse)

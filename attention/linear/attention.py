@@ -194,7 +194,7 @@ def check_linear(
     if k.shape != q.shape or v.shape[:2] != q.shape[:2]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(
-            f"shapes do not fit: k must have that of q, and v their batch and time, got {shapes}"
+            f"shapes do not fit: k must have the shape of q, and v its batch and time, got {shapes}"
         )
 
     heads = v.shape[2]

@@ -54,13 +54,13 @@ def unsupported_reason(
     """Return why fla cannot compute the call exactly, and what can, or None if it can."""
     if {q.dtype, k.dtype, v.dtype} not in _DTYPES:  # it multiplies fp32 as TF32
         return (
-            f"takes q, k and v all in bf16 or fp16, not in {q.dtype}, {k.dtype} and {v.dtype}; "
+            f"needs q, k and v all in bf16 or fp16, not in {q.dtype}, {k.dtype} and {v.dtype}; "
             "use torch"
         )
     if beta is not None and q.shape[3] > _MAX_DELTA_DIM:
         return (
-            f"does the delta rule (beta) for key dims up to {_MAX_DELTA_DIM}, not {q.shape[3]}; "
-            "use torch"
+            f"supports the delta rule (beta) for key dims up to {_MAX_DELTA_DIM}, "
+            f"not {q.shape[3]}; use torch"
         )
     if q.device.type not in _DEVICES:
         return f"needs CUDA, but q is on {q.device}; use torch"

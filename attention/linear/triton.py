@@ -373,21 +373,21 @@ def unsupported_reason(
     if beta is not None:
         return "has no delta rule (beta); use fla or torch"
     if decay is not None and decay.ndim == 4:
-        return "takes one decay per head, not one per key dim; use fla or torch"
+        return "supports one decay per head, not one per key dim; use fla or torch"
     if {q.dtype, k.dtype, v.dtype} not in ({torch.float32}, {torch.float16}, {torch.bfloat16}):
         return (
-            f"takes q, k and v all in bf16, fp16 or fp32, not in {q.dtype}, {k.dtype} "
+            f"needs q, k and v all in bf16, fp16 or fp32, not in {q.dtype}, {k.dtype} "
             f"and {v.dtype}; use torch"
         )
     batch_heads = v.shape[0] * v.shape[2]
     if batch_heads > _MOST_HEADS:
         return (
-            f"takes at most {_MOST_HEADS:,} heads in all rows of a batch, not {batch_heads:,}; "
+            f"supports at most {_MOST_HEADS:,} heads in all rows of a batch, not {batch_heads:,}; "
             "use fla or torch"
         )
     largest_dim = max(q.shape[-1], v.shape[-1])
     if largest_dim > MAX_HEAD_DIM:
-        return f"takes head dims up to {MAX_HEAD_DIM}, not {largest_dim}; use fla or torch"
+        return f"supports head dims up to {MAX_HEAD_DIM}, not {largest_dim}; use fla or torch"
     return None
 
 

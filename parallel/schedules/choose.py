@@ -51,7 +51,10 @@ def choose_schedule(
     }
     supported = [candidate for candidate in candidates if not reasons[candidate]]
     if not supported:
-        no_grid = f"{layout.ranks} ranks have no rows of more than one and fewer than all"
+        no_grid = (
+            f"{layout.ranks} ranks do not split into groups "
+            "of more than one rank and fewer than all"
+        )
         reason = next(iter(reasons.values()), no_grid)
         raise ValueError(f"schedule {schedule} cannot do this: {reason}")
     if len(supported) == 1:

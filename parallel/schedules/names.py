@@ -79,15 +79,15 @@ class Schedule:
             pattern: None for lists of blocks.
         """
         if ranks % self.heads:
-            return f"{ranks} ranks do not split into rows of {self.heads}"
+            return f"{ranks} ranks do not split into groups of {self.heads}"
         if self.heads > 1:
             reason = heads_unsupported_reason(num_heads, num_kv_heads, self.heads)
             if reason is not None:
-                return f"{reason}; ring takes any"
+                return f"{reason}; ring supports any number of heads"
             if isinstance(pattern, Selector):
                 return (
                     "blocks that are chosen from the content are known for this rank's queries "
-                    "alone; take ring"
+                    "only; use ring"
                 )
         if self.heads == ranks:  # keys of all tokens are there, and nothing is left to schedule
             return None

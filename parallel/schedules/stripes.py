@@ -42,7 +42,7 @@ class StripesSchedule(KVSchedule):
 
     def unsupported_reason(self, pattern: Pattern | Selector | None) -> str | None:
         if not isinstance(pattern, ClosedFormPattern):
-            return "lists of blocks have no stripes; take ring"
+            return "lists of blocks have no stripes; use ring"
         return None
 
     def num_stages(self, ranks: int) -> int:

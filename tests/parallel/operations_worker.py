@@ -1,4 +1,7 @@
-"""One gloo rank: the operations over a layout where ranks hold unequally many tokens, and one none. OUT"""
+"""One gloo rank: the operations over a layout in which ranks hold different numbers of tokens.
+
+One holds none. Argument: OUT.
+"""
 
 import sys
 

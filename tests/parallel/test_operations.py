@@ -18,7 +18,8 @@ LAYOUTS = {
     "zigzag-4-one-without": Layout.zigzag(LENGTH, 4, 13),
     "uneven": Layout((((0, 1), (40, 52)), (), ((1, 30),), ((30, 33), (33, 40)))),
 }
-# Inside shards, on their edges (13, 26, 39 of both kinds on four ranks) and across them, another for each row.
+# Inside shards, on their edges (13, 26, 39 of both kinds on four ranks) and across them, different
+# for each row.
 DOCUMENTS = {
     "one": None,
     "packed": [[5, 8, 13, 1, 20, 5], [26, 13, 13]],
@@ -40,7 +41,7 @@ def draw(seed, *shapes):
 
 
 def over_ranks(threads, layout, operation, inputs, upstream, mutated=None):
-    """Output and gradients of ``operation(*inputs, layout, group)`` on ranks, put together again."""
+    """Return output and gradients of ``operation(*inputs, layout, group)``, put together again."""
 
     def work(rank, group):
         own = [layout.shard(x, rank).requires_grad_() for x in inputs]
@@ -260,7 +261,7 @@ def test_a_halo_one_short_is_caught(threads, monkeypatch):
 )
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 def test_states_go_in_and_come_out(threads, layout, documents, schedule):
-    """Every rank has a copy of the first state and of the last, and its own loss; the sum of the losses counts."""
+    """Every rank has a copy of the first and the last state, and its own loss; the sum counts."""
     q, k, v = draw(3, (LENGTH, 3, 8), (LENGTH, 3, 8), (LENGTH, 3, 5))
     (first, last_upstream), (upstream,) = draw(7, (3, 8, 5), (3, 8, 5)), draw(8, (LENGTH, 3, 5))
     options = {

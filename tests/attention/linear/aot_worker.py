@@ -1,4 +1,7 @@
-"""Compile linear attention's kernels ahead of time, print what each needs as JSON lines. ARCH ROLE:DIM:VARIANT[:DTYPE] ..."""
+"""Compile linear attention's kernels ahead of time, print what each needs as JSON lines.
+
+Arguments: ARCH ROLE:DIM:VARIANT[:DTYPE] ...
+"""
 
 import json
 import sys
@@ -18,7 +21,7 @@ from triton.compiler import ASTSource
 
 from tests.attention.softmax.aot_worker import kernel_resources
 
-# Of the walk: whether it goes back, whether the state is transposed, and what it is given.
+# Of the chunk scan: whether it is reversed, whether the state is transposed, and its tensors.
 ROLES = {
     "state": (False, False, {"CARRY"}),
     "out": (False, False, {"OUT"}),
@@ -38,7 +41,7 @@ ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
 
 
 def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
-    """Registers, spills and shared memory of the walk in a role, or of one of the two small kernels."""
+    """Return the resources of the chunk scan in a role, or of one of the two small kernels."""
     per_token, documented = VARIANTS[variant]
     config = scan_config(arch, 4 if dtype == "fp32" else 2, dim)
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -46,7 +49,8 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
     if role in ROLES:
         kernel, (reverse, transposed, given) = chunk_scan_kernel, ROLES[role]
         constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - given) | {
-            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block), "CHUNK": config.chunk,
+            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block),
+            "CHUNK": config.chunk,
             "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
             "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
         }  # fmt: skip

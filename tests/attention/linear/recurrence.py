@@ -1,4 +1,4 @@
-"""Linear attention of every family by its recurrence in fp64, and how far results and gradients are from it."""
+"""Linear attention of every family by its recurrence in fp64, and errors relative to it."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ def make(
 ):
     """Arguments by name, all of which require gradients.
 
-    Log-decays go down to ``-strength``; a third of them are exactly 0. Keys are of unit length, as the delta rule needs them.
+    Log-decays go down to ``-strength``; a third of them are exactly 0. Keys are of unit length, as
+    the delta rule needs them.
     """
     generator = torch.Generator("cpu").manual_seed(length + heads)
 
@@ -80,7 +81,10 @@ def document_ids(rows: list[list[int]] | None) -> Tensor | None:
 
 
 def errors(run, given: dict[str, Tensor], **options) -> dict[str, float]:
-    """Relative errors of ``run(**given, **options) -> (out, last state)`` and of every gradient, upstream gradients random."""
+    """Return the relative errors of ``run(**given, **options) -> (out, last state)`` by name.
+
+    And those of the gradient of every argument in ``given``, from random upstream gradients.
+    """
     wide = {name: x.detach().double().requires_grad_() for name, x in given.items()}
     results = run(**given, **options), recurrence(**wide, **options)
     generator = torch.Generator("cpu").manual_seed(1)
@@ -98,7 +102,7 @@ def errors(run, given: dict[str, Tensor], **options) -> dict[str, float]:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Of norms; a gradient that is all but nothing beside the others is held to an absolute 1e-3."""
+    """Return the relative error in norm; tiny gradients are compared as if their norm was 1e-3."""
     assert not a.isnan().any()
     return float(
         (a.detach().cpu().double() - b.detach()).norm() / b.detach().norm().clamp(min=1e-3)

@@ -1,4 +1,4 @@
-"""The fla backend: everywhere against operations that read their arguments as fla's do, and on CUDA with the real ones."""
+"""The fla backend: everywhere against stand-ins for fla's kernels, on CUDA with the real ones."""
 
 import inspect
 import sys
@@ -25,7 +25,10 @@ SHAPES = {
 
 
 def operation(decay_dims=None, delta=False, grouped=False):
-    """One of fla 0.6.0's by the recurrence, with its defaults and limits. It is given ``g`` with so many dims."""
+    """Return a stand-in for an operation of fla 0.6.0, with its defaults and limits.
+
+    It computes the recurrence, and expects a ``g`` of ``decay_dims`` dims.
+    """
 
     def run(
         q,
@@ -160,11 +163,11 @@ def test_real_signatures_take_the_call(install, family):
     [
         (
             {"dtype": torch.float32},
-            r"fla takes q, k and v all in bf16 or fp16, not in torch.float32.*; use torch",
+            r"fla needs q, k and v all in bf16 or fp16, not in torch.float32.*; use torch",
         ),
         (
             {"family": "delta", "dim": 257},
-            r"fla does the delta rule \(beta\) for key dims up to 256, not 257; use torch",
+            r"fla supports the delta rule \(beta\) for key dims up to 256, not 257; use torch",
         ),
         ({}, r"fla needs CUDA, but q is on cpu; use torch"),
     ],

@@ -1,4 +1,4 @@
-"""Linear attention's Triton kernels on a GPU, against the recurrence in fp64 on the same inputs. `make test-gpu`."""
+"""Linear attention's Triton kernels on a GPU, against the recurrence in fp64: `make test-gpu`."""
 
 import pytest
 import torch

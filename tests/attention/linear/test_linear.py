@@ -1,4 +1,4 @@
-"""Every family on every backend that runs here, against the recurrence; what a state and a document's edge mean."""
+"""Every family on every backend that runs here, against the recurrence; states and documents."""
 
 from itertools import pairwise
 
@@ -70,7 +70,7 @@ def test_odd_lengths(family, length):
 @pytest.mark.parametrize("strength", [pytest.param(5.0, marks=WIDE), 150.0])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("none", "delta")])
 def test_strong_decays(family, strength, dtype):
-    """The sums over a chunk reach -300 and -9000, which as an exponential of its own would be infinite."""
+    """The sums over a chunk reach -300 and -9000, whose inverse exponentials are infinite."""
     found = errors(on("torch"), make(family, 130, strength=strength, dtype=dtype))
     assert max(found.values()) < TOLERANCE[dtype], found
 
@@ -285,7 +285,7 @@ def test_autocast_does_not_reach_it():
 
 
 def test_memory_is_that_of_a_segment():
-    """Between forward and backward only inputs and states are kept, whatever a chunk's own results are."""
+    """Between forward and backward only inputs and states are kept, no results of chunks."""
     given = make("gated delta by key", 1024, heads=2, key_heads=2, batch=1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(

@@ -1,4 +1,4 @@
-"""Linear attention's Triton kernels without a GPU: right in the interpreter, and compiled for the chips they are made for."""
+"""Linear attention's Triton kernels without a GPU: in the interpreter, and compiled for GPUs."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_parity_in_the_interpreter(cases):
     "cases", [WALKS, pytest.param(WALKS_WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
 )
 def test_walks_compiled_ahead_of_time(arch, dim, cases):
-    """No register spills worth the name, shared memory in bounds, and the chip's own instructions."""
+    """Hardly any register spills, shared memory in bounds, and the chip's own instructions."""
     for found in compiled(arch, dim, cases):
         assert arch != 90 or found["wgmma"], found
         assert arch < 90 or found["tma"], found

@@ -1,4 +1,7 @@
-"""The Triton kernels of linear attention in the interpreter, in fp32, against the recurrence: all within 1e-5. CASE ..."""
+"""The Triton kernels of linear attention in the interpreter, in fp32, against the recurrence.
+
+All errors must be below 1e-5. Arguments: CASE ...
+"""
 
 import os
 import sys

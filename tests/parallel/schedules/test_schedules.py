@@ -1,4 +1,7 @@
-"""Schedules of softmax attention: exact, and they move what their plans say; the plans, at sizes that no test can run."""
+"""Schedules of softmax attention: exact, and they move what their plans say.
+
+And the plans alone, at sizes that no test can run.
+"""
 
 import itertools
 from collections import Counter
@@ -100,7 +103,8 @@ def error(threads, layout, pattern, schedule, documents=None, **shape):
     )
 
 
-# In the default suite every layout meets every schedule, each with some of the patterns and documents in their turn.
+# In the default suite every layout meets every schedule, each with some of the patterns and
+# documents in turn.
 ROUND = list(itertools.product(PATTERNS, DOCUMENTS))
 
 
@@ -155,7 +159,7 @@ def test_head_ratios_and_value_dims(threads, heads, kv_heads, value_dim, schedul
     "options", [{"softcap": 3.0}, {"sigmoid_bias": -2.0}, {"sinks": [0.5, -1.0, 4.0, 9.0]}], ids=str
 )
 def test_options_under_every_schedule(threads, name, schedule, options):
-    """With gradients through the log-sum-exp; each rank has a copy of the sinks, whose gradients add up."""
+    """With gradients through the log-sum-exp; those of the sinks, copied on all ranks, add up."""
     layout, lse = LAYOUTS[name], "sigmoid_bias" not in options
     inputs, _ = inputs_of()
     upstream = draw(1, (LENGTH, 4, 8), (LENGTH, 4))
@@ -274,7 +278,7 @@ def test_ranks_that_differ_are_told_so_and_do_not_hang(threads, change):
         )
         own = [layout.shard(x, rank) for x in inputs]
         with pytest.raises(
-            RuntimeError, match="rank 2 of the group is about to do something else than rank 0"
+            RuntimeError, match="rank 2 of the group is about to do something different from rank 0"
         ):
             parallel.attend(
                 *own, pattern, layout, group, documents=ids(documents), schedule=schedule
@@ -331,22 +335,25 @@ def test_two_segments_swapped_are_caught(threads):
             "rings",
             4,
             2,
-            "schedule must be one of auto, stripes, ring, gather, heads, grid, or as 'heads 4 x ring'",
+            "schedule must be one of auto, stripes, ring, gather, heads, grid, "
+            "or as 'heads 4 x ring'",
         ),
         (
             "heads",
             6,
             2,
-            "schedule heads cannot do this: 6 query heads do not split over 4 ranks; ring takes any",
+            "schedule heads cannot do this: 6 query heads do not split over 4 ranks; "
+            "ring supports any number of heads",
         ),
         (
             "heads",
             12,
             3,
-            "3 KV heads neither split over 4 ranks nor the ranks over them; ring takes any",
+            "3 KV heads neither split over 4 ranks nor the ranks over them; "
+            "ring supports any number of heads",
         ),
-        ("heads 3 x ring", 6, 3, "4 ranks do not split into rows of 3"),
-        (Schedule("ring", 8), 8, 8, "4 ranks do not split into rows of 8"),
+        ("heads 3 x ring", 6, 3, "4 ranks do not split into groups of 3"),
+        (Schedule("ring", 8), 8, 8, "4 ranks do not split into groups of 8"),
     ],
 )
 def test_what_a_schedule_cannot_do_is_told(threads, schedule, heads, kv_heads, message):
@@ -363,7 +370,7 @@ def test_what_a_schedule_cannot_do_is_told(threads, schedule, heads, kv_heads, m
 
 
 def test_chosen_blocks_take_no_heads(threads):
-    with pytest.raises(ValueError, match=r"blocks that are chosen from the content .* take ring"):
+    with pytest.raises(ValueError, match=r"blocks that are chosen from the content .* use ring"):
         attended(threads, Layout.zigzag(LENGTH, 2, 4), attention.MoBA(4, 3), "heads", None)
 
 
@@ -421,7 +428,7 @@ def test_stripes_move_hardly_more_than_is_needed(ranks):
 @pytest.mark.parametrize("backend", ["triton", "flash"])
 @pytest.mark.parametrize("schedule", ["ring", "gather", "stripes", "heads 2 x stripes"])
 def test_gpu_kernels_take_the_tiles(backend, schedule):
-    """Of packed documents too, wherever they begin: blocks at equal distances are those of the stripes alone."""
+    """Wherever documents begin, only blocks of the stripes are given at equal distances."""
     layout = Layout.zigzag(1024, 4)
     for pattern in (
         (Causal(), Window(300))

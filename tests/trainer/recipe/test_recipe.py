@@ -193,7 +193,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         (
             "launch.processes=3 parallel={cp: 3, schedule: heads}",
             "schedule: heads cannot do model.layers.blocks.sparse: "
-            "4 query heads do not split over 3 ranks; ring takes any",
+            "4 query heads do not split over 3 ranks; ring supports any number of heads",
         ),
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: grid}}",
@@ -203,7 +203,7 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
         (
             "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
             "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: "
-            "2 ranks do not split into rows of 3",
+            "2 ranks do not split into groups of 3",
         ),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
