@@ -135,8 +135,8 @@ def _threads(recipe: Recipe, num_processes: int) -> int:
 
 def _print_dry_run(recipe: Recipe) -> None:
     from ..trainer.data.tokenizer import recipe_vocab_size
-    from ..trainer.huggingface.native import ModelToExport
-    from ..trainer.huggingface.target import describe_target
+    from ..trainer.huggingface.model_to_export import ModelToExport
+    from ..trainer.huggingface.registry import describe_target
     from ..trainer.predict.flops import parameter_count, training_flops
 
     parallel = recipe.parallel
@@ -154,8 +154,7 @@ def _print_dry_run(recipe: Recipe) -> None:
         f"processes        {recipe.launch.processes} = dp {recipe.data_parallel} "
         f"x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}"
     )
-    source = ModelToExport(recipe.model, vocab_size, recipe.training.seq_length)
-    print(f"longspan export  {describe_target(source)}")
+    print(f"longspan export  {describe_target(ModelToExport.of_recipe(recipe))}")
 
 
 def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:

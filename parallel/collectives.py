@@ -133,8 +133,9 @@ class AllGather(torch.autograd.Function):
 class AllToAll(torch.autograd.Function):
     """Send parts of ``x`` to all ranks, and give the parts that all ranks send to this one.
 
-    From ``[sum(send_counts), ...]`` to ``[sum(receive_counts), ...]``, both in rank order. Gradients
-    go the other way. Backward is a collective, so the result must be part of every rank's graph.
+    From ``[sum(send_counts), ...]`` to ``[sum(receive_counts), ...]``, both in rank order.
+    Gradients go the other way. Backward is a collective, so the result must be part of every rank's
+    graph.
     """
 
     @staticmethod

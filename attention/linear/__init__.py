@@ -1,1 +1,5 @@
-"""Linear attention and short convolutions on one device: one operation, one module for each backend."""
+"""Linear attention and short convolutions on one device.
+
+:mod:`.attention` has the operation, :mod:`.backends` the table of its backends, each a module of
+its own: :mod:`.torch`, :mod:`.triton`, :mod:`.fla` and :mod:`.reference`.
+"""

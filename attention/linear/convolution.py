@@ -1,4 +1,7 @@
-"""Short causal convolutions along time, one filter per channel, through which linear mixers take queries, keys and values."""
+"""Short causal convolutions along time, one filter per channel.
+
+Linear mixers pass queries, keys and values through them.
+"""
 
 import torch
 from torch import Tensor
@@ -16,46 +19,57 @@ def short_convolution(
     documents: Tensor | None = None,
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``y_t = bias + sum_j weight_j x_{t - width + 1 + j}`` over the tokens of ``t``'s document.
+    """Compute ``y_t = bias + sum_j weight_j x_{t - width + 1 + j}`` over ``t``'s document.
 
     Args:
         x: ``[batch, time, channels]``.
-        weight: ``[channels, width]``, the last column for the token itself (as in ``torch.nn.functional.conv1d``).
+        weight: ``[channels, width]``, the last column for the token itself (as in
+            ``torch.nn.functional.conv1d``).
         bias: ``[channels]``.
-        state: ``[batch, width - 1, channels]``, the tokens before the first, 0 where they are not of its document.
+        state: ``[batch, width - 1, channels]``, the tokens before the first, 0 where they are not
+            of its document.
         documents: int ``[batch, time]``, non-decreasing.
-        return_state: also return the last ``width - 1`` tokens, for one that goes on in the last one's document.
+        return_state: also return the last ``width - 1`` tokens, as the ``state`` of tokens that
+            continue the last one's document.
 
     Returns:
-        ``[batch, time, channels]`` in the dtype of ``x``, added up in fp32 (fp64 for fp64); and the state where asked for.
+        ``[batch, time, channels]`` in the dtype of ``x``, added up in fp32 (fp64 for fp64); and the
+        state with ``return_state``.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
         raise ValueError(
-            f"x must be [batch, time, channels] and weight [channels, width], got {tuple(x.shape)}, {tuple(weight.shape)}"
+            "x must be [batch, time, channels] and weight [channels, width], "
+            f"got {tuple(x.shape)}, {tuple(weight.shape)}"
         )
     batch, length, channels = x.shape
-    reach = weight.shape[1] - 1
+    reach = weight.shape[1] - 1  # how many earlier tokens an output depends on
     if state is not None and state.shape != (batch, reach, channels):
         raise ValueError(f"state must be {(batch, reach, channels)}, got {tuple(state.shape)}")
     documents = check_documents(documents, (batch, length))
-    # What came before the first token is of its document, or 0.
-    ids = (
-        None if documents is None else torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
-    )
+
+    # The tokens before the first, and then all: [batch, reach + time, channels].
     before = x.new_zeros(batch, reach, channels) if state is None else state.to(x.dtype)
-    seen, dtype = torch.cat([before, x], 1), accumulation_dtype(x)
-    total = 0.0 if bias is None else bias.to(dtype)
+    padded = torch.cat([before, x], 1)
+    padded_ids = None
+    if documents is not None:  # what comes before the first token is of its document, or 0
+        padded_ids = torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
+
+    dtype = accumulation_dtype(x)
+    total = torch.zeros((), dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
     for lag in range(reach + 1):
-        at = slice(reach - lag, reach - lag + length)
-        tap = seen[:, at].to(dtype) * weight[:, reach - lag].to(dtype)
-        if lag and ids is not None:
-            tap = tap * (ids[:, at] == documents)[..., None]
-        total = total + tap
+        lagged = slice(reach - lag, reach - lag + length)
+        term = padded[:, lagged].to(dtype) * weight[:, reach - lag].to(dtype)
+        if lag and padded_ids is not None:
+            term = term * (padded_ids[:, lagged] == documents)[..., None]
+        total = total + term
     out = total.to(x.dtype)
     if not return_state:
         return out
-    last = seen[:, length:]
-    return out, last if ids is None else last * (ids[:, length:] == documents[:, -1:])[..., None]
+
+    last = padded[:, length:]
+    if padded_ids is not None and documents is not None:
+        last = last * (padded_ids[:, length:] == documents[:, -1:])[..., None]
+    return out, last

@@ -1,9 +1,13 @@
-"""Linear attention by flash-linear-attention's kernels, which do every family on CUDA: an adapter that hides what they imply.
+"""Linear attention by flash-linear-attention's kernels, which do every family on CUDA.
 
-All of them take log-decays by e as ``g``, one for each token, and fp32 states ``[sequences, heads, key_dim, value_dim]``; their
-scale is ``K^-0.5`` unless they are told. Documents are sequences in a row of a batch of one: the first of each of our rows
-begins with its state, others with zeros. A decay for all tokens is spelt out: fla's own argument for it, ``g_gamma``, has no
-gradient, and 0.6.0 makes NaN of it where it is below -88 over what a sequence's last chunk lacks of 64 tokens.
+An adapter that makes explicit what they imply. All of them accept log-decays to base e as ``g``,
+one for each token, and fp32 states ``[sequences, heads, key_dim, value_dim]``; their scale is
+``K^-0.5`` unless one is given. Documents are sequences in a row of a batch of one: the first of
+each of our batch rows begins with its state, others with zeros.
+
+A decay that is the same for all tokens is expanded to them: fla's own argument for it, ``g_gamma``,
+has no gradient, and 0.6.0 makes NaN of it where it is below -88 over what a sequence's last chunk
+lacks of 64 tokens.
 """
 
 from functools import cache, lru_cache
@@ -16,7 +20,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from ..documents import document_spans
+from ..documents import DocumentSpan, document_spans
 
 _OPERATIONS = {
     ("none", False): "chunk_simple_gla",
@@ -28,114 +32,149 @@ _OPERATIONS = {
 }
 """By the kind of decay, and whether there is a beta."""
 _GROUPED = {"chunk_gated_delta_rule", "chunk_kda"}
-"""Those that let several heads share a key; for others the keys are repeated."""
+"""Operations that let several heads share a key; for others the keys are repeated."""
 _DEVICES = {"cuda"}
 _DTYPES = ({torch.float16}, {torch.bfloat16})
-_LEAST = "0.6.0"
-"""0.5.2 still counts in 32 bits where there are documents: offsets beyond 2^31 entries wrap around (its issue 1080)."""
+_OLDEST_VERSION = "0.6.0"
+"""0.5.2 still counts in 32 bits if there are documents: offsets beyond 2^31 entries wrap around.
+
+Its issue 1080.
+"""
 _MAX_DELTA_DIM = 256
-_MULTIPLE = 16
-"""Of the head dims it is given: a matrix product needs as many, and its kernels refuse odd ones, which Triton miscompiles."""
+_DIM_MULTIPLE = 16
+"""Head dims are padded to a multiple of it.
+
+A matrix product needs as many, and its kernels refuse odd ones, which Triton miscompiles.
+"""
 
 
 def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> str | None:
-    """Why it cannot do this exactly, if so."""
+    """Return why fla cannot compute the call exactly, and what can, or None if it can."""
     if {q.dtype, k.dtype, v.dtype} not in _DTYPES:  # it multiplies fp32 as TF32
-        return f"takes q, k and v all in bf16 or fp16, not in {q.dtype}, {k.dtype} and {v.dtype}; use torch"
+        return (
+            f"takes q, k and v all in bf16 or fp16, not in {q.dtype}, {k.dtype} and {v.dtype}; "
+            "use torch"
+        )
     if beta is not None and q.shape[3] > _MAX_DELTA_DIM:
-        return f"does the delta rule (beta) for key dims up to {_MAX_DELTA_DIM}, not {q.shape[3]}; use torch"
+        return (
+            f"does the delta rule (beta) for key dims up to {_MAX_DELTA_DIM}, not {q.shape[3]}; "
+            "use torch"
+        )
     if q.device.type not in _DEVICES:
         return f"needs CUDA, but q is on {q.device}; use torch"
     if missing := _missing():
         return f"needs a package: pip install 'longspan[gpu]' ({missing})"
-    if _kind(decay) == "scalar" and (found := _miscompiled_by(q.device)):
-        return f"has wrong gradients of one decay per head on Hopper by Triton {found}, must be at least 3.7.1; use torch"
+    if _decay_kind(decay) == "scalar" and (triton_version := _miscompiled_by(q.device)):
+        return (
+            f"has wrong gradients of one decay per head on Hopper by Triton {triton_version}, "
+            "must be at least 3.7.1; use torch"
+        )
     return None
 
 
-def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.linear.attention.linear_attention`."""
-    (batch, length, heads, value_dim), key_dim = v.shape, q.shape[3]
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what :class:`~longspan.attention.linear.backends.Backend` asks for."""
+    batch, length, heads, value_dim = v.shape
+    key_dim = q.shape[3]
     if not length:
         return v, state.float()
-    operation = _OPERATIONS[_kind(decay), beta is not None]
+
+    operation = _OPERATIONS[_decay_kind(decay), beta is not None]
     if operation not in _GROUPED:
         q, k = (x.repeat_interleave(heads // x.shape[2], 2) for x in (q, k))
-    more_keys, more_values = (
-        (0, -key_dim % _MULTIPLE),
-        (0, -value_dim % _MULTIPLE),
-    )  # zeros, which change nothing
-    tokens = {"q": F.pad(q, more_keys), "k": F.pad(k, more_keys), "v": F.pad(v, more_values)}
-    state = F.pad(state.float(), more_values + more_keys)
+
+    # Dims are padded with zeros, which change nothing.
+    key_padding = (0, -key_dim % _DIM_MULTIPLE)
+    value_padding = (0, -value_dim % _DIM_MULTIPLE)
+    inputs = {"q": F.pad(q, key_padding), "k": F.pad(k, key_padding), "v": F.pad(v, value_padding)}
+    initial_state = F.pad(state.float(), value_padding + key_padding)
     if decay is not None:
-        tokens["g"] = (
-            F.pad(decay.float(), more_keys)
-            if decay.ndim == 4
-            else decay.float().expand(batch, length, heads)
-        )
+        if decay.ndim == 4:
+            inputs["g"] = F.pad(decay.float(), key_padding)
+        else:
+            inputs["g"] = decay.float().expand(batch, length, heads)
     if beta is not None:
-        tokens["beta"] = beta.float()
-    sequences, last = {}, slice(None)
+        inputs["beta"] = beta.float()
+
+    sequences: dict[str, Tensor] = {}
+    last_sequences: Tensor | slice = slice(None)
     if documents is not None:
         # What is made in inference mode is of no use to training.
-        pieces = _pieces(
+        packed = _pack_documents(
             tuple(document_spans(documents)), length, q.device, torch.is_inference_mode_enabled()
         )
-        sequences, last = (
-            {"cu_seqlens": pieces.edges, "cu_seqlens_cpu": pieces.edges_on_cpu},
-            pieces.last,
-        )
-        tokens = {name: x.flatten(0, 1)[None] for name, x in tokens.items()}
-        state = state.new_zeros(len(pieces.edges) - 1, *state.shape[1:]).index_copy(
-            0, pieces.first, state
-        )
+        sequences = {"cu_seqlens": packed.edges, "cu_seqlens_cpu": packed.edges_on_cpu}
+        last_sequences = packed.last
+        inputs = {name: x.flatten(0, 1)[None] for name, x in inputs.items()}
+        num_sequences = len(packed.edges) - 1
+        zeros = initial_state.new_zeros(num_sequences, *initial_state.shape[1:])
+        initial_state = zeros.index_copy(0, packed.first, initial_state)
+
     kernels = getattr(import_module("fla.ops"), operation)
     out, states = kernels(
-        **tokens, **sequences, scale=float(scale), initial_state=state, output_final_state=True
+        **inputs,
+        **sequences,
+        scale=float(scale),
+        initial_state=initial_state,
+        output_final_state=True,
     )
-    return out.view(batch, length, heads, -1)[..., :value_dim], states[
-        last, :, :key_dim, :value_dim
-    ]
+    out = out.view(batch, length, heads, -1)[..., :value_dim]
+    return out, states[last_sequences, :, :key_dim, :value_dim]
 
 
-def _kind(decay: Tensor | None) -> str:
-    return "none" if decay is None else "vector" if decay.ndim == 4 else "scalar"
+def _decay_kind(decay: Tensor | None) -> str:
+    if decay is None:
+        return "none"
+    return "vector" if decay.ndim == 4 else "scalar"
 
 
-class _Pieces(NamedTuple):
-    """The documents of all rows, one row after another."""
+class _PackedDocuments(NamedTuple):
+    """The documents of all batch rows, one row after another."""
 
     edges: Tensor
-    """Where they begin, and the last one's end."""
+    """The first token of each, and the end of the last: int64 ``[documents + 1]``."""
     edges_on_cpu: Tensor
     first: Tensor
-    """Each row's first."""
+    """The number of each batch row's first document: int64 ``[batch]``."""
     last: Tensor
+    """The number of each batch row's last document: int64 ``[batch]``."""
 
 
-@lru_cache(maxsize=8)  # every layer asks; fla knows again the tensors that it has seen
-def _pieces(
-    spans: tuple[tuple[int, int, int], ...], length: int, device: torch.device, inference: bool
-) -> _Pieces:
-    edges = torch.tensor(
-        [row * length + start for row, start, _ in spans] + [(spans[-1][0] + 1) * length]
-    )
-    first = [i for i, (_, start, _) in enumerate(spans) if start == 0]
-    last = [i for i, (*_, stop) in enumerate(spans) if stop == length]
-    return _Pieces(
-        edges.to(device), edges, *(torch.tensor(x, device=device) for x in (first, last))
+@lru_cache(maxsize=8)  # every layer asks, and fla recognizes tensors that it has seen
+def _pack_documents(
+    spans: tuple[DocumentSpan, ...], length: int, device: torch.device, inference: bool
+) -> _PackedDocuments:
+    starts = [row * length + start for row, start, _ in spans]
+    end = (spans[-1][0] + 1) * length
+    edges = torch.tensor([*starts, end])
+    first = [number for number, (_, start, _) in enumerate(spans) if start == 0]
+    last = [number for number, (_, _, stop) in enumerate(spans) if stop == length]
+    return _PackedDocuments(
+        edges.to(device),
+        edges,
+        torch.tensor(first, device=device),
+        torch.tensor(last, device=device),
     )
 
 
 @cache
 def _missing() -> str | None:
-    """Why its kernels cannot be had, if so."""
+    """Return why fla's kernels are not available, or None if they are."""
     try:
-        found = version("fla-core")
-        if Version(found) < Version(_LEAST):
-            return f"fla-core is {found}, must be at least {_LEAST}"
+        installed = version("fla-core")
+        if Version(installed) < Version(_OLDEST_VERSION):
+            return f"fla-core is {installed}, must be at least {_OLDEST_VERSION}"
         import_module("fla.ops")
     except ImportError as error:
         return str(error)
@@ -144,7 +183,12 @@ def _missing() -> str | None:
 
 @cache
 def _miscompiled_by(device: torch.device) -> str | None:
-    """Triton's version, if it is one with which fla refuses the backward pass of a scalar decay here (its issue 640)."""
-    found = import_module("triton").__version__
-    wrong = Version("3.4.0") <= Version(found) < Version("3.7.1")
-    return found if wrong and torch.cuda.get_device_capability(device)[0] == 9 else None
+    """Return Triton's version if with it fla refuses the backward of a scalar decay, else None.
+
+    On Hopper, fla's issue 640.
+    """
+    installed = import_module("triton").__version__
+    if not Version("3.4.0") <= Version(installed) < Version("3.7.1"):
+        return None
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    return installed if is_hopper else None

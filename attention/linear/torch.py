@@ -1,56 +1,84 @@
-"""Linear attention in plain torch, any family on any device: matrix products within chunks of tokens, a state between them.
+"""Linear attention in plain torch, any family on any device.
 
-With ``G`` the sum of the log-decays within a chunk of ``C`` tokens (arXiv 2312.06635 sec. 4, 2406.06484 sec. 3, 2412.06464)::
+Matrix products within chunks of tokens, a state between them. With ``G`` the sum of the log-decays
+within a chunk of ``C`` tokens (arXiv 2312.06635 sec. 4, 2406.06484 sec. 3, 2412.06464)::
 
-    D_ij = exp(G_i - G_j) for i >= j, else 0       scores = (Q K^T) D       reading = Q exp(G)       writing = K exp(G_C - G)
+    D_ij = exp(G_i - G_j) for i >= j, else 0       scores = (Q K^T) D
+    reading = Q exp(G)                             writing = K exp(G_C - G)
     O = scores V' + reading S                      S' = exp(G_C) S + writing^T V'
 
 where ``V' = V``, and with the delta rule ``V' = T diag(beta) (V - (K exp(G)) S)`` with the inverse
 ``T = (I + tril(diag(beta) (K K^T) D, -1))^-1``.
-Every exponent is a sum of log-decays between two tokens, so at most 0: no decay is too strong. A document's edge is a factor of
-0, never a decay of minus infinity, which would turn differences of decays into NaN.
+
+Every exponent is a sum of log-decays between two tokens, so at most 0: no decay is too strong. A
+document's edge is a factor of 0, never a decay of minus infinity, which would turn differences of
+decays into NaN.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype
-from .decays import after
+from .decays import decay_to_end
 
 _CHUNK = 64
+"""Tokens of a chunk."""
 _STRONGEST = -800.0
+"""A log-decay whose exp() is 0 in fp64: stronger ones change nothing."""
 _SEGMENT = 512
-"""Tokens whose intermediate results exist at one time: those of a longer sequence are made again for backward."""
+"""Tokens whose intermediate results exist at one time.
+
+Those of a longer sequence are computed again in backward.
+"""
 
 
 def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> None:
-    """It can do everything."""
+    """Return None: it supports every call."""
 
 
-def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
-    """See :func:`~longspan.attention.linear.attention.linear_attention`."""
-    dtype, length = accumulation_dtype(q), q.shape[1]
-    # Whole chunks first; what is left of the length is one short chunk.
-    edges = sorted(
-        {*range(0, length - length % _CHUNK, _SEGMENT), length - length % _CHUNK, length}
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what :class:`~longspan.attention.linear.backends.Backend` asks for."""
+    dtype = accumulation_dtype(q)
+    length = q.shape[1]
+
+    # Segments of whole chunks first; what is left of the length is one short chunk.
+    whole_chunks = length - length % _CHUNK
+    edges = sorted({*range(0, whole_chunks, _SEGMENT), whole_chunks, length})
+    sizes = [stop - start for start, stop in pairwise(edges)]
+
+    # One split each: slices would each fill a gradient of the whole length.
+    decay_of_tokens = decay if decay is not None and decay.ndim > 1 else None
+    parts = zip(
+        *(
+            [None] * len(sizes) if x is None else x.split(sizes, 1)
+            for x in (q, k, v, beta, decay_of_tokens)
+        ),
+        strict=True,
     )
-    parts = [stop - start for start, stop in pairwise(edges)]
-    per_token = [q, k, v, beta, decay if decay is not None and decay.ndim > 1 else None]
-    # One split: slices would each fill a gradient of the whole length.
-    pieces = zip(
-        *([None] * len(parts) if x is None else x.split(parts, 1) for x in per_token), strict=True
-    )
+
     outs = []
+    # [batch, key heads, group, key_dim, value_dim]
     state = state.to(dtype).unflatten(1, (q.shape[2], -1))
-    for start, (*tokens, gates) in zip(edges, pieces, strict=False):
-        arguments = (*tokens, decay if gates is None else gates, scale, state, documents, start)
-        if len(parts) > 1 and torch.is_grad_enabled():
+    for start, (*tokens, part_decay) in zip(edges, parts, strict=False):
+        segment_decay = decay if part_decay is None else part_decay
+        arguments = (*tokens, segment_decay, scale, state, documents, start)
+        if len(sizes) > 1 and torch.is_grad_enabled():
             out, state = _RecomputedSegment.apply(*arguments)
         else:
             out, state = _segment(*arguments)
@@ -60,42 +88,46 @@ def run(q, k, v, decay, beta, scale, state, documents) -> tuple[Tensor, Tensor]:
 
 
 class _RecomputedSegment(torch.autograd.Function):
-    """:func:`_segment`, whose intermediate results are made again for backward.
+    """:func:`_segment`, whose intermediate results are computed again in backward.
 
-    What `torch.utils.checkpoint` does, without its second of imports and a fifth of the forward time that its hooks take.
+    What `torch.utils.checkpoint` does, without its second of imports and a fifth of the forward
+    time that its hooks take.
     """
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
+        # For each argument None if it is a saved tensor, else a tuple with the argument itself.
         ctx.others = [None if isinstance(x, Tensor) else (x,) for x in arguments]
         return _segment(*arguments)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         arguments = [next(saved).detach() if other is None else other[0] for other in ctx.others]
-        wanted = [
+        inputs = [
             x.requires_grad_()
-            for x, needed in zip(arguments, ctx.needs_input_grad, strict=True)
-            if needed
+            for x, needs_grad in zip(arguments, ctx.needs_input_grad, strict=True)
+            if needs_grad
         ]
-        with torch.autocast(wanted[0].device.type, enabled=False):
+        with torch.autocast(inputs[0].device.type, enabled=False):
             with torch.enable_grad():
                 results = _segment(*arguments)
-            # The last state does not depend on the queries.
+            # A result without a graph: the last state does not depend on the queries.
             used = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
             outputs, upstream = zip(*used, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, upstream))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+            input_gradients = iter(torch.autograd.grad(outputs, inputs, upstream))
+        return tuple(
+            next(input_gradients) if needs_grad else None for needs_grad in ctx.needs_input_grad
+        )
 
 
 class _SameDocument(NamedTuple):
-    """Which tokens and states of a segment share a document, each broadcast over heads."""
+    """Which tokens and states of a segment share a document; broadcasts over heads."""
 
     pairs: Tensor
-    """``[batch, 1, 1, chunks, tokens, tokens]``."""
+    """Tokens of a chunk, ``[batch, 1, 1, chunks, tokens, tokens]``."""
     before: Tensor
     """Tokens and the state before their chunk, ``[batch, 1, 1, chunks, tokens, 1]``."""
     after: Tensor
@@ -104,111 +136,182 @@ class _SameDocument(NamedTuple):
     """The states before and after a chunk, ``[batch, 1, 1, chunks, 1, 1]``."""
 
     @classmethod
-    def of(cls, documents: Tensor, start: int, stop: int) -> "_SameDocument":
+    def of_segment(cls, documents: Tensor, start: int, stop: int) -> "_SameDocument":
+        """Compare the ids ``[batch, time]`` of the tokens from ``start`` to ``stop - 1``."""
+        # [batch, chunks, tokens]
         chunks = documents[:, start:stop].unflatten(1, (-1, min(_CHUNK, stop - start)))
-        ends = torch.cat([documents[:, max(0, start - 1), None], chunks[:, :, -1]], 1)
-        before, after = ends[:, :-1, None], ends[:, 1:, None]
-        found = (
-            chunks[:, :, :, None] == chunks[:, :, None],
-            chunks == before,
-            chunks == after,
-            before == after,
+        ids_of_states = torch.cat([documents[:, max(0, start - 1), None], chunks[:, :, -1]], 1)
+        before = ids_of_states[:, :-1, None]  # [batch, chunks, 1]
+        after = ids_of_states[:, 1:, None]
+
+        pairs = chunks[:, :, :, None] == chunks[:, :, None]
+        return cls(
+            pairs[:, None, None],
+            (chunks == before)[:, None, None, ..., None],
+            (chunks == after)[:, None, None, ..., None],
+            (before == after)[:, None, None, ..., None],
         )
-        return cls(found[0][:, None, None], *(x[:, None, None, ..., None] for x in found[1:]))
 
 
 def _segment(
-    q, k, v, beta, decay, scale, state, documents: Tensor | None, start: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    decay: Tensor | None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+    start: int,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens ``[batch, time, heads, dim]`` from ``start`` on, the state ``[batch, key heads, group, key_dim, value_dim]``.
+    """Return the output of a segment's tokens and the state after them.
 
-    Inside, tensors are ``[batch, key heads, group, chunks, tokens, dim]``; those of keys have a group of one.
+    Inside, tensors are ``[batch, key heads, group, chunks, tokens, dim]``; those of keys have a
+    group of one.
+
+    Args:
+        q, k, v, beta, decay: of the segment's tokens, ``[batch, time, heads, ...]``.
+        state: before the segment, ``[batch, key heads, group, key_dim, value_dim]``.
+        documents: ids of the whole sequence.
+        start: the segment's first token in it.
     """
-    dtype, key_heads, size = state.dtype, q.shape[2], min(_CHUNK, q.shape[1])
-    same = None if documents is None else _SameDocument.of(documents, start, start + q.shape[1])
+    dtype = state.dtype
+    length, key_heads = q.shape[1:3]
+    chunk = min(_CHUNK, length)
+    same = None
+    if documents is not None:
+        same = _SameDocument.of_segment(documents, start, start + length)
 
     def chunked(x: Tensor) -> Tensor:
-        x = x.to(dtype).unflatten(2, (key_heads, -1)).unflatten(1, (-1, size))
+        x = x.to(dtype).unflatten(2, (key_heads, -1)).unflatten(1, (-1, chunk))
         return x.permute(0, 3, 4, 1, 2, *range(5, x.ndim)).contiguous()
 
-    q, k, v = chunked(q) * scale, chunked(k), chunked(v)
-    log = _log_decay(decay, chunked, key_heads, size, dtype)
-    rows = q[None] if beta is None else torch.stack([q, k])
-    if log is None:
-        scores, decayed, writing, carry = (rows @ k.mT).tril(), rows, k, None
-    elif log.shape[-1] > 1:
-        scores, decayed, writing, through = _pairs_by_key(rows, k, log)
+    q = chunked(q) * scale
+    k = chunked(k)
+    v = chunked(v)
+
+    # Products of pairs of tokens. Rows read: queries read outputs and, with the delta rule, keys
+    # recall values: [readers, batch, key heads, group, chunks, tokens, key_dim].
+    readers = q[None] if beta is None else torch.stack([q, k])
+    log_decay = _log_decay(decay, chunked, key_heads, chunk, dtype)
+    carry: Tensor | None  # the factor of the state over a chunk
+    if log_decay is None:
+        scores = (readers @ k.mT).tril()
+        decayed = readers
+        writing = k
+        carry = None
+    elif log_decay.shape[-1] > 1:
+        scores, decayed, writing, through = _pairs_by_key(readers, k, log_decay)
         carry = through.mT
     else:
-        scores, from_start = (rows @ k.mT) * _pair_decays(log), log.cumsum(-2)
-        decayed, writing, carry = (
-            rows * from_start.exp(),
-            k * after(log, -2).exp(),
-            from_start[..., -1:, :].exp().mT,
-        )
-    reading, recalling = decayed[0], None if beta is None else decayed[1]
+        scores = (readers @ k.mT) * _pair_decays(log_decay)
+        from_start = log_decay.cumsum(-2)
+        decayed = readers * from_start.exp()
+        writing = k * decay_to_end(log_decay, -2).exp()
+        carry = from_start[..., -1:, :].exp().mT
+
+    # Document edges.
+    reading = decayed[0]
+    recalling = None if beta is None else decayed[1]
     if same is not None:
-        scores, reading, writing = scores * same.pairs, reading * same.before, writing * same.after
+        scores = scores * same.pairs
+        reading = reading * same.before
+        writing = writing * same.after
         carry = same.through.to(dtype) if carry is None else carry * same.through
-        recalling = None if recalling is None else recalling * same.before
-    if beta is None:
+        if recalling is not None:
+            recalling = recalling * same.before
+
+    # The states before all chunks, and the output.
+    if beta is None or recalling is None:
         states, state = _states(state, writing.mT @ v, carry)
     else:
         beta = chunked(beta)[..., None]
         solved = _inverse((beta * scores[1]).tril(-1)) * beta.mT
         states, v, state = _delta_states(state, solved @ v, solved @ recalling, writing, carry)
     out = scores[0] @ v + reading @ states
+    # [batch, time, heads, value_dim]
     return out.permute(0, 3, 4, 1, 2, 5).flatten(1, 2).flatten(2, 3), state
 
 
 def _log_decay(
-    decay: Tensor | None, chunked, key_heads: int, size: int, dtype: torch.dtype
+    decay: Tensor | None,
+    chunked: Callable[[Tensor], Tensor],
+    key_heads: int,
+    chunk: int,
+    dtype: torch.dtype,
 ) -> Tensor | None:
-    """``[batch, key heads, group, chunks, tokens, key_dim]``, with ones where it does not depend on batch, chunk or key."""
+    """Return the log-decay as ``[batch, key heads, group, chunks, tokens, key_dim]``.
+
+    A dim is 1 if the decay does not depend on it, except that of the tokens.
+    """
     if decay is None:
         return None
     if decay.ndim == 1:
-        return (
-            decay.to(dtype)
-            .unflatten(0, (key_heads, -1))[None, :, :, None, None, None]
-            .expand(-1, -1, -1, -1, size, -1)
-        )
+        by_head = decay.to(dtype).unflatten(0, (key_heads, -1))
+        return by_head[None, :, :, None, None, None].expand(-1, -1, -1, -1, chunk, -1)
     return chunked(decay) if decay.ndim == 4 else chunked(decay)[..., None]
 
 
-def _pair_decays(log: Tensor) -> Tensor:
-    """``D`` ``[..., tokens, tokens]`` of one decay per token; 1 on the diagonal, 0 above."""
-    # Differences of large sums: in fp64, and without more than makes exp() 0 there.
-    total = log.double().clamp(min=_STRONGEST).cumsum(-2)
-    return (total - total.mT).to(log.dtype).tril(-1).exp().tril()
+def _pair_decays(log_decay: Tensor) -> Tensor:
+    """Return ``D`` of one decay per token: 1 on the diagonal, 0 above.
+
+    From ``[..., tokens, 1]`` to ``[..., tokens, tokens]``.
+    """
+    # Differences of large sums: in fp64, and without what is beyond the range of exp() there.
+    total = log_decay.double().clamp(min=_STRONGEST).cumsum(-2)
+    return (total - total.mT).to(log_decay.dtype).tril(-1).exp().tril()
 
 
-def _pairs_by_key(rows: Tensor, k: Tensor, log: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a chunk with a decay for each key dim ``c``, for ``[..., tokens, key_dim]``: the scores
-    ``sum_c rows_ic k_jc exp(G_ic - G_jc)`` for ``i >= j``, ``rows exp(G)``, ``k exp(G_C - G)`` and ``exp(G_C)``.
+class _ChunkPairs(NamedTuple):
+    """A chunk with a decay for each key dim ``c``."""
 
-    Chunks are put together from halves: a later row and an earlier key meet where the half of one ends and that of the other
-    begins, so that each is decayed by what lies between it and there, and their product is a matrix product. Rows are always
-    decayed from the start of their half, keys to the end of theirs.
+    scores: Tensor
+    """``sum_c rows_ic k_jc exp(G_ic - G_jc)`` for ``i >= j``: ``[..., tokens, tokens]``."""
+    decayed: Tensor
+    """``rows exp(G)``: ``[..., tokens, key_dim]``."""
+    writing: Tensor
+    """``k exp(G_C - G)``: ``[..., tokens, key_dim]``."""
+    through: Tensor
+    """``exp(G_C)``: ``[..., 1, key_dim]``."""
+
+
+def _pairs_by_key(rows: Tensor, k: Tensor, log_decay: Tensor) -> _ChunkPairs:
+    """Return the products of a chunk's tokens, for a decay of each key dim.
+
+    Chunks are put together from halves. A later row and an earlier key meet at the edge between the
+    half of one and that of the other: each is decayed by what lies between it and the edge, and
+    their product is a matrix product. Rows are always decayed from the start of their half, keys to
+    the end of theirs.
     """
     size = k.shape[-2]
-    whole = 1 << (size - 1).bit_length()
-    rows, k, log = (torch.nn.functional.pad(x, (0, 0, 0, whole - size)) for x in (rows, k, log))
-    scores = (rows * k).sum(-1).expand(torch.broadcast_shapes(rows.shape[:-1], log.shape[:-1]))
-    # [..., blocks, half, half], [..., blocks, half, key_dim], [..., blocks, 1, key_dim]
-    scores, through = scores[..., None, None], log.exp()[..., None, :]
-    rows, k = rows[..., None, :] * through, k[..., None, :].expand_as(through)
+    power_of_two = 1 << (size - 1).bit_length()
+    padding = (0, 0, 0, power_of_two - size)
+    rows, k, log_decay = (torch.nn.functional.pad(x, padding) for x in (rows, k, log_decay))
+
+    # Blocks of one token at first: scores [..., blocks, size, size], rows and k [..., blocks, size,
+    # dim], through [..., blocks, 1, dim]
+    scores = (
+        (rows * k).sum(-1).expand(torch.broadcast_shapes(rows.shape[:-1], log_decay.shape[:-1]))
+    )
+    scores = scores[..., None, None]
+    through = log_decay.exp()[..., None, :]
+    rows = rows[..., None, :] * through
+    k = k[..., None, :].expand_as(through)
+
+    # Then join pairs of blocks, an earlier and a later one, until there is one.
     while scores.shape[-3] > 1:
-        (upper, lower), (early, late), (first, second), (before, since) = (
-            x.unflatten(-3, (-1, 2)).unbind(-3) for x in (scores, rows, k, through)
-        )
-        between = late @ first.mT
-        scores = torch.cat(
-            [torch.cat([upper, torch.zeros_like(upper)], -1), torch.cat([between, lower], -1)], -2
-        )
-        rows, k = torch.cat([early, late * before], -2), torch.cat([first * since, second], -2)
-        through = before * since
-    return (
+        early_scores, late_scores = _pairs_of_blocks(scores)
+        early_rows, late_rows = _pairs_of_blocks(rows)
+        early_k, late_k = _pairs_of_blocks(k)
+        early_through, late_through = _pairs_of_blocks(through)
+
+        upper = torch.cat([early_scores, torch.zeros_like(early_scores)], -1)
+        lower = torch.cat([late_rows @ early_k.mT, late_scores], -1)
+        scores = torch.cat([upper, lower], -2)
+        rows = torch.cat([early_rows, late_rows * early_through], -2)
+        k = torch.cat([early_k * late_through, late_k], -2)
+        through = early_through * late_through
+    return _ChunkPairs(
         scores[..., 0, :size, :size],
         rows[..., 0, :size, :],
         k[..., 0, :size, :],
@@ -216,56 +319,76 @@ def _pairs_by_key(rows: Tensor, k: Tensor, log: Tensor) -> tuple[Tensor, Tensor,
     )
 
 
+def _pairs_of_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split ``[..., blocks, rows, columns]`` into the even and the odd blocks."""
+    even, odd = x.unflatten(-3, (-1, 2)).unbind(-3)
+    return even, odd
+
+
 def _inverse(below: Tensor) -> Tensor:
-    """``(I + below)^-1`` of a strictly lower triangular matrix."""
+    """Return ``(I + below)^-1`` of a strictly lower triangular matrix ``[..., tokens, tokens]``."""
     return _Inverse.apply(below)
 
 
 class _Inverse(torch.autograd.Function):
-    """Its gradient is two products, not another solution."""
+    """The inverse, whose gradient is two products instead of another solution."""
 
     @staticmethod
-    def forward(ctx, below: Tensor) -> Tensor:
+    def forward(ctx: Any, below: Tensor) -> Tensor:
         eye = torch.eye(below.shape[-1], dtype=below.dtype, device=below.device)
-        found = torch.linalg.solve_triangular(
+        inverse = torch.linalg.solve_triangular(
             below, eye.expand_as(below), upper=False, unitriangular=True
         )
-        ctx.save_for_backward(found)
-        return found
+        ctx.save_for_backward(inverse)
+        return inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (found,) = ctx.saved_tensors
-        with torch.autocast(found.device.type, enabled=False):
-            return -(found.mT @ gradient @ found.mT)
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        with torch.autocast(inverse.device.type, enabled=False):
+            return -(inverse.mT @ gradient @ inverse.mT)
 
 
 def _states(state: Tensor, added: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The states before all chunks, and the last."""
+    """Return the states before all chunks, and the last state.
+
+    Args:
+        state: before the first chunk.
+        added: what each chunk adds, ``[batch, key heads, group, chunks, key_dim, value_dim]``.
+        carry: factor of the state over each chunk, or None for 1.
+    """
     before = []
-    for new, kept in zip(added.unbind(3), _by_chunk(carry, added), strict=True):
+    for added_by_chunk, kept in zip(added.unbind(3), _carry_of_chunks(carry, added), strict=True):
         before.append(state)
-        state = new + (state if kept is None else kept * state)
+        state = added_by_chunk + (state if kept is None else kept * state)
     return torch.stack(before, 3), state
 
 
-def _delta_states(state, u, w, writing, carry) -> tuple[Tensor, Tensor, Tensor]:
-    """The states before all chunks, what their tokens write instead of ``v``, and the last state."""
+def _delta_states(
+    state: Tensor, u: Tensor, w: Tensor, writing: Tensor, carry: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states before all chunks, what tokens write instead of ``v``, and the last state.
+
+    Args:
+        u: ``T diag(beta) V``.
+        w: ``T diag(beta) (K exp(G))``.
+    """
     before, values = [], []
-    chunks = zip(u.unbind(3), w.unbind(3), writing.mT.unbind(3), _by_chunk(carry, u), strict=True)
-    for u_n, w_n, write, kept in chunks:
+    chunks = zip(
+        u.unbind(3), w.unbind(3), writing.mT.unbind(3), _carry_of_chunks(carry, u), strict=True
+    )
+    for chunk_u, chunk_w, chunk_writing, kept in chunks:
         before.append(state)
-        values.append(u_n - w_n @ state)
-        state = write @ values[-1] + (state if kept is None else kept * state)
+        value = chunk_u - chunk_w @ state
+        values.append(value)
+        state = chunk_writing @ value + (state if kept is None else kept * state)
     return torch.stack(before, 3), torch.stack(values, 3), state
 
 
-def _by_chunk(carry: Tensor | None, like: Tensor) -> list[Tensor | None]:
-    """Of each chunk, where all may share one."""
+def _carry_of_chunks(carry: Tensor | None, like: Tensor) -> list[Tensor | None]:
+    """Return the factor of each of the chunks of ``like``; chunks may share one."""
     chunks = like.shape[3]
-    return (
-        [None] * chunks
-        if carry is None
-        else list(carry.expand(-1, -1, -1, chunks, -1, -1).unbind(3))
-    )
+    if carry is None:
+        return [None] * chunks
+    return list(carry.expand(-1, -1, -1, chunks, -1, -1).unbind(3))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...attention.arguments import check_backend
-from ...attention.linear.attention import BACKENDS
+from ...attention.linear.backends import BACKENDS
 from ...trainer.errors import UserError
 from ...trainer.progress import track
 from ..options import counts, numbers, out_folder

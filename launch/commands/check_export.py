@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """See :func:`longspan.trainer.huggingface.check.check_export`."""
     from ...trainer.huggingface.check import check_export
-    from ...trainer.huggingface.source import SavedRun
+    from ...trainer.huggingface.saved_run import SavedRun
 
     folder = Path(options.folder)
     if not (folder / "config.json").is_file():

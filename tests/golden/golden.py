@@ -33,9 +33,8 @@ from longspan.parallel.schedules.choose import make_plan as plan_attention
 from longspan.parallel.schedules.names import schedules_named
 from longspan.parallel.schedules.plan import batch_rows
 from longspan.trainer.data.tokenizer import recipe_vocab_size
-from longspan.trainer.huggingface.export import _built as built_for_transformers
-from longspan.trainer.huggingface.native import ModelToExport as ExportSource
-from longspan.trainer.huggingface.target import choose_target
+from longspan.trainer.huggingface.model_to_export import ModelToExport
+from longspan.trainer.huggingface.registry import choose_target
 from longspan.trainer.model.cpu import megatron_on_cpu
 from longspan.trainer.model.model import build_model
 from longspan.trainer.model.weights import global_parameters, is_split
@@ -294,11 +293,9 @@ def _parameters(name: str) -> str:
 
 def _export(name: str) -> str:
     """The config that export would write, and the tensors' names and shapes."""
-    recipe = load_recipe(name)
-    source = ExportSource(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
-    target, reasons = choose_target(source)
+    target, reasons = choose_target(ModelToExport.of_recipe(load_recipe(name)))
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    built = built_for_transformers(target, no_ids, torch.float32)
+    built = target.build(no_ids, torch.float32)
     config = built.config.to_diff_dict()
     config.pop("transformers_version", None)
     state = {key: f"{list(tensor.shape)}" for key, tensor in built.state_dict().items()}

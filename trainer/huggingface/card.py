@@ -2,13 +2,13 @@
 
 from ..recipe.file import to_yaml
 from .check import CheckResult
-from .source import SavedRun
-from .target import CustomTarget, Target
+from .saved_run import SavedRun
+from .target import Target
 
 
 def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
-    """What it is, how it is loaded, what it was trained on, and what it reached."""
-    code = isinstance(target, CustomTarget)
+    """Return what the model is, how it is loaded, what it was trained on and what it reached."""
+    load_options = ", trust_remote_code=True" if target.ships_code else ""
     lines = [
         "---",
         "library_name: transformers",
@@ -22,20 +22,18 @@ def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("."{", trust_remote_code=True" if code else ""})',
+        f'model = AutoModelForCausalLM.from_pretrained("."{load_options})',
     ]
-    if not saved.recipe.data.mqar:
+    if not saved.recipe.data.mqar:  # which has no text
         lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
     lines += [
         "```",
         "",
         f"Trained for {saved.step:,} steps, {saved.manifest.tokens:,} tokens, on {_data(saved)}.",
         "",
-    ]
-    lines += _metrics(saved)
-    lines += [
-        f"In fp32 its logits differ from those of the trained model by {result.whole:.0e} of the largest, and token by token "
-        f"from its cache by {result.cached:.0e}.",
+        *_metrics(saved),
+        f"In fp32 its logits differ from those of the trained model by {result.whole:.0e} of the "
+        f"largest, and token by token from its cache by {result.cached:.0e}.",
         "",
         "## Recipe",
         "",
@@ -47,30 +45,26 @@ def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
 
 
 def _data(saved: SavedRun) -> str:
-    data = saved.recipe.data
-    if data.mqar:
+    """Return what it was trained on, in words."""
+    sources = saved.recipe.data.sources
+    if saved.recipe.data.mqar or sources is None:
         return "multi-query associative recall"
-    total = sum(data.sources.values())
-    return ", ".join(f"{name} ({weight / total:.0%})" for name, weight in data.sources.items())
+    total = sum(sources.values())
+    return ", ".join(f"{name} ({weight / total:.0%})" for name, weight in sources.items())
 
 
 def _metrics(saved: SavedRun) -> list[str]:
-    """The last of each kind up to the step."""
+    """Return a table of the last value of each loss and evaluation up to the checkpoint's step."""
     if not saved.folder.metrics.is_file():
         return []
     last: dict[str, float] = {}
     for record in saved.folder.read_metrics():
-        if record["step"] <= saved.step:
-            last |= {
-                name: value
-                for name, value in record.items()
-                if name.startswith(("train/loss", "eval/"))
-            }
+        if record["step"] > saved.step:
+            continue
+        for name, value in record.items():
+            if name.startswith(("train/loss", "eval/")):
+                last[name] = value
     if not last:
         return []
-    return [
-        "| metric | value |",
-        "| --- | --- |",
-        *(f"| {name} | {value:.4f} |" for name, value in last.items()),
-        "",
-    ]
+    values = [f"| {name} | {value:.4f} |" for name, value in last.items()]
+    return ["| metric | value |", "| --- | --- |", *values, ""]

@@ -1,4 +1,6 @@
-"""Whether an exported model gives the run's logits: whole prompts, token by token from its cache, and greedy text."""
+"""Whether an exported model gives the run's logits: for whole prompts, token by token from its
+cache, and for greedy text.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,37 +8,45 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..layers.softmax import SoftmaxBlock
-from .folder import listed, load_folder, loading
-from .native import ModelToExport
-from .source import SavedRun
-from .target import Target, choose_target, stays_fp32
+from .folder import abbreviated, load_folder, loading
+from .model_to_export import ModelToExport
+from .registry import choose_target
+from .saved_run import SavedRun
+from .target import Target, stays_fp32
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
-    from transformers import PreTrainedConfig
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..engines.engine import Engine
 
 TOLERANCE = 1e-4
-PROMPTS, LENGTH, CACHED, GREEDY = 3, 1024, 24, 24
+"""Largest difference that is allowed, as a share of the largest logit."""
+NUM_PROMPTS = 3
+MIN_PROMPT_LENGTH = 1024
+CACHED_TOKENS = 24
+"""Tokens at the end of a prompt that are computed from the cache, one by one."""
+GREEDY_TOKENS = 24
+"""Tokens of greedy text for each prompt."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Differences as shares of the largest logit."""
+    """Largest differences between logits, as shares of the largest logit."""
 
     whole: float
-    """Of logits of whole prompts from the run's."""
+    """Logits of whole prompts, from the run's."""
     cached: float
-    """Of logits token by token, after half a prompt, from those of whole prompts."""
+    """Logits of the last tokens from the cache, from those of whole prompts."""
     greedy: int
-    """Tokens of likeliest text that were compared, and were the same."""
+    """Tokens of greedy text that were compared and were the same."""
 
 
 def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> CheckResult:
-    """Load ``folder`` as a user does, in fp32, and compare; needs a process group of one.
+    """Load ``folder`` in fp32, as a user does, and compare it with the run.
+
+    Needs a process group of one.
 
     Raises:
         UserError: naming what differs, and by how much.
@@ -44,138 +54,155 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
     import torch
     from transformers import AutoConfig
 
-    target, _ = choose_target(saved.source)
+    target, _ = choose_target(saved.to_export)
     with loading(str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    _require_same_kind(folder, config, saved, target)
-    theirs = load_folder(folder, str(folder), dtype=torch.float32, trust_remote_code=True)
-    if other := sorted(theirs.missing | theirs.unexpected):
+    _require_same_architecture(folder, config, saved, target)
+
+    loaded = load_folder(folder, str(folder), dtype=torch.float32, trust_remote_code=True)
+    mismatched = sorted(loaded.missing | loaded.unexpected)
+    if mismatched:
         raise UserError(
-            f"{folder}: its files and its config.json do not agree on {listed(other)}; export the run again"
+            f"{folder}: its files and its config.json do not agree on {abbreviated(mismatched)}; "
+            "export the run again"
         )
-    ours = _engine(saved, target, config.dtype or torch.float32)
+
+    engine = _engine(saved, target, config.dtype or torch.float32)
     try:
-        result = _compare(ours, theirs.model, saved)
+        result = _compare(engine, loaded.model, saved)
     finally:
-        ours.close()
-    for what, found in {"whole prompts": result.whole, "token by token": result.cached}.items():
-        if not found <= TOLERANCE:
+        engine.close()
+    for what, difference in {
+        "whole prompts": result.whole,
+        "token by token": result.cached,
+    }.items():
+        if not difference <= TOLERANCE:  # NaN is no small difference
             raise UserError(
-                f"{folder}: {what}, logits differ by {found:.1e} of the largest from those of {saved.folder.path} at step "
-                f"{saved.step}; {TOLERANCE:g} is allowed"
+                f"{folder}: {what}, logits differ by {difference:.1e} of the largest from those of "
+                f"{saved.folder.path} at step {saved.step}; {TOLERANCE:g} is allowed"
             )
     say(
-        f"logits of {PROMPTS} prompts differ by {result.whole:.0e} of the largest, from the cache by {result.cached:.0e}; "
-        f"{result.greedy} tokens of greedy text are the same"
+        f"logits of {NUM_PROMPTS} prompts differ by {result.whole:.0e} of the largest, from the "
+        f"cache by {result.cached:.0e}; {result.greedy} tokens of greedy text are the same"
     )
     return result
 
 
-def _require_same_kind(
+def _require_same_architecture(
     folder: Path, config: "PreTrainedConfig", saved: SavedRun, target: Target
 ) -> None:
-    """What would not be compared to its end."""
-    of = f"{saved.folder.path} at step {saved.step}"
+    """Refuse a folder that cannot be compared with the run at all."""
+    run = f"{saved.folder.path} at step {saved.step}"
     if config.model_type != target.model_type:
         raise UserError(
-            f"{folder}: is a model of architecture {config.model_type}; {of} becomes {target.model_type}"
+            f"{folder}: is a model of architecture {config.model_type}; "
+            f"{run} becomes {target.model_type}"
         )
-    if config.vocab_size != saved.source.vocab_size:
+    vocab_size = saved.to_export.vocab_size
+    if config.vocab_size != vocab_size:
         raise UserError(
-            f"{folder}: has a vocabulary of {config.vocab_size:,}, {of} has one of {saved.source.vocab_size:,}"
+            f"{folder}: has a vocabulary of {config.vocab_size:,}, {run} has one of {vocab_size:,}"
         )
 
 
 def _engine(saved: SavedRun, target: Target, dtype: "torch.dtype") -> "Engine":
+    """Return the run's model in fp32, with its weights rounded as those in the folder are."""
     import torch
 
     from ..engines.inference import with_weights
 
     weights = saved.weights(list(saved.shapes))
-    if dtype != torch.float32:  # as they were rounded when they were written
-        for rows in target.rows():
-            theirs = {
-                name: part if stays_fp32(name) else part.to(dtype)
-                for name, part in rows.split(weights[rows.ours]).items()
+    if dtype != torch.float32:
+        for tensor_map in target.tensor_maps():
+            weight = weights[tensor_map.megatron_name]
+            rounded = {
+                name: tensor if stays_fp32(name) else tensor.to(dtype)
+                for name, tensor in tensor_map.to_hf(weight).items()
             }
-            weights[rows.ours] = rows.join(theirs, weights[rows.ours].shape)
-    exact = saved.recipe.training.model_copy(update={"dtype": "float32"})
-    return with_weights(saved.recipe.model_copy(update={"training": exact}), weights)
+            weights[tensor_map.megatron_name] = tensor_map.from_hf(rounded, weight.shape)
+    training = saved.recipe.training.model_copy(update={"dtype": "float32"})
+    return with_weights(saved.recipe.model_copy(update={"training": training}), weights)
 
 
-def prompt_length(source: ModelToExport) -> int:
-    """Tokens: twice as far as any window, band or sink of the stack reaches and as its stripes lie apart, so that a wrong one
-    shows; at least ``LENGTH``, and never more than the model was made for.
+def prompt_length(to_export: ModelToExport) -> int:
+    """Return how many tokens a prompt has, so that a wrong pattern shows.
+
+    This is twice as far as any window, band or first token of the stack reaches and as its stripes
+    are apart; at least ``MIN_PROMPT_LENGTH``, and never more than the model was trained on.
     """
-    heads = source.model.kv_heads
-    patterns = [
-        block.attention_pattern(heads)
-        for block in source.model.stack
-        if isinstance(block, SoftmaxBlock)
-    ]
-    rules = {rule for pattern in patterns for head in range(heads) for rule in pattern.rules(head)}
-    ends = [
+    num_kv_heads = to_export.model.kv_heads
+    rules = [rule for block in to_export.model.stack for rule in block.rules(num_kv_heads)]
+    reaches = [
         max((rule.reach or 1) * rule.block, rule.stop or 1, rule.step * rule.block)
         for rule in rules
     ]
-    return min(source.seq_length, max([LENGTH, *(2 * end for end in ends)]))
+    wanted = max([MIN_PROMPT_LENGTH, *(2 * reach for reach in reaches)])
+    return min(to_export.seq_length, wanted)
 
 
-def _compare(ours: "Engine", theirs: "nn.Module", saved: SavedRun) -> CheckResult:
+def _compare(engine: "Engine", hf_model: "PreTrainedModel", saved: SavedRun) -> CheckResult:
     import torch
 
-    length, vocabulary = prompt_length(saved.source), saved.source.vocab_size
-    prompts = torch.randint(
-        vocabulary, (PROMPTS, length), generator=torch.Generator().manual_seed(0)
-    )
+    length = prompt_length(saved.to_export)
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_PROMPTS, length)
+    prompts = torch.randint(saved.to_export.vocab_size, shape, generator=generator)
     with torch.no_grad():
-        reference = ours.logits(prompts)
-        whole = theirs(input_ids=prompts, use_cache=False).logits.float()
-        cached = _from_cache(theirs, prompts)
+        reference = engine.logits(prompts)  # [prompts, length, vocab]
+        whole = hf_model(input_ids=prompts, use_cache=False).logits.float()
+        cached = _logits_from_cache(hf_model, prompts)  # [prompts, cached tokens, vocab]
         largest = reference.abs().max()
-        start = prompts[:, : max(1, length - GREEDY)]
-        text = theirs.generate(
+
+        start = prompts[:, : max(1, length - GREEDY_TOKENS)]
+        text = hf_model.generate(
             start,
             attention_mask=torch.ones_like(start),
-            max_new_tokens=GREEDY,
+            max_new_tokens=GREEDY_TOKENS,
             do_sample=False,
             eos_token_id=None,
         )
-        _same_text(ours, text, start.shape[1], largest, saved)
+        _require_same_text(engine, text, start.shape[1], largest, saved)
     return CheckResult(
-        float((whole - reference).abs().max() / largest),
-        float((cached - whole[:, -cached.shape[1] :]).abs().max() / largest),
-        text[:, start.shape[1] :].numel(),
+        whole=float((whole - reference).abs().max() / largest),
+        cached=float((cached - whole[:, -cached.shape[1] :]).abs().max() / largest),
+        greedy=text[:, start.shape[1] :].numel(),
     )
 
 
-def _from_cache(theirs: "nn.Module", tokens: "Tensor") -> "Tensor":
-    """Of the last tokens: one call for what comes first, and one for each of them."""
+def _logits_from_cache(hf_model: "PreTrainedModel", tokens: "Tensor") -> "Tensor":
+    """Return the logits of the last tokens: one call for all tokens before, and one for each."""
     import torch
 
-    count = min(CACHED, tokens.shape[1] // 2)
-    first = tokens.shape[1] - count
-    outputs = theirs(input_ids=tokens[:, :first], use_cache=True)
-    found = []
-    for place in range(first, tokens.shape[1]):
-        # As `generate` has them: `minimax` does not know how many came before where its first layer is a lightning one.
-        at = torch.full((len(tokens), 1), place)
-        token, cache = tokens[:, place : place + 1], outputs.past_key_values
-        outputs = theirs(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True)
-        found.append(outputs.logits[:, -1])
-    return torch.stack(found, 1).float()
+    num_cached = min(CACHED_TOKENS, tokens.shape[1] // 2)
+    first = tokens.shape[1] - num_cached
+    outputs = hf_model(input_ids=tokens[:, :first], use_cache=True)
+    logits = []
+    for position in range(first, tokens.shape[1]):
+        # Positions as `generate` passes them: if its first layer is a lightning one, `minimax` does
+        # not know how many tokens came before.
+        outputs = hf_model(
+            input_ids=tokens[:, position : position + 1],
+            position_ids=torch.full((len(tokens), 1), position),
+            past_key_values=outputs.past_key_values,
+            use_cache=True,
+        )
+        logits.append(outputs.logits[:, -1])
+    return torch.stack(logits, 1).float()
 
 
-def _same_text(
-    ours: "Engine", text: "Tensor", start: int, largest: "Tensor", saved: SavedRun
+def _require_same_text(
+    engine: "Engine", text: "Tensor", start: int, largest: "Tensor", saved: SavedRun
 ) -> None:
-    """Every token after the prompt is the run's likeliest; where two are as likely up to rounding, either."""
-    logits = ours.logits(text)[:, start - 1 : -1]
+    """Require that every token from ``start`` on is the run's likeliest; if two are equally likely
+    up to rounding, either is.
+    """
+    logits = engine.logits(text)[:, start - 1 : -1]  # [prompts, greedy tokens, vocab]
     chosen = logits.gather(-1, text[:, start:, None])[..., 0]
-    behind = (logits.amax(-1) - chosen) / largest
-    if float(behind.max()) > TOLERANCE:
-        at = int(behind.amax(0).argmax())
+    differences = (logits.amax(-1) - chosen) / largest  # [prompts, greedy tokens]
+    worst = float(differences.max())
+    if worst > TOLERANCE:
+        index = int(differences.amax(0).argmax())
         raise UserError(
-            f"{saved.folder.path}: greedy text differs from the run's at token {at + 1}, whose logit is "
-            f"{float(behind.max()):.1e} of the largest below the likeliest"
+            f"{saved.folder.path}: greedy text differs from the run's at token {index + 1}, whose "
+            f"logit is {worst:.1e} of the largest below the likeliest"
         )

@@ -1,4 +1,7 @@
-"""A run's weights as a folder that ``transformers`` loads: written beside its place, checked, and renamed when all is well."""
+"""A run's model as a folder that ``transformers`` loads.
+
+It is written beside its place under another name, checked, and renamed if all is well.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -9,34 +12,41 @@ from ..errors import UserError
 from ..progress import track
 from .card import model_card
 from .check import check_export
-from .folder import quiet
-from .source import SavedRun
-from .target import CustomTarget, Target, choose_target, describe_target, stays_fp32
+from .folder import silence_libraries
+from .registry import choose_target, describe_target
+from .saved_run import SavedRun
+from .target import Target, stays_fp32
+from .tensor_map import StackedTensors, by_layer
 from .tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
-    from torch import dtype, nn
+    import torch
+    from transformers import PreTrainedModel
 
-SHARD = "4GB"
+SHARD_SIZE = "4GB"
+"""The largest file of weights."""
 
 
 def export_run(run: str, out: Path, dtype_name: str | None, say: Callable[[str], None]) -> None:
     """Write the model of ``run`` (a folder, or ``folder@step``) to the new folder ``out``.
 
     Args:
-        dtype_name: of the weights; None for that of training.
+        dtype_name: the dtype of the weights; None for that of training.
+        say: is called with each line about what is done.
 
     Raises:
-        UserError: ``out`` is there already, the run or its checkpoint is not whole, no code can run the model outside, or what
-            was written does not give the run's logits. Nothing is left behind.
+        UserError: ``out`` exists already, the run or its checkpoint is not whole, no exported code
+            can compute the model, or what was written does not give the run's logits. Nothing is
+            left behind.
     """
     from safetensors import SafetensorError
 
     if out.exists():
         raise UserError(f"{out}: exists already; remove it or choose another folder")
     saved = SavedRun(run)
-    target, _ = choose_target(saved.source)
-    say(describe_target(saved.source))
+    target, _ = choose_target(saved.to_export)
+    say(describe_target(saved.to_export))
+
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -55,15 +65,16 @@ def _write(saved: SavedRun, target: Target, folder: Path, dtype_name: str | None
     import torch
     from transformers import GenerationConfig
 
-    quiet()
-    kind = getattr(torch, dtype_name or _training_dtype(saved))
-    ids = write_tokenizer(saved.recipe, folder, saved.source.seq_length)
-    built = _built(
-        target, {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **ids}, kind
-    )
-    _load(built, saved, target, kind)
-    built.generation_config = GenerationConfig(do_sample=True, **ids)
-    built.save_pretrained(folder, max_shard_size=SHARD)
+    silence_libraries()
+    dtype = getattr(torch, dtype_name or _training_dtype(saved))
+    token_ids = write_tokenizer(saved.recipe, folder, saved.to_export.seq_length)
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    hf_model = target.build({**no_ids, **token_ids}, dtype)
+
+    _load_weights(hf_model, saved, target, dtype)
+    hf_model.generation_config = GenerationConfig(do_sample=True, **token_ids)
+    hf_model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    target.finish_folder(folder)
 
 
 def _training_dtype(saved: SavedRun) -> str:
@@ -73,48 +84,35 @@ def _training_dtype(saved: SavedRun) -> str:
     return "bfloat16" if saved.manifest.ranks.startswith("cuda") else "float32"
 
 
-def _built(target: Target, ids: dict, kind: "dtype") -> "nn.Module":
-    """The model of ``transformers``, without memory for its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _load_weights(
+    hf_model: "PreTrainedModel", saved: SavedRun, target: Target, dtype: "torch.dtype"
+) -> None:
+    """Give ``hf_model``, which is on the meta device, the run's weights as ``dtype``.
 
-    if isinstance(target, CustomTarget):
-        from .custom.configuration_longspan import LongspanConfig
-        from .custom.modeling_longspan import LongspanForCausalLM
+    They come layer by layer, so that memory holds the exported model once and one layer of ours.
+    """
+    tensor_maps = list(target.tensor_maps())
+    mapped_names = {tensor_map.megatron_name for tensor_map in tensor_maps}
+    one_sided = sorted(mapped_names ^ set(saved.shapes))
+    assert not one_sided, f"parameters that are on one side alone: {one_sided[:5]}"
 
-        LongspanConfig.register_for_auto_class()
-        LongspanForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        config, make = LongspanConfig(**target.config(), **ids), LongspanForCausalLM
-    else:
-        config, make = (
-            AutoConfig.for_model(target.model_type, **target.config(), **ids),
-            AutoModelForCausalLM.from_config,
-        )
-    with torch.device("meta"):
-        return make(config).to(kind)
-
-
-def _load(built: "nn.Module", saved: SavedRun, target: Target, kind: "dtype") -> None:
-    """Layer by layer, so that in memory is the model once, and of ours a layer."""
-    from .tensor_map import StackedTensors, by_layer
-
-    rows = list(target.rows())
-    missing = sorted({each.ours for each in rows} ^ set(saved.shapes))
-    assert not missing, f"parameters that are on one side alone: {missing[:5]}"
-    fp32 = {name for name, parameter in built.named_parameters() if stays_fp32(name)}
-    with track("Converting", len(rows), of_bytes=False) as advance:
-        for layer in by_layer(rows):
+    fp32_names = {name for name, _ in hf_model.named_parameters() if stays_fp32(name)}
+    with track("Converting", len(tensor_maps), of_bytes=False) as advance:
+        for layer_maps in by_layer(tensor_maps):
             collected = StackedTensors()
-            weights = saved.weights([each.ours for each in layer])
-            for each in layer:
-                collected.add(each, weights[each.ours])
+            weights = saved.weights([tensor_map.megatron_name for tensor_map in layer_maps])
+            for tensor_map in layer_maps:
+                collected.add(tensor_map, weights[tensor_map.megatron_name])
                 advance(1)
             tensors = {
-                name: t if name in fp32 else t.to(kind) for name, t in collected.all().items()
+                name: tensor if name in fp32_names else tensor.to(dtype)
+                for name, tensor in collected.stacked().items()
             }
-            unexpected = built.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+            loaded = hf_model.load_state_dict(tensors, strict=False, assign=True)
+            unexpected = loaded.unexpected_keys
             assert not unexpected, f"{target.model_type} has no {unexpected}"
-    built.tie_weights()
-    target.finish(built)
-    empty = [name for name, tensor in built.state_dict().items() if tensor.is_meta]
+
+    hf_model.tie_weights()
+    target.finish(hf_model)
+    empty = [name for name, tensor in hf_model.state_dict().items() if tensor.is_meta]
     assert not empty, f"nothing gives {empty[:5]}"

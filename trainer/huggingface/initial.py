@@ -1,205 +1,254 @@
-"""Weights to begin with: those of a Hugging Face folder, for a recipe that has its layers or changed some of them."""
+"""Weights to begin with: those of a Hugging Face folder, for a recipe that has the same layers or
+changed some of them.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..data.tokenizer import recipe_vocab_size
 from ..errors import UserError
-from ..layers.linear import LightningBlock
 from ..recipe.schema import InitialConfig, Recipe
-from .folder import Loaded, listed, load_folder
-from .native import NATIVES, ModelToExport, NativeTarget
-from .target import CustomTarget
+from .custom_target import CustomTarget
+from .folder import LoadedModel, abbreviated, load_folder
+from .model_to_export import ModelToExport
+from .native.base import NativeTarget
+from .registry import NATIVE_TARGETS
+from .tensor_map import TensorMap, by_layer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from ..engines.engine import Engine
     from ..ranks import RankGroup
 
 
+class _Folder(NamedTuple):
+    """A folder to begin with, before its model is loaded."""
+
+    path: Path
+    config: dict[str, Any]
+    """Its ``config.json``."""
+    target: NativeTarget
+    """Its architecture, with the recipe's model."""
+
+
 def require_initial(recipe: Recipe) -> None:
     """Refuse a folder that the recipe cannot begin with, before any process starts.
 
     Raises:
-        UserError: it is no model of an architecture that is known here, its files are not those of its config, its sizes are
-            others, it computes what no recipe says, or parameters are on one side alone that ``initial`` does not name; one
-            line for each.
+        UserError: the folder has no model of a known architecture, its files are not those of its
+            config, its sizes are others, it computes what no recipe can say, or parameters are on
+            one side alone that ``initial`` does not name; one line for each.
     """
-    if recipe.initial:
-        native, config = _native(recipe)
-        loaded = _load(recipe)
-        problems = [
-            *_sizes(native, config),
-            *_inexpressible(native, loaded.model.config),
-            *_one_sided(
-                native, recipe.initial, _parameters(loaded, native).keys() | loaded.unexpected
-            ),
-        ]
-        if problems:
-            raise UserError("\n".join(problems))
+    if recipe.initial is None:
+        return
+    folder = _open_folder(recipe, recipe.initial)
+    loaded = _load(recipe.initial)
+    names = _parameters(loaded, folder.target).keys() | loaded.unexpected
+    problems = [
+        *_size_problems(folder),
+        *_inexpressible(folder.target, loaded.model.config),
+        *_one_sided_problems(folder.target, recipe.initial, names),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def load_initial(engine: "Engine", recipe: Recipe, ranks: "RankGroup") -> list[str]:
-    """Take the weights of ``recipe.initial``, which the first rank reads and hands on layer by layer; every rank calls it.
+    """Load the weights of ``recipe.initial``, which the first rank reads and sends to the others
+    layer by layer; every rank calls it.
 
     Returns:
-        What is to be told of it, on the first rank.
+        Lines to print about it, on the first rank; none on others.
 
     Raises:
-        UserError: a tensor has another shape, or the folder's fixed decays are others than the recipe's.
+        UserError: a tensor has another shape, or the folder's fixed decays are not the recipe's.
     """
-    import torch.distributed as dist
-
-    from .tensor_map import by_layer
-
-    native, _ = _native(recipe)
-    theirs: dict[str, Tensor] = {}
-    told: list[str] = []
+    initial = recipe.initial
+    assert initial is not None
+    target = _open_folder(recipe, initial).target
+    hf_tensors: dict[str, Tensor] = {}
+    lines: list[str] = []
     with ranks.raise_on_all():
-        if dist.get_rank() == 0:
-            loaded = _load(recipe)
-            _require_same_decays(loaded.model, native, recipe.initial.path)
-            theirs = {
-                name: parameter.detach() for name, parameter in _parameters(loaded, native).items()
+        if ranks.is_first:
+            loaded = _load(initial)
+            problem = next(target.buffer_problems(loaded.model), None)
+            if problem:
+                raise UserError(f"initial: {initial.path}: {problem}")
+            hf_tensors = {
+                name: parameter.detach() for name, parameter in _parameters(loaded, target).items()
             }
-            told = [
-                f"begins with the weights of {recipe.initial.path}",
-                *_differences(native, loaded.model.config),
+            lines = [
+                f"begins with the weights of {initial.path}",
+                *_differences(target, loaded.model.config),
             ]
-    parts = ranks.gather(
-        {name: shards.shape for name, shards in engine.state().items() if name.startswith("model.")}
-    )
-    shapes = {name.removeprefix("model."): shape for part in parts for name, shape in part.items()}
-    for layer in by_layer(native.rows()):
-        whole: dict[str, Tensor] = {}
+
+    shapes = _weight_shapes(engine, ranks)
+    for layer_maps in by_layer(target.tensor_maps()):
+        weights: dict[str, Tensor] = {}
         with ranks.raise_on_all():
-            if dist.get_rank() == 0:
-                try:
-                    whole = {
-                        rows.ours: rows.join(rows.own(theirs), shapes[rows.ours]) for rows in layer
-                    }
-                except ValueError as error:
-                    raise UserError(f"initial: {recipe.initial.path}: {error}") from None
-        engine.load_weights(
-            {
-                rows.ours: ranks.broadcast_tensor(whole.get(rows.ours), shapes[rows.ours])
-                for rows in layer
-            }
-        )
-    return told
+            if ranks.is_first:
+                weights = _joined(layer_maps, hf_tensors, shapes, initial)
+        on_all_ranks = {}
+        for tensor_map in layer_maps:
+            name = tensor_map.megatron_name
+            on_all_ranks[name] = ranks.broadcast_tensor(weights.get(name), shapes[name])
+        engine.load_weights(on_all_ranks)
+    return lines
 
 
-def _native(recipe: Recipe) -> tuple[NativeTarget, dict]:
-    """The folder's architecture, with the recipe's model in it, and the folder's config."""
-    path = Path(recipe.initial.path)
+def _weight_shapes(engine: "Engine", ranks: "RankGroup") -> dict[str, "torch.Size"]:
+    """Return the shapes of all whole weights by global name, on whatever ranks they are."""
+    prefix = "model."
+    local_shapes = {
+        name.removeprefix(prefix): shards.shape
+        for name, shards in engine.state().items()
+        if name.startswith(prefix)
+    }
+    shapes: dict[str, torch.Size] = {}
+    for rank_shapes in ranks.gather(local_shapes):
+        shapes |= rank_shapes
+    return shapes
+
+
+def _joined(
+    layer_maps: Iterable[TensorMap],
+    hf_tensors: "Mapping[str, Tensor]",
+    shapes: "Mapping[str, torch.Size]",
+    initial: InitialConfig,
+) -> "dict[str, Tensor]":
+    """Return the parameters of a layer in fp32, by global name."""
+    weights = {}
+    for tensor_map in layer_maps:
+        name = tensor_map.megatron_name
+        try:
+            weights[name] = tensor_map.from_hf(tensor_map.select(hf_tensors), shapes[name])
+        except ValueError as error:
+            raise UserError(f"initial: {initial.path}: {error}") from None
+    return weights
+
+
+def _open_folder(recipe: Recipe, initial: InitialConfig) -> _Folder:
+    path = Path(initial.path)
     try:
         config = json.loads((path / "config.json").read_text())
-        kind = config["model_type"]
+        model_type = config["model_type"]
     except OSError as error:
         raise UserError(
-            f"initial: {path}/config.json: {error.strerror}; name the folder of a Hugging Face model"
+            f"initial: {path}/config.json: {error.strerror}; "
+            "name the folder of a Hugging Face model"
         ) from None
     except (ValueError, TypeError, KeyError):
         raise UserError(
             f"initial: {path}/config.json: is not the config of a Hugging Face model"
         ) from None
-    known = {native.model_type: native for native in NATIVES}
-    if kind not in known:
-        raise UserError(f"initial: {path} is of architecture {kind}; known are {', '.join(known)}")
-    return known[kind](
-        ModelToExport(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
-    ), config
+
+    known = {native.model_type: native for native in NATIVE_TARGETS}
+    if model_type not in known:
+        raise UserError(
+            f"initial: {path} is of architecture {model_type}; known are {', '.join(known)}"
+        )
+    target = known[model_type](ModelToExport.of_recipe(recipe))
+    return _Folder(path, config, target)
 
 
-def _sizes(native: NativeTarget, config: dict) -> Iterator[str]:
-    for key, ours in native.sizes().items():
-        if config.get(key) is not None and config[key] != ours:
-            yield f"initial: {key}: is {config[key]} in the folder's config.json, {ours} in the recipe's model"
+def _load(initial: InitialConfig) -> LoadedModel:
+    return load_folder(initial.path, f"initial: {initial.path}", dtype="auto")
 
 
-def _inexpressible(native: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
-    fixed = {"rope_type": "default", "hidden_act": "silu", **native.fixed}
-    theirs = {key: getattr(config, key, None) for key in fixed}
-    theirs["rope_type"] = (config.rope_parameters or {}).get("rope_type", "default")
-    for key, value in theirs.items():
-        if value != fixed[key]:
+def _parameters(loaded: LoadedModel, target: NativeTarget) -> "dict[str, Tensor]":
+    """Return the parameters that the folder's files give.
+
+    If the output matrix is the embedding, it is there under both names, unless ours are one too.
+    """
+    parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
+    if target.model.tie_word_embeddings and loaded.model.config.tie_word_embeddings:
+        del parameters["lm_head.weight"]
+    return {name: weight for name, weight in parameters.items() if name not in loaded.missing}
+
+
+def _size_problems(folder: _Folder) -> Iterator[str]:
+    for key, size in folder.target.required_sizes().items():
+        hf_size = folder.config.get(key)
+        if hf_size is not None and hf_size != size:
             yield (
-                f"initial: {key}: is {value} in the folder's config.json; the recipe's model has {fixed[key]}, and no key for "
-                "another; begin with another folder"
+                f"initial: {key}: is {hf_size} in the folder's config.json, "
+                f"{size} in the recipe's model"
             )
 
 
-def _differences(native: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
-    """What the weights were trained with, where the recipe says otherwise."""
-    model = native.model
-    theirs = {
+def _inexpressible(target: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
+    """Yield what the folder's model computes that no recipe can say."""
+    fixed_values = {"rope_type": "default", "hidden_act": "silu", **target.fixed_values()}
+    hf_values = {key: getattr(config, key, None) for key in fixed_values}
+    hf_values["rope_type"] = (config.rope_parameters or {}).get("rope_type", "default")
+    for key, fixed_value in fixed_values.items():
+        if hf_values[key] != fixed_value:
+            yield (
+                f"initial: {key}: is {hf_values[key]} in the folder's config.json; the recipe's "
+                f"model has {fixed_value}, and no key for another; begin with another folder"
+            )
+
+
+def _differences(target: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
+    """Yield what the weights were trained with, if the recipe says otherwise."""
+    model = target.model
+    hf_values = {
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": (config.rope_parameters or {}).get("rope_theta"),
     }
-    found = {
-        f"model.{key}": (getattr(model, key), value)
-        for key, value in theirs.items()
-        if value is not None
+    compared: dict[str, tuple[Any, Any]] = {
+        f"model.{key}": (getattr(model, key), hf_value)
+        for key, hf_value in hf_values.items()
+        if hf_value is not None
     }
     for layer, (name, block) in enumerate(zip(model.stack_names, model.stack, strict=True)):
-        for key, value in native.block_keys(config, layer).items():
-            found[f"model.layers.blocks.{name}.{key}"] = (getattr(block, key, value), value)
-    for key, (ours, value) in found.items():
-        if ours != value:
-            yield f"{key}: {ours}, the weights were trained with {value}"
+        for key, hf_value in target.trained_with(config, layer).items():
+            value = getattr(block, key, hf_value)  # some kinds of layer do not have the key
+            compared[f"model.layers.blocks.{name}.{key}"] = (value, hf_value)
+
+    for key, (value, hf_value) in compared.items():
+        if value != hf_value:
+            yield f"{key}: {value}, the weights were trained with {hf_value}"
 
 
-def _one_sided(native: NativeTarget, initial: InitialConfig, names: set[str]) -> Iterator[str]:
-    rows = list(native.rows())
-    new = sorted(
-        {rows.ours for rows in CustomTarget(native.source).rows()} - {each.ours for each in rows}
-    )
-    used = {name for each in rows for name in each.theirs}
-    unused = sorted(name for name in names - used if not native.idle(name))
-    missing = sorted(used - names)
-    for key, found, what in (
-        ("new", new, "the folder's model has no"),
-        ("unused", unused, "the recipe's model has no place for"),
-    ):
-        allowed = getattr(initial, key)
-        if unknown := [
-            name for name in found if not any(fnmatchcase(name, pattern) for pattern in allowed)
-        ]:
-            yield f"initial: {what} {listed(unknown)}; if that is meant, name them in initial.{key}"
-        for pattern in allowed:
-            if not any(fnmatchcase(name, pattern) for name in found):
-                yield f"initial.{key}: {pattern} names nothing of {len(found)} such parameters; remove it"
-    if missing:
-        yield f"initial: {listed(missing)}: not in the folder's files"
-
-
-def _load(recipe: Recipe) -> Loaded:
-    return load_folder(recipe.initial.path, f"initial: {recipe.initial.path}", dtype="auto")
-
-
-def _parameters(loaded: Loaded, native: NativeTarget) -> "dict[str, Tensor]":
-    """Those that the folder's files give. Where output and input embedding are one, under both names, unless ours are one as
-    well.
+def _one_sided_problems(
+    target: NativeTarget, initial: InitialConfig, hf_names: set[str]
+) -> Iterator[str]:
+    """Yield parameters that only the recipe's model has, or only the folder's, and that ``initial``
+    does not name; and what it names in vain.
     """
-    found = dict(loaded.model.named_parameters(remove_duplicate=False))
-    if native.model.tie_word_embeddings and loaded.model.config.tie_word_embeddings:
-        del found["lm_head.weight"]
-    return {name: parameter for name, parameter in found.items() if name not in loaded.missing}
+    tensor_maps = list(target.tensor_maps())
+    all_names = {
+        tensor_map.megatron_name for tensor_map in CustomTarget(target.to_export).tensor_maps()
+    }
+    mapped_names = {tensor_map.megatron_name for tensor_map in tensor_maps}
+    mapped_hf_names = {name for tensor_map in tensor_maps for name in tensor_map.hf_rows}
+
+    new = sorted(all_names - mapped_names)
+    unused = sorted(name for name in hf_names - mapped_hf_names if not target.has_no_effect(name))
+    yield from _unnamed(new, initial.new, "new", "the folder's model has no")
+    yield from _unnamed(unused, initial.unused, "unused", "the recipe's model has no place for")
+    missing = sorted(mapped_hf_names - hf_names)
+    if missing:
+        yield f"initial: {abbreviated(missing)}: not in the folder's files"
 
 
-def _require_same_decays(built: "nn.Module", native: NativeTarget, path: str) -> None:
-    from ..layers.decay import FIXED
-
-    for number, (block, layer) in enumerate(zip(native.stack, built.model.layers, strict=True)):
-        slopes = getattr(getattr(layer, "self_attn", None), "slope_rate", None)
-        if isinstance(block, LightningBlock) and slopes is not None:
-            ours = -FIXED[block.decay](slopes.numel(), number, len(native.stack))
-            if not ours.allclose(slopes.float().flatten(), atol=1e-6):
-                raise UserError(
-                    f"initial: {path}: the decays of layer {number} are not those of decay: {block.decay}"
-                )
+def _unnamed(names: list[str], patterns: list[str], key: str, what: str) -> Iterator[str]:
+    """Yield which names match no pattern of ``initial.key``, and which patterns match no name."""
+    unnamed = [
+        name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    if unnamed:
+        yield (
+            f"initial: {what} {abbreviated(unnamed)}; if that is meant, name them in initial.{key}"
+        )
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            yield (
+                f"initial.{key}: {pattern} names nothing of {len(names)} such parameters; remove it"
+            )

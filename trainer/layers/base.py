@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...attention.errors import InvalidField
-from ...attention.patterns import Pattern, Selector
+from ...attention.patterns import Pattern, Rule, Selector
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -229,6 +229,12 @@ class Block(Section):
             ValueError: the block's keys make no pattern.
         """
         return None
+
+    def rules(self, num_kv_heads: int) -> list[Rule]:
+        """Return the rules of all KV heads, which say what they see; none if no pattern does so
+        before the text is known.
+        """
+        return []
 
     def document_alignment(self, num_kv_heads: int) -> int:
         """Return the number of tokens at whose multiples documents must start."""

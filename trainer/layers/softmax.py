@@ -147,8 +147,7 @@ class ClosedFormBlock(SoftmaxBlock):
     @abstractmethod
     def attention_pattern(self, num_kv_heads: int) -> ClosedFormPattern: ...
 
-    def _rules(self, num_kv_heads: int) -> list[Rule]:
-        """The rules of all KV heads."""
+    def rules(self, num_kv_heads: int) -> list[Rule]:
         pattern = self.attention_pattern(num_kv_heads)
         return [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
 
@@ -173,7 +172,7 @@ class ClosedFormBlock(SoftmaxBlock):
         Some positions are then only seen from nearby. A window on its own leaves no gaps: it is
         meant to end.
         """
-        rules = self._rules(num_kv_heads)
+        rules = self.rules(num_kv_heads)
         has_stripes = any(rule.reach is None and rule.step > 1 for rule in rules)
         return has_stripes and not self.attention_pattern(num_kv_heads).covers(num_kv_heads)
 
@@ -184,7 +183,7 @@ class ClosedFormBlock(SoftmaxBlock):
         return Visibility(visible, visible)
 
     def telling_length(self, num_kv_heads: int) -> int:
-        rules = self._rules(num_kv_heads)
+        rules = self.rules(num_kv_heads)
         return max(2 * rule.block * max(rule.step, rule.reach or 1) for rule in rules)
 
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:

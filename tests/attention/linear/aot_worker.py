@@ -10,7 +10,7 @@ import triton
 from longspan.attention.linear.triton import (
     chunk_scan_kernel,
     decay_kernel,
-    shape,
+    scan_config,
     state_passing_kernel,
 )
 from triton.backends.compiler import GPUTarget
@@ -26,13 +26,13 @@ ROLES = {
     "dv": (True, False, {"OUT"}),
     "dq": (False, True, {"OUT"}),
     "dk": (True, True, {"OUT"}),
-    "dq-decay": (False, True, {"OUT", "ROWS", "SUMS"}),
-    "dk-decay": (True, True, {"OUT", "ROWS", "SUMS"}),
+    "dq-decay": (False, True, {"OUT", "PARTNER", "DOTS"}),
+    "dk-decay": (True, True, {"OUT", "PARTNER", "DOTS"}),
 }
 # Decays per token, documents.
 VARIANTS = {"constant": (False, False), "gated": (True, False), "documents": (True, True)}
-TYPES = dict.fromkeys(("X", "Y", "Z", "ROWS"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
-TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "SUMS", "EDGES"), "*fp32")
+TYPES = dict.fromkeys(("X", "Y", "Z", "PARTNER"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
+TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "DOTS", "TOKEN_DOTS", "EDGE_DOTS"), "*fp32")
 # What the launcher cannot promise to be a multiple of 16.
 ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
 
@@ -40,13 +40,13 @@ ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
 def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
     """Registers, spills and shared memory of the walk in a role, or of one of the two small kernels."""
     per_token, documented = VARIANTS[variant]
-    size = shape(arch, 4 if dtype == "fp32" else 2, dim)
-    options = {"num_warps": size.warps, "num_stages": size.stages}
+    config = scan_config(arch, 4 if dtype == "fp32" else 2, dim)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
     constants = {} if documented else {"DOCUMENTS": None}
     if role in ROLES:
         kernel, (reverse, transposed, given) = chunk_scan_kernel, ROLES[role]
-        constants |= dict.fromkeys({"ROWS", "CARRY", "OUT", "SUMS"} - given) | {
-            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, size.block), "CHUNK": size.chunk,
+        constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - given) | {
+            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block), "CHUNK": config.chunk,
             "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
             "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
         }  # fmt: skip
@@ -74,7 +74,7 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
-    return case | {"shape": vars(size)} | kernel_resources(found.asm["ptx"], found)
+    return case | {"shape": vars(config)} | kernel_resources(found.asm["ptx"], found)
 
 
 if __name__ == "__main__":

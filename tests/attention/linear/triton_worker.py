@@ -60,7 +60,7 @@ CASES = {
 
 
 def run(q, k, v, state, decay=None, scale=1.0, documents=None):
-    return linear_triton.run(q, k, v, decay, None, scale, state, documents)
+    return linear_triton.forward(q, k, v, decay, None, scale, state, documents)
 
 
 def compare(
@@ -87,7 +87,7 @@ def compare(
 
 def mutants() -> None:
     """States read one decay too late, and documents that are not told apart, must not pass."""
-    launch = linear_triton._Walks._launch
+    launch = linear_triton._Scan._launch
 
     def late(self, x, y, z, states, *rest, **options):
         late_states = states * self.decay.exp()[:, None, None] if "out" in options else states
@@ -97,7 +97,7 @@ def mutants() -> None:
         launch(replace(self, documents=None), *rest, **options)
 
     for mutant in (late, blind):
-        linear_triton._Walks._launch = mutant
+        linear_triton._Scan._launch = mutant
         found = compare(family="constant", length=130, documents=[[100, 30], [30, 100]])
         assert max(found.values()) > 1e-3, found
 

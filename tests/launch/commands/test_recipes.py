@@ -2,8 +2,8 @@
 
 import pytest
 from longspan.trainer.data.tokenizer import recipe_vocab_size
-from longspan.trainer.huggingface.native import ModelToExport
-from longspan.trainer.huggingface.target import choose_target
+from longspan.trainer.huggingface.model_to_export import ModelToExport
+from longspan.trainer.huggingface.registry import choose_target
 from longspan.trainer.predict.estimate import DEVICES, GIB, estimate
 from longspan.trainer.recipe.file import SHIPPED, load_recipe, shipped_recipes
 from transformers import AutoModelForCausalLM
@@ -27,9 +27,8 @@ TARGETS = {
 
 
 def target(name: str) -> str:
-    recipe = load_recipe(name)
-    source = ModelToExport(recipe.model, recipe_vocab_size(recipe), recipe.training.seq_length)
-    return choose_target(source)[0].model_type
+    to_export = ModelToExport.of_recipe(load_recipe(name))
+    return choose_target(to_export)[0].model_type
 
 
 def test_every_recipe_has_a_twin_and_is_named_here():

@@ -176,12 +176,12 @@ def test_what_differs_is_not_written(saved_run, tmp_path, monkeypatch):
 
     run, real = saved_run(*NATIVE["llama"]), naming.softmax
 
-    def swapped(model, layer, *gates, **others):
-        for rows in real(model, layer, *gates, **others):
-            for part in rows.theirs.values():
-                if part is not None and layer == 1:
-                    part[[0, 1]] = part[[1, 0]]
-            yield rows
+    def swapped(model, layer, *gates):
+        for tensor_map in real(model, layer, *gates):
+            for rows in tensor_map.hf_rows.values():
+                if rows is not None and layer == 1:
+                    rows[[0, 1]] = rows[[1, 0]]
+            yield tensor_map
 
     monkeypatch.setattr(naming, "softmax", swapped)
     with pytest.raises(UserError, match=r"logits differ by|greedy text differs"):
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_nothing_behind(saved_run, tmp_path):
 def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
     """Or not whole: one message, whatever torch and transformers raise of it."""
     from longspan.trainer.huggingface.check import check_export
-    from longspan.trainer.huggingface.source import SavedRun
+    from longspan.trainer.huggingface.saved_run import SavedRun
     from safetensors.torch import load_file, save_file
 
     run, out = saved_run(stack({"full": FULL})), tmp_path / "out"
@@ -287,7 +287,7 @@ def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
 )
 def test_prompts_of_the_check_are_longer_than_windows(name, length):
     from longspan.trainer.huggingface.check import prompt_length
-    from longspan.trainer.huggingface.native import ModelToExport
+    from longspan.trainer.huggingface.model_to_export import ModelToExport
 
     recipe = load_recipe(name, [])
     assert (
@@ -299,7 +299,7 @@ def test_prompts_of_the_check_are_longer_than_windows(name, length):
 
 
 def test_a_step_is_a_number_behind_the_last_at(saved_run, tmp_path):
-    from longspan.trainer.huggingface.source import SavedRun
+    from longspan.trainer.huggingface.saved_run import SavedRun
 
     run = saved_run(*NATIVE["llama"]).rename(tmp_path / "lr@1e-3")
     assert [SavedRun(f"{run}{step}").folder.path for step in ("", "@3")] == [run, run]
@@ -332,8 +332,8 @@ def test_what_chooses_its_keys_stays_here(saved_run, tmp_path, longspan, tiny_re
     ids=["native", "mixed", "nearly"],
 )
 def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
-    from longspan.trainer.huggingface.native import ModelToExport
-    from longspan.trainer.huggingface.target import describe_target
+    from longspan.trainer.huggingface.model_to_export import ModelToExport
+    from longspan.trainer.huggingface.registry import describe_target
 
     recipe = load_recipe(str(tiny_recipe), overrides)
     assert line in describe_target(ModelToExport(recipe.model, 257, 96))

@@ -20,7 +20,7 @@ def model_folder(tiny_recipe, tmp_path):
 
     def make(*overrides):
         from longspan.trainer.huggingface.export import export_run
-        from longspan.trainer.huggingface.source import SavedRun
+        from longspan.trainer.huggingface.saved_run import SavedRun
 
         run = save_run(tiny_recipe, *overrides)
         with process_group(2):
