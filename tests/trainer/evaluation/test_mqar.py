@@ -547,7 +547,7 @@ def test_a_run_that_fails_ends_the_bench_and_one_that_diverges_does_not(
     assert not (tmp_path / "x.json").exists()
     status = 75
     ended, said, _ = run(capsys, *command)
-    assert (ended, "stopped as asked; the same command goes on" in said) == (75, True)
+    assert (ended, "stopped as asked; the same command continues" in said) == (75, True)
     status = 3
     ended, said, _ = run(capsys, *command)
     assert ended == 0
