@@ -249,7 +249,7 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
         (["--backend", "cuda"], "--backend: backend must be auto, torch"),
         (
             ["--mixer", "gla", "--head-dim", "5"],
-            "--heads, --head-dim: do not fit gla: key_head_dim is by default 1/2 of a head's part",
+            "--heads, --head-dim: do not fit gla: key_head_dim defaults to 1/2 of a head's part",
         ),
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],
