@@ -411,12 +411,14 @@ class LinearMixer(nn.Module):
 
     def __init__(self, config: LongspanConfig, options: dict[str, Any]):
         super().__init__()
-        self.options = options = LinearOptions(**options)
+        self.options = LinearOptions(**options)
         self.theta = config.rope_theta
         self.eps = config.rms_norm_eps
-        hidden = config.hidden_size
-        key_width = options.heads * options.key_dim
+        self._add_parameters(config.hidden_size)
 
+    def _add_parameters(self, hidden: int) -> None:
+        options = self.options
+        key_width = options.heads * options.key_dim
         self.in_proj = nn.Linear(hidden, options.key_heads * sum(options.parts), bias=False)
         self.out_proj = nn.Linear(options.width, hidden, bias=False)
         if options.conv_kernel:
