@@ -9,8 +9,12 @@ from ..process import process_group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="OUT")
-    parser.add_argument("run_dir", metavar="RUN[@STEP]")
+    parser.add_argument("folder", metavar="OUT", help="a folder that longspan export wrote")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN[@STEP]",
+        help="the run that it was exported from; without @STEP, its newest checkpoint",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

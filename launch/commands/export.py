@@ -9,16 +9,16 @@ from ..process import process_group
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write a run's model as a folder that transformers loads: as one of its own architectures "
-        "if the layers match one exactly, else with the code of the model. The logits are compared "
-        "with the run's first."
+        "Write a run's model to a folder that transformers can load: as one of its own "
+        "architectures if the layers match one exactly, otherwise with custom code. The logits are "
+        "compared with the run's before the folder gets its name."
     )
     parser.add_argument(
         "run_dir",
         metavar="RUN[@STEP]",
-        help="a run's folder; without a step, its newest checkpoint",
+        help="a run's folder; without @STEP, its newest checkpoint",
     )
-    parser.add_argument("out", metavar="OUT", help="a new folder")
+    parser.add_argument("out", metavar="OUT", help="folder to create")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -7,7 +7,7 @@ from .target import Target
 
 
 def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
-    """Return what the model is, how it is loaded, what it was trained on and what it reached."""
+    """Return what the model is, how to load it, its training data, its metrics and its recipe."""
     load_options = ", trust_remote_code=True" if target.ships_code else ""
     lines = [
         "---",
@@ -17,23 +17,25 @@ def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
         "",
         f"# {saved.folder.path.name}",
         "",
-        saved.recipe.description or f"A model trained with longspan, as `{target.model_type}`.",
+        saved.recipe.description
+        or f"A model trained with longspan and exported as `{target.model_type}`.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("."{load_options})',
     ]
-    if not saved.recipe.data.mqar:  # which has no text
+    if not saved.recipe.data.mqar:  # its tokens are not text, so there is no tokenizer
         lines.append('tokenizer = AutoTokenizer.from_pretrained(".")')
     lines += [
         "```",
         "",
-        f"Trained for {saved.step:,} steps, {saved.manifest.tokens:,} tokens, on {_data(saved)}.",
+        f"Trained for {saved.step:,} steps ({saved.manifest.tokens:,} tokens) on {_data(saved)}.",
         "",
         *_metrics(saved),
-        f"In fp32 its logits differ from those of the trained model by {result.whole:.0e} of the "
-        f"largest, and token by token from its cache by {result.cached:.0e}.",
+        "When the export was checked in fp32, its logits differed from those of the trained model "
+        f"by at most {result.whole:.0e} of the largest logit. Logits computed token by token from "
+        f"the cache differed from those of whole prompts by at most {result.cached:.0e}.",
         "",
         "## Recipe",
         "",
@@ -45,7 +47,7 @@ def model_card(saved: SavedRun, target: Target, result: CheckResult) -> str:
 
 
 def _data(saved: SavedRun) -> str:
-    """Return what it was trained on, in words."""
+    """Return the names and shares of the training data."""
     sources = saved.recipe.data.sources
     if saved.recipe.data.mqar or sources is None:
         return "multi-query associative recall"

@@ -1,5 +1,5 @@
-"""Whether an exported model gives the run's logits: for whole prompts, token by token from its
-cache, and for greedy text.
+"""The check that an exported model gives the run's logits: for whole prompts, token by token from
+its cache, and for greedy text.
 """
 
 from collections.abc import Callable
@@ -72,36 +72,46 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
         result = _compare(engine, loaded.model, saved)
     finally:
         engine.close()
-    for what, difference in {
-        "whole prompts": result.whole,
-        "token by token": result.cached,
-    }.items():
-        if not difference <= TOLERANCE:  # NaN is no small difference
-            raise UserError(
-                f"{folder}: {what}, logits differ by {difference:.1e} of the largest from those of "
-                f"{saved.folder.path} at step {saved.step}; {TOLERANCE:g} is allowed"
-            )
+    _require_small_differences(folder, result, saved)
     say(
-        f"logits of {NUM_PROMPTS} prompts differ by {result.whole:.0e} of the largest, from the "
-        f"cache by {result.cached:.0e}; {result.greedy} tokens of greedy text are the same"
+        f"logits of {NUM_PROMPTS} prompts differ by {result.whole:.0e} of the largest logit, those "
+        f"from the cache by {result.cached:.0e}; {result.greedy} tokens of greedy text are the same"
     )
     return result
+
+
+def _require_small_differences(folder: Path, result: CheckResult, saved: SavedRun) -> None:
+    comparisons = {
+        f"logits of whole prompts differ from those of {_described(saved)}": result.whole,
+        "logits from the cache differ from those of whole prompts": result.cached,
+    }
+    for comparison, difference in comparisons.items():
+        if not difference <= TOLERANCE:  # NaN is no small difference
+            raise UserError(
+                f"{folder}: {comparison} by {difference:.1e} of the largest logit; "
+                f"at most {TOLERANCE:g} is allowed"
+            )
+
+
+def _described(saved: SavedRun) -> str:
+    return f"{saved.folder.path} at step {saved.step}"
 
 
 def _require_same_architecture(
     folder: Path, config: "PreTrainedConfig", saved: SavedRun, target: Target
 ) -> None:
     """Refuse a folder that cannot be compared with the run at all."""
-    run = f"{saved.folder.path} at step {saved.step}"
+    run = _described(saved)
     if config.model_type != target.model_type:
         raise UserError(
-            f"{folder}: is a model of architecture {config.model_type}; "
-            f"{run} becomes {target.model_type}"
+            f"{folder}: has the architecture {config.model_type}, but {run} is exported as "
+            f"{target.model_type}; name a folder that this run was exported to"
         )
     vocab_size = saved.to_export.vocab_size
     if config.vocab_size != vocab_size:
         raise UserError(
-            f"{folder}: has a vocabulary of {config.vocab_size:,}, {run} has one of {vocab_size:,}"
+            f"{folder}: has a vocabulary of {config.vocab_size:,} tokens, but {run} has one of "
+            f"{vocab_size:,}; name a folder that this run was exported to"
         )
 
 
@@ -203,6 +213,6 @@ def _require_same_text(
     if worst > TOLERANCE:
         index = int(differences.amax(0).argmax())
         raise UserError(
-            f"{saved.folder.path}: greedy text differs from the run's at token {index + 1}, whose "
-            f"logit is {worst:.1e} of the largest below the likeliest"
+            f"{saved.folder.path}: greedy text differs from the run's at token {index + 1}: its "
+            f"logit is lower than the likeliest token's by {worst:.1e} of the largest logit"
         )

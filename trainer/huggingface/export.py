@@ -35,14 +35,14 @@ def export_run(run: str, out: Path, dtype_name: str | None, say: Callable[[str],
         say: is called with each line about what is done.
 
     Raises:
-        UserError: ``out`` exists already, the run or its checkpoint is not whole, no exported code
+        UserError: ``out`` already exists, the run or its checkpoint is not whole, no exported code
             can compute the model, or what was written does not give the run's logits. Nothing is
             left behind.
     """
     from safetensors import SafetensorError
 
     if out.exists():
-        raise UserError(f"{out}: exists already; remove it or choose another folder")
+        raise UserError(f"{out}: already exists; remove it or choose another folder")
     saved = SavedRun(run)
     target, _ = choose_target(saved.to_export)
     say(describe_target(saved.to_export))
@@ -94,7 +94,7 @@ def _load_weights(
     tensor_maps = list(target.tensor_maps())
     mapped_names = {tensor_map.megatron_name for tensor_map in tensor_maps}
     one_sided = sorted(mapped_names ^ set(saved.shapes))
-    assert not one_sided, f"parameters that are on one side alone: {one_sided[:5]}"
+    assert not one_sided, f"parameters without a counterpart: {one_sided[:5]}"
 
     fp32_names = {name for name, _ in hf_model.named_parameters() if stays_fp32(name)}
     with track("Converting", len(tensor_maps), of_bytes=False) as advance:
@@ -115,4 +115,4 @@ def _load_weights(
     hf_model.tie_weights()
     target.finish(hf_model)
     empty = [name for name, tensor in hf_model.state_dict().items() if tensor.is_meta]
-    assert not empty, f"nothing gives {empty[:5]}"
+    assert not empty, f"no weights for {empty[:5]}"

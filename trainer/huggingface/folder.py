@@ -45,7 +45,7 @@ def load_folder(folder: str | Path, what: str, **options: Any) -> LoadedModel:
 
     mismatched = defaultdict(list)
     for name, file_shape, config_shape in sorted(info["mismatched_keys"]):
-        shapes = f"{list(file_shape)} in its files, {list(config_shape)} by its config.json"
+        shapes = f"shape {list(file_shape)} in its files, {list(config_shape)} by its config.json"
         mismatched[shapes].append(name)
     if mismatched:
         lines = [f"{what}: {abbreviated(names)}: {shapes}" for shapes, names in mismatched.items()]

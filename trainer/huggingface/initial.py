@@ -83,7 +83,7 @@ def load_initial(engine: "Engine", recipe: Recipe, ranks: "RankGroup") -> list[s
                 name: parameter.detach() for name, parameter in _parameters(loaded, target).items()
             }
             lines = [
-                f"begins with the weights of {initial.path}",
+                f"starting from the weights of {initial.path}",
                 *_differences(target, loaded.model.config),
             ]
 
@@ -140,17 +140,19 @@ def _open_folder(recipe: Recipe, initial: InitialConfig) -> _Folder:
     except OSError as error:
         raise UserError(
             f"initial: {path}/config.json: {error.strerror}; "
-            "name the folder of a Hugging Face model"
+            "set initial to the folder of a Hugging Face model"
         ) from None
     except (ValueError, TypeError, KeyError):
         raise UserError(
-            f"initial: {path}/config.json: is not the config of a Hugging Face model"
+            f"initial: {path}/config.json: is not the config of a Hugging Face model; "
+            "set initial to the folder of one"
         ) from None
 
     known = {native.model_type: native for native in NATIVE_TARGETS}
     if model_type not in known:
         raise UserError(
-            f"initial: {path} is of architecture {model_type}; known are {', '.join(known)}"
+            f"initial: {path}: has the architecture {model_type}; "
+            f"use a model of one of these: {', '.join(known)}"
         )
     target = known[model_type](ModelToExport.of_recipe(recipe))
     return _Folder(path, config, target)
@@ -176,8 +178,8 @@ def _size_problems(folder: _Folder) -> Iterator[str]:
         hf_size = folder.config.get(key)
         if hf_size is not None and hf_size != size:
             yield (
-                f"initial: {key}: is {hf_size} in the folder's config.json, "
-                f"{size} in the recipe's model"
+                f"initial: {key}: is {hf_size} in the folder's config.json, but {size} in the "
+                "recipe's model; they must be the same"
             )
 
 
@@ -189,8 +191,8 @@ def _inexpressible(target: NativeTarget, config: "PreTrainedConfig") -> Iterator
     for key, fixed_value in fixed_values.items():
         if hf_values[key] != fixed_value:
             yield (
-                f"initial: {key}: is {hf_values[key]} in the folder's config.json; the recipe's "
-                f"model has {fixed_value}, and no key for another; begin with another folder"
+                f"initial: {key}: is {hf_values[key]} in the folder's config.json, but models of "
+                f"recipes always have {fixed_value}; use another folder"
             )
 
 
@@ -213,7 +215,7 @@ def _differences(target: NativeTarget, config: "PreTrainedConfig") -> Iterator[s
 
     for key, (value, hf_value) in compared.items():
         if value != hf_value:
-            yield f"{key}: {value}, the weights were trained with {hf_value}"
+            yield f"{key}: {value}, but the weights were trained with {hf_value}"
 
 
 def _one_sided_problems(
@@ -231,11 +233,14 @@ def _one_sided_problems(
 
     new = sorted(all_names - mapped_names)
     unused = sorted(name for name in hf_names - mapped_hf_names if not target.has_no_effect(name))
-    yield from _unnamed(new, initial.new, "new", "the folder's model has no")
-    yield from _unnamed(unused, initial.unused, "unused", "the recipe's model has no place for")
+    yield from _unnamed(new, initial.new, "new", "the folder's model does not have")
+    yield from _unnamed(unused, initial.unused, "unused", "the recipe's model does not use")
     missing = sorted(mapped_hf_names - hf_names)
     if missing:
-        yield f"initial: {abbreviated(missing)}: not in the folder's files"
+        yield (
+            f"initial: {abbreviated(missing)}: missing from the folder's files; "
+            "use a folder that is complete"
+        )
 
 
 def _unnamed(names: list[str], patterns: list[str], key: str, what: str) -> Iterator[str]:
@@ -245,10 +250,12 @@ def _unnamed(names: list[str], patterns: list[str], key: str, what: str) -> Iter
     ]
     if unnamed:
         yield (
-            f"initial: {what} {abbreviated(unnamed)}; if that is meant, name them in initial.{key}"
+            f"initial: {what} {abbreviated(unnamed)}; "
+            f"if that is intended, list them under initial.{key}"
         )
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             yield (
-                f"initial.{key}: {pattern} names nothing of {len(names)} such parameters; remove it"
+                f"initial.{key}: {pattern} matches none of the {len(names)} {key} parameters; "
+                "remove it"
             )

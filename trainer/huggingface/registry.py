@@ -36,7 +36,10 @@ def choose_target(to_export: ModelToExport) -> tuple[Target, list[str]]:
     for name, block in to_export.model.layers.blocks.items():
         problem = block.export_problem()
         if problem:
-            raise UserError(f"model.layers.blocks.{name}: {block.kind()} {problem}")
+            raise UserError(
+                f"model.layers.blocks.{name}: {block.kind()} {problem}; "
+                "use another mixer if the model is to be exported"
+            )
 
     reasons = []
     for native_class in NATIVE_TARGETS:
@@ -57,8 +60,8 @@ def describe_target(to_export: ModelToExport) -> str:
     try:
         target, reasons = choose_target(to_export)
     except UserError as error:
-        return f"refuses: {error}"
+        return f"cannot export this model: {error}"
     if not target.ships_code:
-        return f"writes {target.model_type}, an architecture of transformers"
-    why = "; ".join(reasons) or "no architecture of transformers has these layers together"
-    return f"writes code of its own (trust_remote_code): {why}"
+        return f"writes a transformers model of architecture {target.model_type}"
+    why = "; ".join(reasons) or "no architecture of transformers combines these layers"
+    return f"writes a model with custom code (trust_remote_code=True): {why}"

@@ -42,22 +42,23 @@ class SavedRun:
         except DamagedError as error:
             damage = str(error)
         if damage:
-            raise UserError(
-                f"{self.checkpoint.path}: {damage}; choose another with {path}@STEP{self._others()}"
-            )
+            raise UserError(f"{self.checkpoint.path}: {damage}; {self._other_checkpoints()}")
 
         self.step = self.checkpoint.step
         self.recipe: Recipe = whole_recipe.at_step(max(0, self.step - 1))
         self.to_export = ModelToExport.of_recipe(self.recipe)
 
-    def _others(self) -> str:
-        """Return which other checkpoints there are, as the end of a message."""
+    def _other_checkpoints(self) -> str:
+        """Return how to choose another checkpoint, as the end of a message."""
         steps = [
             str(other.step)
             for other in checkpoints(self.folder.checkpoints)
             if other.step != self.checkpoint.step
         ]
-        return f"; there are also {', '.join(steps)}" if steps else ""
+        if not steps:
+            return "the run has no other checkpoint"
+        available = ", ".join(steps)
+        return f"choose another checkpoint with {self.folder.path}@STEP (available: {available})"
 
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
@@ -90,11 +91,11 @@ def _find_checkpoint(folder: RunFolder, step: int | None) -> Checkpoint:
     """Return the checkpoint of ``step``, or the newest."""
     newest_first = checkpoints(folder.checkpoints)
     if not newest_first:
-        raise UserError(f"{folder.path}: has no checkpoint yet")
+        raise UserError(f"{folder.path}: has no checkpoint yet; train the run until it saves one")
     if step is None:
         return newest_first[0]
     for checkpoint in newest_first:
         if checkpoint.step == step:
             return checkpoint
     steps = ", ".join(str(checkpoint.step) for checkpoint in reversed(newest_first))
-    raise UserError(f"{folder.path}: has no checkpoint of step {step}; there are {steps}")
+    raise UserError(f"{folder.path}: has no checkpoint of step {step} (available: {steps})")

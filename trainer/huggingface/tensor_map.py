@@ -59,7 +59,9 @@ class TensorMap:
             place = slice(None) if rows is None else rows
             needed = self._as_hf(parameter[place]).shape
             if tensor.shape != needed:
-                raise ValueError(f"{name} is {list(tensor.shape)}, the recipe needs {list(needed)}")
+                raise ValueError(
+                    f"{name} has the shape {list(tensor.shape)}, the recipe needs {list(needed)}"
+                )
             if self.hf_conv1d:
                 tensor = tensor.squeeze(1)
             parameter[place] = tensor.to(parameter.dtype) - self.hf_offset

@@ -1,4 +1,4 @@
-"""Stacks of every architecture that a model is exported as, and runs that have them."""
+"""Stacks of every architecture that a model is exported as, and runs that train them."""
 
 import contextlib
 import json
@@ -21,7 +21,8 @@ def mixers(*names: str) -> str:
     return stack({name: {"mixer": name} for name in names})
 
 
-FULL, WINDOW = {"mixer": "full"}, {"mixer": "window", "window": 37}
+FULL = {"mixer": "full"}
+WINDOW = {"mixer": "window", "window": 37}
 DELTA = {"mixer": "gated_deltanet", "key_head_dim": 16, "value_head_dim": 24}
 GATED = {**FULL, "qk_norm": True, "output_gate": True, "rotary_fraction": 0.25}
 OLMO = {**FULL, "qk_norm": "all", "norm": "reordered"}
@@ -33,7 +34,14 @@ HEADS = {
     "output_gate": True,
 }
 MOE = 'model.moe={"num_experts": 4, "intermediate_size": 48}'
-SHARED = 'model.moe={"num_experts": 4, "shared_expert_intermediate_size": 32, "shared_expert_gate": true, "norm_topk_prob": false}'
+SHARED_EXPERT = "model.moe=" + json.dumps(
+    {
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 32,
+        "shared_expert_gate": True,
+        "norm_topk_prob": False,
+    }
+)
 EPS = "model.rms_norm_eps=1e-6"
 NATIVE = {
     "llama": [stack({"full": FULL}), "model.head_dim=24", "model.tie_word_embeddings=true"],
@@ -98,7 +106,7 @@ CUSTOM = {
             }
         )
     ],
-    "experts": [stack({"s2": {**S2, "mlp": "moe"}, "full": FULL}), SHARED],
+    "experts": [stack({"s2": {**S2, "mlp": "moe"}, "full": FULL}), SHARED_EXPERT],
 }
 MORE_CUSTOM = {
     "fixed decays": [mixers("linear", "lightning", "retention", "simple_gla")],
@@ -110,7 +118,7 @@ MORE_CUSTOM = {
 
 
 def save_run(recipe_file: Path, *overrides: str) -> Path:
-    """The folder of a run with a checkpoint, whose every weight is noise, norms as well."""
+    """Return the folder of a run with one checkpoint; all its weights have noise, norms too."""
     from longspan.trainer.checkpoint.run_folder import RunFolder
     from longspan.trainer.engines.build import build_engine
     from longspan.trainer.ranks import RankGroup
@@ -120,24 +128,26 @@ def save_run(recipe_file: Path, *overrides: str) -> Path:
     folder = RunFolder(recipe.run_dir)
     folder.path.mkdir(parents=True)
     folder.recipe_file.write_text(to_yaml(recipe))
+
+    generator = torch.Generator().manual_seed(1)
+    noise_by_ndim = {1: 0.3, 2: 0.15}
     with process_group(2), contextlib.closing(build_engine(recipe)) as engine:
-        generator, noise = torch.Generator().manual_seed(1), {1: 0.3, 2: 0.15}
-        weights = engine.weights().items()
-        engine.load_weights(
-            {
-                name: w + noise[w.ndim] * torch.randn(w.shape, generator=generator)
-                for name, w in weights
-            }
-        )
+        noisy_weights = {}
+        for name, weight in engine.weights().items():
+            noise = torch.randn(weight.shape, generator=generator)
+            noisy_weights[name] = weight + noise_by_ndim[weight.ndim] * noise
+        engine.load_weights(noisy_weights)
         with Checkpointer(folder.checkpoints, 3, RankGroup()) as checkpointer:
             checkpointer.save(engine, STEP, 100)
             assert not checkpointer.poll(wait=True).error
     return folder.path
 
 
-def wide(cases: dict) -> list:
-    return [pytest.param(name, overrides, marks=WIDE, id=name) for name, overrides in cases.items()]
+def default_cases(stacks: dict[str, list[str]]) -> list:
+    return [pytest.param(name, overrides, id=name) for name, overrides in stacks.items()]
 
 
-def default(cases: dict) -> list:
-    return [pytest.param(name, overrides, id=name) for name, overrides in cases.items()]
+def wide_cases(stacks: dict[str, list[str]]) -> list:
+    return [
+        pytest.param(name, overrides, marks=WIDE, id=name) for name, overrides in stacks.items()
+    ]

@@ -1,4 +1,4 @@
-"""Models that leave for transformers: every architecture, our own code and its cache, and what must not be written."""
+"""Models exported to transformers: every architecture, custom code and its cache, and refusals."""
 
 import json
 import re
@@ -21,10 +21,10 @@ from .exported import (
     S2,
     WIDE,
     WINDOW,
-    default,
+    default_cases,
     save_run,
     stack,
-    wide,
+    wide_cases,
 )
 
 
@@ -33,83 +33,98 @@ def saved_run(tiny_recipe):
     return partial(save_run, tiny_recipe)
 
 
-def exported(run, out, **options):
-    """The model as a user loads it, in fp32, and what the check found."""
+def exported(run, out, dtype=None, **options):
+    """Export a run.
+
+    Returns:
+        The model as a user loads it, in fp32, and the result of the check.
+    """
     from longspan.trainer.huggingface import export
     from transformers import AutoModelForCausalLM
 
-    said, found = [], []
+    results = []
+    check_export = export.check_export
+
+    def recorded_check(*arguments):
+        results.append(check_export(*arguments))
+        return results[0]
+
     with process_group(2), pytest.MonkeyPatch.context() as patch:
-        real = export.check_export
-        patch.setattr(
-            export, "check_export", lambda *arguments: found.append(real(*arguments)) or found[0]
-        )
-        export.export_run(str(run), out, options.pop("dtype", None), said.append)
-    return (
-        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval(),
-        found[0],
-        said,
-    )
+        patch.setattr(export, "check_export", recorded_check)
+        export.export_run(str(run), out, dtype, lambda line: None)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, **options).eval()
+    return model, results[0]
 
 
-@pytest.mark.parametrize(("name", "overrides"), default(NATIVE) + wide(MORE_NATIVE))
-def test_native_architectures_need_no_code_of_ours(saved_run, tmp_path, name, overrides):
-    model, found, _ = exported(saved_run(*overrides), tmp_path / "out")
+@pytest.mark.parametrize(("name", "overrides"), default_cases(NATIVE) + wide_cases(MORE_NATIVE))
+def test_native_architectures_need_no_custom_code(saved_run, tmp_path, name, overrides):
+    model, result = exported(saved_run(*overrides), tmp_path / "out")
+
     assert model.config.model_type == name.split(",")[0]
     assert not list((tmp_path / "out").glob("*.py"))
-    assert found.whole < 2e-5
-    assert found.cached < 2e-5
-    assert found.greedy == 72
+    assert result.whole < 2e-5
+    assert result.cached < 2e-5
+    assert result.greedy == 72
 
 
-@pytest.mark.parametrize(("name", "overrides"), default(CUSTOM) + wide(MORE_CUSTOM))
-def test_code_of_ours_does_whatever_a_recipe_says(saved_run, tmp_path, name, overrides):
-    model, found, _ = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)
+@pytest.mark.parametrize(("name", "overrides"), default_cases(CUSTOM) + wide_cases(MORE_CUSTOM))
+def test_custom_code_computes_any_stack(saved_run, tmp_path, name, overrides):
+    model, result = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)
+
     assert model.config.model_type == "longspan"
-    assert found.whole < 2e-5
-    assert found.cached < 2e-5
-    _padding_changes_nothing(model)
-    _chunks_change_nothing(model)
-    _beams_are_those_without_a_cache(model)
+    assert result.whole < 2e-5
+    assert result.cached < 2e-5
+    _require_padding_changes_nothing(model)
+    _require_chunks_change_nothing(model)
+    _require_beams_need_no_cache(model)
 
 
-def _padding_changes_nothing(model):
-    """On the left, rows of several lengths; whole prompts and what follows from the cache."""
+def _require_padding_changes_nothing(model):
+    """Sequences of several lengths, padded on the left, and what follows them from the cache."""
+    length = 150
     generator = torch.Generator().manual_seed(2)
-    rows = [torch.randint(256, (count,), generator=generator) for count in (150, 61, 3)]
-    padded, mask = torch.full((3, 150), 7), torch.zeros(3, 150, dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        padded[row, 150 - len(tokens) :], mask[row, 150 - len(tokens) :] = tokens, 1
-    more = torch.randint(256, (3, 40), generator=generator)
+    prompts = [torch.randint(256, (count,), generator=generator) for count in (length, 61, 3)]
+    padded = torch.full((3, length), 7)
+    mask = torch.zeros(3, length, dtype=torch.long)
+    for index, prompt in enumerate(prompts):
+        padded[index, length - len(prompt) :] = prompt
+        mask[index, length - len(prompt) :] = 1
+    continuation = torch.randint(256, (3, 40), generator=generator)
+
     with torch.no_grad():
         outputs = model(padded, attention_mask=mask)
-        found = [outputs.logits]
-        for place in range(more.shape[1]):
+        logits = [outputs.logits]
+        for position in range(continuation.shape[1]):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
             outputs = model(
-                more[:, place : place + 1],
+                continuation[:, position : position + 1],
                 attention_mask=mask,
                 past_key_values=outputs.past_key_values,
             )
-            found.append(outputs.logits)
-        found = torch.cat(found, 1)
-        for row, tokens in enumerate(rows):
-            alone = model(torch.cat([tokens, more[row]])[None], use_cache=False).logits[0]
-            assert (found[row, 150 - len(tokens) :] - alone).abs().max() < 2e-5 * alone.abs().max()
+            logits.append(outputs.logits)
+        batched = torch.cat(logits, 1)
+
+        for index, prompt in enumerate(prompts):
+            tokens = torch.cat([prompt, continuation[index]])
+            alone = model(tokens[None], use_cache=False).logits[0]
+            difference = (batched[index, length - len(prompt) :] - alone).abs().max()
+            assert difference < 2e-5 * alone.abs().max()
 
 
-def _chunks_change_nothing(model):
+def _require_chunks_change_nothing(model):
     tokens = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        whole, cache, found = model(tokens, use_cache=False).logits, None, []
-        for part in tokens.split([70, 1, 64, 15], 1):
-            outputs = model(part, past_key_values=cache)
+        whole = model(tokens, use_cache=False).logits
+        cache = None
+        logits = []
+        for chunk in tokens.split([70, 1, 64, 15], 1):
+            outputs = model(chunk, past_key_values=cache)
             cache = outputs.past_key_values
-            found.append(outputs.logits)
-    assert (torch.cat(found, 1) - whole).abs().max() < 2e-5 * whole.abs().max()
+            logits.append(outputs.logits)
+    assert (torch.cat(logits, 1) - whole).abs().max() < 2e-5 * whole.abs().max()
 
 
-def _beams_are_those_without_a_cache(model):
+def _require_beams_need_no_cache(model):
     tokens = torch.randint(256, (2, 50), generator=torch.Generator().manual_seed(4))
     options = {
         "attention_mask": torch.ones_like(tokens),
@@ -117,12 +132,13 @@ def _beams_are_those_without_a_cache(model):
         "num_beams": 3,
         "do_sample": False,
     }
-    cached, anew = (model.generate(tokens, use_cache=use, **options) for use in (True, False))
-    assert torch.equal(cached, anew)
+    with_cache = model.generate(tokens, use_cache=True, **options)
+    without_cache = model.generate(tokens, use_cache=False, **options)
+    assert torch.equal(with_cache, without_cache)
 
 
-def test_the_cache_keeps_what_patterns_still_see(saved_run, tmp_path):
-    """As many numbers as the recipe's model is reckoned to keep."""
+def test_cache_keeps_only_keys_that_patterns_still_see(saved_run, tmp_path):
+    """The cache has as many numbers as the recipe's model is predicted to keep."""
     from longspan.trainer.predict.flops import state_bytes
 
     blocks = {
@@ -132,145 +148,154 @@ def test_the_cache_keeps_what_patterns_still_see(saved_run, tmp_path):
         "full": FULL,
     }
     run = saved_run(stack(blocks))
-    model, _, _ = exported(run, tmp_path / "out", trust_remote_code=True)
+    model, _ = exported(run, tmp_path / "out", trust_remote_code=True)
     recipe = load_recipe(str(run / "recipe.yaml"), [])
+
     for length in (64, 113, 190):
         with torch.no_grad():
             cache = model(torch.zeros(1, length, dtype=torch.long)).past_key_values
         for layer, state in enumerate(cache.states):
             kept = sum(tensor.numel() for name, tensor in state.items() if name[0] in "kv")
-            # From its query on: one key of each head of a window has left, that the last query saw.
-            reckoned = (
-                state_bytes(recipe.model, length + 1, layer, element=1)
-                - 2 * recipe.model.kv_heads * 16
-            )
-            assert kept == reckoned, f"layer {layer} after {length} tokens"
+            # The prediction counts the next token, whose key the cache does not have yet.
+            next_token = 2 * recipe.model.kv_heads * 16
+            predicted = state_bytes(recipe.model, length + 1, layer, element=1) - next_token
+            assert kept == predicted, f"layer {layer} after {length} tokens"
 
 
-def test_a_bf16_export_is_as_exact(saved_run, tmp_path):
-    _, found, _ = exported(saved_run(*NATIVE["qwen3_5_text"]), tmp_path / "out", dtype="bfloat16")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    assert found.whole < 2e-5
+def test_bf16_export_is_as_exact(saved_run, tmp_path):
+    run = saved_run(*NATIVE["qwen3_5_text"])
+    _, result = exported(run, tmp_path / "out", dtype="bfloat16")
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert result.whole < 2e-5
 
 
-def test_its_tokenizer_is_the_recipes(saved_run, tmp_path):
+def test_tokenizer_and_card_are_exported(saved_run, tmp_path):
     from longspan.trainer.data.tokenizer import ByteTokenizer
     from transformers import AutoTokenizer
 
-    run = saved_run(*NATIVE["llama"])
-    exported(run, tmp_path / "out")
-    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), ByteTokenizer()
+    exported(saved_run(*NATIVE["llama"]), tmp_path / "out")
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = ByteTokenizer()
     for text in ("def f(x):\n\treturn x  # naïve — 漢字 🙂\r\n", " a  b", "\x00\x7f"):
-        assert theirs(text).input_ids == ours.encode(text.encode())
-        assert theirs.decode(theirs(text).input_ids) == text
-    assert theirs.eos_token_id == ours.end_of_document
-    assert theirs.padding_side == "left"
+        assert hf_tokenizer(text).input_ids == tokenizer.encode(text.encode())
+        assert hf_tokenizer.decode(hf_tokenizer(text).input_ids) == text
+    assert hf_tokenizer.eos_token_id == tokenizer.end_of_document
+    assert hf_tokenizer.padding_side == "left"
+
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Trained for 3 steps, 100 tokens" in card
+    assert "Trained for 3 steps (100 tokens) on " in card
     assert "mixer: full" in card
 
 
-def test_what_differs_is_not_written(saved_run, tmp_path, monkeypatch):
-    """The check sees two rows that changed places in one of a layer's matrices."""
+def test_wrong_weights_are_not_written(saved_run, tmp_path, monkeypatch):
+    """The check notices that two rows of one layer's matrices have changed places."""
     from longspan.trainer.huggingface import naming
 
-    run, real = saved_run(*NATIVE["llama"]), naming.softmax
+    run = saved_run(*NATIVE["llama"])
+    softmax_maps = naming.softmax
 
     def swapped(model, layer, *gates):
-        for tensor_map in real(model, layer, *gates):
+        for tensor_map in softmax_maps(model, layer, *gates):
             for rows in tensor_map.hf_rows.values():
                 if rows is not None and layer == 1:
                     rows[[0, 1]] = rows[[1, 0]]
             yield tensor_map
 
     monkeypatch.setattr(naming, "softmax", swapped)
-    with pytest.raises(UserError, match=r"logits differ by|greedy text differs"):
+    with pytest.raises(UserError, match=r"logits of .* differ|greedy text differs"):
         exported(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 def test_bad_input_leaves_nothing_behind(saved_run, tmp_path):
     run = saved_run(*NATIVE["llama"])
+    out = tmp_path / "out"
+    names_before = sorted(path.name for path in tmp_path.iterdir())
 
-    def refused(source, out, message):
+    def require_refusal(source, folder, message):
         with pytest.raises(UserError, match=re.escape(message)):
-            exported(source, out)
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
+            exported(source, folder)
+        assert sorted(path.name for path in tmp_path.iterdir()) == names_before
 
-    before = sorted(path.name for path in tmp_path.iterdir())
-    refused(f"{run}@5", tmp_path / "out", "has no checkpoint of step 5; there are 3")
-    refused(f"{run}@x", tmp_path / "out", f"{run}@x: not the folder of a run")
-    refused(run, run, "exists already; remove it or choose another folder")
-    damaged = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    refused(run, tmp_path / "out", "choose another with")
+    require_refusal(f"{run}@5", out, "has no checkpoint of step 5 (available: 3)")
+    require_refusal(f"{run}@x", out, f"{run}@x: not the folder of a run")
+    require_refusal(run, run, "already exists; remove it or choose another folder")
+
+    damaged_file = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
+    damaged_file.write_bytes(damaged_file.read_bytes()[:-100])
+    require_refusal(run, out, "; the run has no other checkpoint")
+    shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000002")
+    require_refusal(run, out, f"; choose another checkpoint with {run}@STEP (available: 2)")
+
     shutil.rmtree(run / "checkpoints")
-    refused(run, tmp_path / "out", "has no checkpoint yet")
+    require_refusal(run, out, "has no checkpoint yet")
 
 
-def test_a_full_disk_leaves_nothing_behind(saved_run, tmp_path):
+def test_full_disk_leaves_nothing_behind(saved_run, tmp_path):
     run = saved_run(*NATIVE["llama"])
-    before, limit = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    paths_before = sorted(tmp_path.iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = f"{tmp_path / 'out'}: cannot be written: .*File too large"
+
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(
-            UserError, match=f"{tmp_path / 'out'}: cannot be written: .*File too large"
-        ):
+        with pytest.raises(UserError, match=message):
             exported(run, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.iterdir()) == paths_before
 
 
-def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
-    """Or not whole: one message, whatever torch and transformers raise of it."""
+def test_check_refuses_a_folder_of_another_run(saved_run, tmp_path):
+    """A folder that is incomplete, too: one message, whatever torch and transformers raise."""
     from longspan.trainer.huggingface.check import check_export
     from longspan.trainer.huggingface.saved_run import SavedRun
     from safetensors.torch import load_file, save_file
 
-    run, out = saved_run(stack({"full": FULL})), tmp_path / "out"
+    full = stack({"full": FULL})
+    run = saved_run(full)
+    out = tmp_path / "out"
     exported(run, out)
 
-    def refused(other=run):
+    def refusal(other=run):
         with process_group(2), pytest.raises(UserError) as caught:
             check_export(out, SavedRun(str(other)), lambda line: None)
         return str(caught.value)
 
-    def another(name, *overrides):
-        return saved_run(f"run_dir={tmp_path / name}", *overrides)
+    def refusal_of_run(name, *overrides):
+        return refusal(saved_run(f"run_dir={tmp_path / name}", *overrides))
 
-    of = f"{tmp_path}/{{}} at step 3"
-    found = refused(another("words", stack({"full": FULL}), "model.vocab_size=300"))
-    assert found == f"{out}: has a vocabulary of 257, {of.format('words')} has one of 300"
-    found = refused(another("window", stack({"w": WINDOW})))
-    assert (
-        found == f"{out}: is a model of architecture llama; {of.format('window')} becomes mistral"
+    fix = "name a folder that this run was exported to"
+    assert refusal_of_run("words", full, "model.vocab_size=300") == (
+        f"{out}: has a vocabulary of 257 tokens, "
+        f"but {tmp_path}/words at step 3 has one of 300; {fix}"
     )
-    assert "chooses its keys from the content" in refused(
-        another("moba", stack({"m": {"mixer": "moba"}}))
+    assert refusal_of_run("window", stack({"w": WINDOW})) == (
+        f"{out}: has the architecture llama, "
+        f"but {tmp_path}/window at step 3 is exported as mistral; {fix}"
     )
-    found = refused(
-        another(
-            "larger", stack({"full": FULL}), "model.hidden_size=128", "model.num_hidden_layers=2"
-        )
-    )
-    assert "whole prompts, logits differ by" in found or "greedy text differs" in found
+    message = refusal_of_run("moba", stack({"m": {"mixer": "moba"}}))
+    assert "chooses its keys from the content" in message
+    sizes = ["model.hidden_size=128", "model.num_hidden_layers=2"]
+    message = refusal_of_run("larger", full, *sizes)
+    assert "logits of whole prompts differ" in message or "greedy text differs" in message
 
     file = out / "model.safetensors"
     tensors = load_file(file)
-    cut, lost = (
-        tensors["model.norm.weight"][:63].clone(),
-        tensors.pop("model.layers.2.mlp.up_proj.weight"),
-    )
-    save_file({**tensors, "model.layers.2.mlp.up_proj.bias": lost}, file, {"format": "pt"})
-    assert (
-        "do not agree on model.layers.2.mlp.up_proj.bias, model.layers.2.mlp.up_proj.weight"
-        in refused()
-    )
-    save_file({**tensors, "model.norm.weight": cut}, file, {"format": "pt"})
-    assert refused() == f"{out}: model.norm.weight: [63] in its files, [64] by its config.json"
+    matrix = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file({**tensors, "model.layers.2.mlp.up_proj.bias": matrix}, file, {"format": "pt"})
+    names = "model.layers.2.mlp.up_proj.bias, model.layers.2.mlp.up_proj.weight"
+    assert f"do not agree on {names}" in refusal()
+
+    cut_norm = tensors["model.norm.weight"][:63].clone()
+    save_file({**tensors, "model.norm.weight": cut_norm}, file, {"format": "pt"})
+    shapes = "shape [63] in its files, [64] by its config.json"
+    assert refusal() == f"{out}: model.norm.weight: {shapes}"
+
     file.write_bytes(file.read_bytes()[:-100])
-    assert refused().startswith(f"{out}: transformers cannot load it: ")
+    assert refusal().startswith(f"{out}: transformers cannot load it: ")
 
 
 @pytest.mark.parametrize(
@@ -285,53 +310,58 @@ def test_a_folder_is_not_that_of_the_run(saved_run, tmp_path):
         ("s2-llama-1.3b-tiny", 512),
     ],
 )
-def test_prompts_of_the_check_are_longer_than_windows(name, length):
+def test_check_prompts_are_longer_than_windows(name, length):
     from longspan.trainer.huggingface.check import prompt_length
     from longspan.trainer.huggingface.model_to_export import ModelToExport
 
     recipe = load_recipe(name, [])
-    assert (
-        prompt_length(
-            ModelToExport(recipe.model, recipe.model.vocab_size, recipe.training.seq_length)
-        )
-        == length
-    )
+    seq_length = recipe.training.seq_length
+    assert prompt_length(ModelToExport(recipe.model, recipe.model.vocab_size, seq_length)) == length
 
 
-def test_a_step_is_a_number_behind_the_last_at(saved_run, tmp_path):
+def test_step_is_the_number_after_the_last_at_sign(saved_run, tmp_path):
     from longspan.trainer.huggingface.saved_run import SavedRun
 
     run = saved_run(*NATIVE["llama"]).rename(tmp_path / "lr@1e-3")
-    assert [SavedRun(f"{run}{step}").folder.path for step in ("", "@3")] == [run, run]
-    with pytest.raises(UserError, match=f"{run}: has no checkpoint of step 4; there are 3"):
+    assert SavedRun(str(run)).folder.path == run
+    assert SavedRun(f"{run}@3").folder.path == run
+    message = re.escape(f"{run}: has no checkpoint of step 4 (available: 3)")
+    with pytest.raises(UserError, match=message):
         SavedRun(f"{run}@4")
+
     run = run.rename(tmp_path / "lr@3")
     assert SavedRun(f"{run}/").folder.path == run
 
 
-def test_what_chooses_its_keys_stays_here(saved_run, tmp_path, longspan, tiny_recipe):
+def test_moba_cannot_be_exported(saved_run, tmp_path, longspan, tiny_recipe):
     moba = stack({"moba": {"mixer": "moba", "block": 8, "top_k": 2}})
-    with pytest.raises(
-        UserError, match=r"model.layers.blocks.moba: moba chooses its keys from the content"
-    ):
+    message = (
+        "model.layers.blocks.moba: moba chooses its keys from the content, "
+        "which no exported code does; use another mixer if the model is to be exported"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
         exported(saved_run(moba), tmp_path / "out")
-    dry = longspan("train", tiny_recipe, moba, "--dry-run")
-    assert "longspan export  refuses: model.layers.blocks.moba" in dry.stdout
+    dry_run = longspan("train", tiny_recipe, moba, "--dry-run")
+    assert f"longspan export  cannot export this model: {message}" in dry_run.stdout
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (NATIVE["minimax"], "writes minimax, an architecture of transformers"),
-        (["model.rms_norm_eps=1e-5"], "no architecture of transformers has these layers together"),
+        (NATIVE["minimax"], "writes a transformers model of architecture minimax"),
         (
-            [*NATIVE["minimax"][:-1]],
+            ["model.rms_norm_eps=1e-5"],
+            "writes a model with custom code (trust_remote_code=True): "
+            "no architecture of transformers combines these layers",
+        ),
+        (
+            NATIVE["minimax"][:-1],
             "minimax cannot express rms_norm_eps: 1e-05 (its lightning layers have 1e-6)",
         ),
     ],
-    ids=["native", "mixed", "nearly"],
+    ids=["native", "mixed", "nearly native"],
 )
-def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
+def test_dry_run_names_the_architecture(tiny_recipe, overrides, line):
     from longspan.trainer.huggingface.model_to_export import ModelToExport
     from longspan.trainer.huggingface.registry import describe_target
 
@@ -353,22 +383,27 @@ def test_a_dry_run_says_what_it_exports_as(tiny_recipe, overrides, line):
         ),
     ],
 )
-def test_from_ranks_to_transformers(longspan, tiny_recipe, tmp_path, model, ranks):
-    """As a user does it: a run on two ranks, its model out, and compared again."""
-    stack = {**NATIVE, **MORE_NATIVE}[model]
-    trained = longspan(
-        "train", tiny_recipe, "launch.processes=2", "training.steps=4", *ranks, *stack
+def test_commands_export_and_check_a_run_of_two_ranks(
+    longspan, tiny_recipe, tmp_path, model, ranks
+):
+    overrides = {**NATIVE, **MORE_NATIVE}[model]
+    training = longspan(
+        "train", tiny_recipe, "launch.processes=2", "training.steps=4", *ranks, *overrides
     )
-    assert trained.returncode == 0, trained.stderr
-    run, out = tmp_path / "run", tmp_path / "model"
-    done = longspan("export", run, out)
-    assert done.returncode == 0, done.stderr
-    assert f"writes {model.partition(',')[0]}" in done.stdout
-    again = longspan("check-export", out, f"{run}@4")
-    assert again.returncode == 0, again.stderr
-    assert "72 tokens of greedy text are the same" in again.stdout
-    wrong = longspan("check-export", tmp_path, run)
-    assert (wrong.returncode, wrong.stderr) == (
-        2,
-        f"longspan: {tmp_path}: has no config.json; name the folder that longspan export wrote\n",
-    )
+    assert training.returncode == 0, training.stderr
+
+    run = tmp_path / "run"
+    out = tmp_path / "model"
+    export = longspan("export", run, out)
+    assert export.returncode == 0, export.stderr
+    architecture = model.partition(",")[0]
+    assert f"writes a transformers model of architecture {architecture}" in export.stdout
+
+    check = longspan("check-export", out, f"{run}@4")
+    assert check.returncode == 0, check.stderr
+    assert "72 tokens of greedy text are the same" in check.stdout
+
+    refused = longspan("check-export", tmp_path, run)
+    assert refused.returncode == 2
+    message = "has no config.json; name the folder that longspan export wrote"
+    assert refused.stderr == f"longspan: {tmp_path}: {message}\n"

@@ -59,7 +59,7 @@ class LongspanCache(Cache):
 
     def crop(self, *_) -> None:
         raise RuntimeError(
-            "LongspanCache cannot forget its last tokens: states and pruned keys do not come back"
+            "LongspanCache cannot be cropped: earlier states and dropped keys are not kept"
         )
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -824,7 +824,7 @@ class LongspanModel(LongspanPreTrainedModel):
         positions = _positions(x, attention_mask, 0 if cache is None else cache.seen)
         if position_ids is not None and (position_ids != positions)[positions >= 0].any():
             raise ValueError(
-                "position_ids: tokens count from 0 at the first that attention_mask marks; "
+                "position_ids must count from 0 at the first token that attention_mask marks; "
                 "leave position_ids out"
             )
         states: Sequence[State | None] = [None] * len(self.layers)
@@ -844,8 +844,8 @@ def _positions(x: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
         return torch.arange(seen, seen + time, device=x.device).expand(batch, -1)
     if attention_mask.shape != (batch, seen + time):
         raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, must be {[batch, seen + time]}: "
-            "of all tokens so far"
+            f"attention_mask has the shape {list(attention_mask.shape)}, but must have "
+            f"{[batch, seen + time]}: it covers all tokens so far"
         )
     is_token = attention_mask.bool()
     if (is_token[:, :-1] & ~is_token[:, 1:]).any():

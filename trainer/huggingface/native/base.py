@@ -239,7 +239,7 @@ class NativeTarget(Target):
     def partial_rotary_mismatches(self) -> Mismatches:
         """Yield what differs if all dims are rotated or none."""
         if any(block.rotary_fraction not in (0, 1) for block in self.softmax_blocks):
-            yield "a rotary_fraction other than 0 and 1"
+            yield "a rotary_fraction other than 0 or 1"
 
     def head_dim_mismatches(self) -> Mismatches:
         """Yield what differs if the config has no head_dim of its own."""
@@ -249,4 +249,4 @@ class NativeTarget(Target):
     def window_mismatches(self) -> Mismatches:
         """Yield what differs if all windows have one length."""
         if len(set(self.windows)) > 1:
-            yield "windows of several lengths"
+            yield "windows of different lengths"

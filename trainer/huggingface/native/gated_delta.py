@@ -20,14 +20,14 @@ class GatedDeltaHybrid(NativeTarget):
         """
         designs = set(self.designs("gated_deltanet").values())
         if len(designs) > 1:
-            yield "gated_deltanet layers of several sizes"
+            yield "gated_deltanet layers of different sizes"
         for design in designs:
             if not design.conv_kernel:
                 yield "conv_kernel: 0"
             if design.beta not in betas:
                 yield "allow_negative_eigenvalues"
         if not self.blocks("full") or not designs:
-            yield "layers of one kind alone"
+            yield "a stack with only one kind of layer"
 
     @property
     def delta_design(self) -> LinearDesign:

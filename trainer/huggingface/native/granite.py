@@ -30,11 +30,13 @@ class GraniteHybrid(NativeTarget):
 
     def _mamba_mismatches(self) -> Mismatches:
         designs = set(self.designs("mamba2").values())
-        if len(designs) != 1:
-            yield "mamba2 layers of several sizes, or none"
+        if not designs:
+            yield "a stack without mamba2 layers"
+        if len(designs) > 1:
+            yield "mamba2 layers of different sizes"
         for design in designs:
             if design.width % self.model.hidden_size:
-                yield f"a mamba2 width of {design.width}, which is no multiple of hidden_size"
+                yield f"a mamba2 width of {design.width}, which is not a multiple of hidden_size"
             if not design.conv_kernel:
                 yield "conv_kernel: 0"
 

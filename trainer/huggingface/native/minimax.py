@@ -29,12 +29,12 @@ class MiniMax(NativeTarget):
         yield from self.layer_mismatches("post", moe=True)
         yield from self.softmax_mismatches()
         if len({block.mlp for block in self.stack}) > 1:
-            yield "dense layers among those with experts"
+            yield "both dense layers and layers with experts"
         if len({block.mlp_residual for block in self.stack}) > 1:
-            yield "mlp_residual differs between layers"
+            yield "layers with different mlp_residual"
         for kind in self.kinds:
             if len({block.mixer_residual for block in self.blocks(kind)}) > 1:
-                yield f"mixer_residual differs between the {kind} layers"
+                yield f"{kind} layers with different mixer_residual"
         yield from self._lightning_mismatches()
         if self._moe and (
             self._moe.shared_expert_intermediate_size or not self._moe.norm_topk_prob
@@ -49,7 +49,7 @@ class MiniMax(NativeTarget):
                 yield "lightning with another style or without output_gate"
             sizes = (design.heads, design.key_dim, design.value_dim)
             if sizes != (model.num_attention_heads, model.kv_channels, model.kv_channels):
-                yield "lightning heads that are not those of the softmax layers"
+                yield "lightning heads of other sizes than those of the softmax layers"
         if designs and model.rms_norm_eps != 1e-6:
             yield f"rms_norm_eps: {model.rms_norm_eps:g} (its lightning layers have 1e-6)"
 
@@ -150,7 +150,10 @@ class MiniMax(NativeTarget):
                 continue
             slopes = self._slopes(design, layer, hf_slopes.numel())
             if not slopes.allclose(hf_slopes.float().flatten(), atol=1e-6):
-                yield f"the decays of layer {layer} are not those of decay: {design.decay}"
+                yield (
+                    f"the decays of layer {layer} are not those of decay: {design.decay}; "
+                    "choose the decay that the model was trained with"
+                )
 
     def _slopes(self, design: LinearDesign, layer: int, num_heads: int) -> "Tensor":
         """Return how fast each head of a lightning layer decays: fp32 ``[heads]``."""
