@@ -21,7 +21,7 @@ def halo_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage
     layout = spec.layout
     rows_per_token = spec.num_kv_heads // rules.near_heads_per_row
 
-    jobs = []
+    jobs: list[TileJob] = []
     received = ReceivedRows(layout.ranks)
     first_column = 0  # of the segment's halo; those of a rank's segments are side by side
     for segment in layout.segments_of_rank[rank]:

@@ -59,7 +59,7 @@ class StripesSchedule(KVSchedule):
 
 def _own_segments_stage(spec: AttentionSpec, rank: int) -> PlanStage:
     """Return the stage of the pairs inside each segment: the halo has the segments before it."""
-    jobs = []
+    jobs: list[TileJob] = []
     segments = [
         TokenRanges.of_segments([segment], spec) for segment in spec.layout.segments_of_rank[rank]
     ]
@@ -85,7 +85,7 @@ def _far_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage
     rows_per_token = spec.num_kv_heads // rules.far_heads_per_row
     segment_slots = np.array([segment.slot for segment in layout.segments_in_order])
 
-    jobs = []
+    jobs: list[TileJob] = []
     received = ReceivedRows(layout.ranks)
     first_sent, sent_counts = [], []
     num_columns = 0
