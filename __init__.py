@@ -1,3 +1,3 @@
-"""longspan pretrains language models on very long sequences: hybrid full, sparse and linear attention."""
+"""longspan pretrains language models with full, sparse and linear attention on long sequences."""
 
 __version__ = "0.1.0"

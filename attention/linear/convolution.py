@@ -3,11 +3,37 @@
 Linear mixers pass queries, keys and values through them.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
 from ..documents import check_documents
+
+
+@overload
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    documents: Tensor | None = None,
+    return_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    documents: Tensor | None = None,
+    return_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def short_convolution(
@@ -53,7 +79,6 @@ def short_convolution(
     # The tokens before the first, and then all: [batch, reach + time, channels].
     before = x.new_zeros(batch, reach, channels) if state is None else state.to(x.dtype)
     padded = torch.cat([before, x], 1)
-    padded_ids = None
     if documents is not None:  # what comes before the first token is of its document, or 0
         padded_ids = torch.cat([documents[:, :1].expand(-1, reach), documents], 1)
 
@@ -62,7 +87,7 @@ def short_convolution(
     for lag in range(reach + 1):
         lagged = slice(reach - lag, reach - lag + length)
         term = padded[:, lagged].to(dtype) * weight[:, reach - lag].to(dtype)
-        if lag and padded_ids is not None:
+        if lag and documents is not None:
             term = term * (padded_ids[:, lagged] == documents)[..., None]
         total = total + term
     out = total.to(x.dtype)
@@ -70,6 +95,6 @@ def short_convolution(
         return out
 
     last = padded[:, length:]
-    if padded_ids is not None and documents is not None:
+    if documents is not None:
         last = last * (padded_ids[:, length:] == documents[:, -1:])[..., None]
     return out, last

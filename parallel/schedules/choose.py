@@ -9,10 +9,10 @@ from ..layout import Layout
 from .balance import balance
 from .heads import HeadSplit
 from .names import Schedule, schedules_named
-from .plan import AttentionSpec, BatchRows, Plan, own_keys_stage
+from .plan import AttentionSpec, BatchRows, Plan, PlanStage, own_keys_stage
 
 _VERSION = 1
-"""Of the plans: part of their key."""
+"""Part of every plan's key; raised when the same inputs give another plan."""
 _MOST_WORK = 1.1
 """Times the work of the most even schedule: fewer bytes do not make up for more."""
 
@@ -146,6 +146,7 @@ def make_plan(
         model_has_near_rules=any(rule.reach is not None for rule in all_rules),
         model_has_far_rules=any(rule.reach is None for rule in all_rules),
     )
+    stages: tuple[PlanStage, ...]
     if spec.layout.ranks == 1:
         stages = (own_keys_stage(spec, group),)
     else:

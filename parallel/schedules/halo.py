@@ -15,13 +15,13 @@ from .ranges import Ranges, as_progressions
 def halo_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage:
     """Return the stage of the halos of all segments of ``rank``.
 
-    A rank's message holds, for each of the other's segments in turn, the rows of the batch, the
+    A rank's message holds, for each segment of the receiver in turn, the rows of the batch, the
     groups of heads and the positions in order. A key may be in it twice, for two segments.
     """
     layout = spec.layout
     rows_per_token = spec.num_kv_heads // rules.near_heads_per_row
 
-    jobs = []
+    jobs: list[TileJob] = []
     received = ReceivedRows(layout.ranks)
     first_column = 0  # of the segment's halo; those of a rank's segments are side by side
     for segment in layout.segments_of_rank[rank]:

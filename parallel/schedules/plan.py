@@ -198,7 +198,7 @@ class SentRuns(NamedTuple):
 
     first_row: np.ndarray
     """The first row of each run, counted over ``[batch, local time, rows_per_token]``."""
-    count: np.ndarray
+    length: np.ndarray
     """Number of tokens of each run; rows of successive tokens are ``rows_per_token`` apart."""
 
 
@@ -209,7 +209,7 @@ class PlacedRuns(NamedTuple):
     """The first column of each run, counted over ``[batch, rows_per_token, columns]``."""
     first_row: np.ndarray
     """The received row that belongs there."""
-    count: np.ndarray
+    length: np.ndarray
     """Number of successive columns, and rows, of each run."""
 
 

@@ -13,6 +13,7 @@ from .plan import (
     PlacedRuns,
     PlanStage,
     SentRuns,
+    TileJob,
     TokenRanges,
     own_keys_stage,
     tile_jobs,
@@ -46,7 +47,7 @@ def _stage(spec: AttentionSpec, rank: int, distance: int) -> PlanStage:
     own_length = layout.lengths[rank]
     queries = TokenRanges.of_segments(layout.segments_of_rank[rank], spec)
 
-    jobs = []
+    jobs: list[TileJob] = []
     first_sent: list[int] = []
     sent_counts: list[int] = []
     tokens_received: list[int] = []  # of each row of the batch

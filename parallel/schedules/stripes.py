@@ -32,9 +32,9 @@ from .ranges import Ranges
 class StripesSchedule(KVSchedule):
     """Far keys (stripes, the first tokens) are gathered, head by head; the rest comes as a halo.
 
-    Before the reach of the near rules every far key is seen by every query that comes after it: a
-    tile without a mask. The halo has all keys from there up to the segment, near and far, so that
-    no pair counts twice.
+    Far keys that are further back than any near rule reaches are visible to the whole segment, so
+    their tiles need no mask. All visible keys closer than that, stripes too, come with the halo, so
+    that no pair counts twice.
     """
 
     name = "stripes"
@@ -59,7 +59,7 @@ class StripesSchedule(KVSchedule):
 
 def _own_segments_stage(spec: AttentionSpec, rank: int) -> PlanStage:
     """Return the stage of the pairs inside each segment: the halo has the segments before it."""
-    jobs = []
+    jobs: list[TileJob] = []
     segments = [
         TokenRanges.of_segments([segment], spec) for segment in spec.layout.segments_of_rank[rank]
     ]
@@ -85,7 +85,7 @@ def _far_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage
     rows_per_token = spec.num_kv_heads // rules.far_heads_per_row
     segment_slots = np.array([segment.slot for segment in layout.segments_in_order])
 
-    jobs = []
+    jobs: list[TileJob] = []
     received = ReceivedRows(layout.ranks)
     first_sent, sent_counts = [], []
     num_columns = 0

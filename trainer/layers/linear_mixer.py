@@ -3,6 +3,7 @@ of its steps a published model has.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from .linear_design import LinearDesign
 from .mixer import Mixer, conv1d_uniform, ones
 from .norm import HeadsRMSNorm
 
-_GATES = {"sigmoid": torch.sigmoid, "silu": F.silu, "identity": lambda x: x}
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "identity": lambda x: x,
+}
 
 
 class LinearAttention(Mixer):

@@ -142,8 +142,8 @@ def forward_dq_kernel(
                 GRAD, SOFTCAP, SIGMOID, PRECISION, True,
             )  # fmt: skip
 
-    # The bands show the keys from `band_start` on to some query, and those from `full_band_start` on
-    # to all queries.
+    # The bands show the keys from `band_start` on to some query, and those from `full_band_start`
+    # on to all queries.
     band_start = i_high + 1
     full_band_start = i_high + 1
     for band in tl.static_range(BANDS):
