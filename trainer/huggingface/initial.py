@@ -1,5 +1,5 @@
-"""Weights to begin with: those of a Hugging Face folder, for a recipe that has the same layers or
-changed some of them.
+"""Initial weights from a Hugging Face folder, for a recipe that has the same layers or has changed
+some of them.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Folder(NamedTuple):
-    """A folder to begin with, before its model is loaded."""
+    """A folder with initial weights, before its model is loaded."""
 
     path: Path
     config: dict[str, Any]
@@ -37,12 +37,12 @@ class _Folder(NamedTuple):
 
 
 def require_initial(recipe: Recipe) -> None:
-    """Refuse a folder that the recipe cannot begin with, before any process starts.
+    """Refuse a folder that the recipe cannot start from, before any process starts.
 
     Raises:
         UserError: the folder has no model of a known architecture, its files are not those of its
-            config, its sizes are others, it computes what no recipe can say, or parameters are on
-            one side alone that ``initial`` does not name; one line for each.
+            config, its sizes differ, it computes what no recipe can express, or ``initial`` does
+            not list a parameter that only one of the two has; one line for each.
     """
     if recipe.initial is None:
         return
@@ -184,15 +184,15 @@ def _size_problems(folder: _Folder) -> Iterator[str]:
 
 
 def _inexpressible(target: NativeTarget, config: "PreTrainedConfig") -> Iterator[str]:
-    """Yield what the folder's model computes that no recipe can say."""
+    """Yield what the folder's model computes that no recipe can express."""
     fixed_values = {"rope_type": "default", "hidden_act": "silu", **target.fixed_values()}
     hf_values = {key: getattr(config, key, None) for key in fixed_values}
     hf_values["rope_type"] = (config.rope_parameters or {}).get("rope_type", "default")
     for key, fixed_value in fixed_values.items():
         if hf_values[key] != fixed_value:
             yield (
-                f"initial: {key}: is {hf_values[key]} in the folder's config.json, but models of "
-                f"recipes always have {fixed_value}; use another folder"
+                f"initial: {key}: is {hf_values[key]} in the folder's config.json, but the "
+                f"recipe's model always has {fixed_value}; use another folder"
             )
 
 
@@ -221,8 +221,8 @@ def _differences(target: NativeTarget, config: "PreTrainedConfig") -> Iterator[s
 def _one_sided_problems(
     target: NativeTarget, initial: InitialConfig, hf_names: set[str]
 ) -> Iterator[str]:
-    """Yield parameters that only the recipe's model has, or only the folder's, and that ``initial``
-    does not name; and what it names in vain.
+    """Yield parameters that only the recipe's model has, or only the folder's, unless ``initial``
+    lists them; and what it lists without need.
     """
     tensor_maps = list(target.tensor_maps())
     all_names = {

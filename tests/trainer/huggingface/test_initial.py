@@ -254,7 +254,7 @@ def test_config_that_no_recipe_can_express_is_refused(model_folder, refusal):
     )
     assert refusal(*model, f"initial={folder}").splitlines() == [
         f"initial: {key}: is {hf_value} in the folder's config.json, "
-        f"but models of recipes always have {value}; use another folder"
+        f"but the recipe's model always has {value}; use another folder"
         for key, hf_value, value in (
             ("rope_type", "linear", "default"),
             ("hidden_act", "gelu", "silu"),
