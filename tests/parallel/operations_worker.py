@@ -23,7 +23,7 @@ def inputs() -> list[torch.Tensor]:
     return [torch.randn(2, 52, 2, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
 
 
-def main(out: str) -> None:
+def main(out_prefix: str) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     group = dist.group.WORLD
@@ -41,7 +41,7 @@ def main(out: str) -> None:
         leaves = [x.clone().requires_grad_() for x in local_inputs]
         out = operation(*leaves)
         results.append([out.detach(), *torch.autograd.grad(out, leaves, upstream)])
-    torch.save(results, f"{out}-{rank}")
+    torch.save(results, f"{out_prefix}-{rank}")
     dist.destroy_process_group()
 
 
