@@ -398,8 +398,8 @@ def test_a_job_signalled_to_stop_is_requeued_and_resumes(slurm, longspan, tiny_r
     _wait_until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
     stopped = max(_losses(run))
     assert stopped < 120
-    # Slurm holds a requeued job for two minutes; this cuts the wait short. A node refuses a job that
-    # comes within a second after its end.
+    # Slurm holds a requeued job for two minutes; this cuts the wait short. A node refuses a job
+    # within a second after its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
     _wait_until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
     assert f"resuming from step {stopped}" in log.read_text()
