@@ -71,7 +71,7 @@ def test_a_twin_trains_resumes_and_is_exported(longspan, corpus, tmp_path, name)
         assert completed.returncode == 0, completed.stderr
         return completed.stdout
 
-    # The corpus is less held-out text than its own.
+    # The small corpus is shorter than the recipe's own held-out text.
     twin = [f"{name}-tiny", f"run_dir={tmp_path / 'run'}", f"data.validation={corpus}"]
     steps = 16 if "1m" in name else 3  # into its second stage
     run("train", *twin, f"training.steps={steps}")

@@ -65,7 +65,8 @@ def rotate(x, theta):
     angles = torch.stack(
         [torch.arange(len(x)) * theta ** (-2 * i / x.shape[1]) for i in range(half)], -1
     )
-    a, b = x[:, :half], x[:, half:]
+    a = x[:, :half]
+    b = x[:, half:]
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
 
 

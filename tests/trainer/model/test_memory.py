@@ -124,12 +124,14 @@ def test_recompute_and_tiles_save_fewer_bytes(tiny_recipe):
 
 
 def test_offloading_needs_full_recompute(tiny_recipe):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         load_recipe(
             str(tiny_recipe), ["memory.offload_inputs=true", "memory.recompute_blocks={ful: full}"]
         )
-    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(caught.value)
+    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(
+        error_info.value
+    )
     assert (
         "memory.offload_inputs: block full keeps more than its input (recompute none); set"
-        in str(caught.value)
+        in str(error_info.value)
     )
