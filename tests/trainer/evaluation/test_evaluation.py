@@ -247,12 +247,9 @@ def test_position_loss_and_the_gain_from_context(tmp_path):
     assert choose_lengths(corpus, None, 97) == [97, 194], "two documents should have them"
     assert choose_lengths(corpus, None, 1000) == [128]
     assert choose_lengths(corpus, [16, 399], 97) == [16, 399]
-    assert (
-        position_loss(ContextCountingModel(), corpus, 399, choose_documents(corpus, 399, 8))[
-            1
-        ].error
-        is None
-    )
+    single_document = choose_documents(corpus, 399, 8)
+    ranges = position_loss(ContextCountingModel(), corpus, 399, single_document)
+    assert ranges[1].error is None
     with pytest.raises(
         UserError, match=r"--lengths: 400, but the longest document of .* has 399 labels"
     ):
