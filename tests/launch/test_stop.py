@@ -74,9 +74,8 @@ def test_a_folder_has_one_run_at_a_time_and_its_stop_file_stops_it(
 
 
 def test_a_second_signal_ends_the_run_at_once(start, tmp_path):
-    process = start(
-        "training.seq_length=24576", "training.global_batch_size=64"
-    )  # a step takes a minute
+    # A step takes a minute.
+    process = start("training.seq_length=24576", "training.global_batch_size=64")
     child_pids = children_of(process.pid)
     assert len(child_pids) == 2
     process.send_signal(signal.SIGINT)

@@ -158,9 +158,9 @@ def test_a_stale_request_stops_one_start_only(torchrun, tmp_path):
 def _kill(
     agent: subprocess.Popen, rank: int, run: Path, step: int, excluded: Container[int] = ()
 ) -> int:
-    """Kill a rank of this agent once the run has reached a step; not one of the processes ``but``.
+    """Kill a rank of this agent once the run has reached a step, and return its process.
 
-    Returns the process.
+    The processes ``excluded`` are not killed.
     """
     for _ in range(600):
         if (

@@ -57,7 +57,7 @@ def test_parity_in_the_interpreter(cases):
     "cases", [SCANS, pytest.param(SCANS_WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
 )
 def test_chunk_scans_compiled_ahead_of_time(arch, dim, cases):
-    """Hardly any register spills, shared memory in bounds, and the chip's own instructions."""
+    """Few register spills, shared memory in bounds, and the instructions of the GPU are used."""
     for kernel in compiled(arch, dim, cases):
         assert arch != 90 or kernel["wgmma"], kernel
         assert arch < 90 or kernel["tma"], kernel

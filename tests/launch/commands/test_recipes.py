@@ -45,7 +45,7 @@ def test_a_recipe_and_its_twin_are_exported_as_the_same_architecture(name):
     mixers = [{block.kind() for block in variant.model.stack} for variant in (recipe, twin)]
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
-    assert lines[0].startswith("# ")  # where it comes from
+    assert lines[0].startswith("# ")  # its origin
 
 
 @pytest.mark.wide

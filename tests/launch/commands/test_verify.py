@@ -33,7 +33,7 @@ def test_the_quickstart_passes(longspan):
 
 @pytest.mark.wide
 def test_a_wrong_layer_ends_with_status_1(longspan, tmp_path):
-    """A rank whose convolution receives one token too few from its neighbor."""
+    """On one rank, the convolution receives one token too few from its neighbor."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('WORLD_SIZE') == '2':\n"

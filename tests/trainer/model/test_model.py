@@ -45,7 +45,7 @@ def rotate(x, positions, dim, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., dim:]], -1)
 
 
-def seen(block, head, heads, positions):
+def visible_keys(block, head, heads, positions):
     """Return what KV head ``head`` of ``heads`` sees of one document, [queries, keys]."""
     i = positions[:, None]
     j = positions
@@ -91,7 +91,7 @@ def softmax_attention(x, w, model, block, positions):
             if rotary_dims
             else key
         )
-        mask = seen(block, kv, model.kv_heads, positions)
+        mask = visible_keys(block, kv, model.kv_heads, positions)
         for query, gate in zip(queries, gates, strict=True):
             query = (
                 rotate(query[:, None], positions, rotary_dims, model.rope_theta)[:, 0]

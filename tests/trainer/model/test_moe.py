@@ -73,7 +73,7 @@ def test_experts_match_the_formula(tiny_recipe, stack):
 
 
 def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
-    """Switch Transformer's: experts times the sum of (share of tokens) x (mean probability)."""
+    """It is Switch Transformer's: experts x sum of (share of tokens) x (mean probability)."""
     with engine_of(tiny_recipe, *EXPERTS) as engine:
         mlp = engine.model.decoder.layers[1].mlp
         x = torch.randn(23, 1, 64, generator=torch.Generator().manual_seed(0))
