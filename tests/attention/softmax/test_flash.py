@@ -449,12 +449,12 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
     ],
 )
 def test_unsupported_calls_are_refused(change, message):
-    settings = {"dtype": torch.bfloat16, "dim": 8, "pattern": Causal()} | change
-    dtype, dim, pattern = (settings.pop(name) for name in ("dtype", "dim", "pattern"))
+    options = {"dtype": torch.bfloat16, "dim": 8, "pattern": Causal()} | change
+    dtype, dim, pattern = (options.pop(name) for name in ("dtype", "dim", "pattern"))
     q = torch.zeros(1, 16, 4, dim, dtype=dtype)
     k = torch.zeros(1, 16, 2, dim, dtype=dtype)
     with pytest.raises(ValueError, match=message):
-        attend(q, k, k, pattern, backend="flash", **settings)
+        attend(q, k, k, pattern, backend="flash", **options)
 
 
 @pytest.mark.parametrize(
