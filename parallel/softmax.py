@@ -139,7 +139,8 @@ def _select(
 
     # [batch, blocks, heads, dim]; the first, of no blocks, is for a rank without tokens.
     no_blocks = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
-    query_summaries, key_summaries = [], []
+    query_summaries = []
+    key_summaries = []
     for segment in layout.segments_of_rank[group.rank()]:
         queries, keys = selector.summaries(q[:, segment.slots], k[:, segment.slots])
         query_summaries.append(queries)

@@ -1,4 +1,4 @@
-"""What tests share: small recipes and corpora, and real processes."""
+"""Fixtures that tests share: a small recipe and corpus, and real processes or threads as ranks."""
 
 import multiprocessing
 import os
@@ -58,9 +58,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="I/N", default="1/1", help=help_text)
 
 
-@pytest.hookimpl(trylast=True)  # after -m has chosen
+@pytest.hookimpl(trylast=True)  # after the selection by -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of one part: of every file each N-th test, so that parts take equally long."""
+    """Keep one part of the tests: every N-th test of each file, so that parts take equally long."""
     number, parts = (int(x) for x in config.getoption("--part").split("/"))
     if not 1 <= number <= parts:
         raise pytest.UsageError(
@@ -85,7 +85,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, texts) -> str:
-    """Return the prefix of a small corpus of those texts."""
+    """Return the prefix of a small corpus of the documents of ``texts``."""
     from longspan.trainer.data.build import build_corpus
     from longspan.trainer.data.tokenizer import ByteTokenizer
 
@@ -99,9 +99,9 @@ def corpus(tmp_path_factory, texts) -> str:
 
 @pytest.fixture
 def tiny_recipe(corpus, tmp_path) -> Path:
-    """Return the file of a recipe with all mixers and kinds of norm.
+    """Return the file of a small recipe with three mixers and three kinds of norm.
 
-    Its run goes to ``tmp_path / "run"``.
+    Its run folder is ``tmp_path / "run"``.
     """
     import yaml
 
@@ -113,7 +113,7 @@ def tiny_recipe(corpus, tmp_path) -> Path:
 
 @pytest.fixture
 def longspan():
-    """Run the command line in a process: ``longspan(*args, **environment) -> CompletedProcess``."""
+    """Run the command line in a process: ``longspan(*args, **environment)``, a CompletedProcess."""
 
     def run(*args: object, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -129,35 +129,35 @@ def longspan():
 
 
 class Pipe:
-    """A named pipe, and all that is written to it.
+    """A named pipe whose output a thread collects.
 
-    A file would end at a process's limit on the size of files.
+    Tests limit the file size of a process, which would also truncate a log file.
     """
 
     def __init__(self, path: Path):
         os.mkfifo(path)
         self.path = path
         self._text = ""
-        reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        # Held open so that the pipe does not end before its writer comes.
-        self._writing = os.open(path, os.O_WRONLY)
-        os.set_blocking(reading, True)
-        self._reader = threading.Thread(target=self._read, args=(reading,))
+        read_end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        # Held open so that the reader does not see the end of the pipe before a writer opens it.
+        self._write_end = os.open(path, os.O_WRONLY)
+        os.set_blocking(read_end, True)
+        self._reader = threading.Thread(target=self._read, args=(read_end,))
         self._reader.start()
 
-    def _read(self, reading: int) -> None:
-        with open(reading) as stream:
+    def _read(self, read_end: int) -> None:
+        with open(read_end) as stream:
             self._text = stream.read()
 
     def close(self) -> str:
-        """Return what was written."""
-        os.close(self._writing)
+        """Return everything that was written."""
+        os.close(self._write_end)
         self._reader.join()
         return self._text
 
 
 class Rank(NamedTuple):
-    """A process of :func:`ranks`."""
+    """A process started by the fixture :func:`ranks`."""
 
     process: BaseProcess
     out: Pipe
@@ -166,7 +166,7 @@ class Rank(NamedTuple):
 
 @pytest.fixture(scope="session")
 def forks():
-    """A context whose processes are forked from one that has imported what a rank needs.
+    """Return a context whose processes are forked from one that has already imported longspan.
 
     The imports alone take longer than most ranks run.
     """
@@ -185,7 +185,7 @@ def forks():
 def ranks(forks, tmp_path):
     """Run a script in real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
 
-    All of them must exit with ``status``, unless it is None. Returns what each of them wrote to
+    All of them must exit with ``status``, unless it is None. It returns what each rank wrote to
     stdout and stderr.
     """
 
@@ -205,10 +205,10 @@ def ranks(forks, tmp_path):
     def run(
         count: int, script: Path, *args: object, status: int | None = 0
     ) -> list[tuple[str, str]]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        shared = {
+        with socket.socket() as server:
+            server.bind(("localhost", 0))
+            port = server.getsockname()[1]
+        common_environment = {
             **os.environ,
             "WORLD_SIZE": str(count),
             "MASTER_ADDR": "localhost",
@@ -216,15 +216,14 @@ def ranks(forks, tmp_path):
             "OMP_NUM_THREADS": "1",
         }
         streams = Path(tempfile.mkdtemp(dir=tmp_path))
-        started = [
-            start(
-                script,
-                args,
-                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                streams / str(rank),
-            )
-            for rank in range(count)
-        ]
+        started = []
+        for number in range(count):
+            environment = {
+                **common_environment,
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+            }
+            started.append(start(script, args, environment, streams / str(number)))
         try:
             for rank in started:
                 rank.process.join(400)
@@ -232,14 +231,14 @@ def ranks(forks, tmp_path):
             for rank in started:
                 rank.process.kill()
                 rank.process.join()
-            written = [(rank.out.close(), rank.err.close()) for rank in started]
+            outputs = [(rank.out.close(), rank.err.close()) for rank in started]
 
-        for number, (rank, (_, errors)) in enumerate(zip(started, written, strict=True)):
+        for number, (rank, (_, errors)) in enumerate(zip(started, outputs, strict=True)):
             exit_status = rank.process.exitcode
             assert status in (None, exit_status), (
                 f"rank {number} of {count}: {exit_status}\n{errors[-3000:]}"
             )
-        return written
+        return outputs
 
     return run
 
@@ -265,7 +264,7 @@ def threads():
                 results[rank] = work(rank, dist.group.WORLD)
             except BaseException as error:
                 errors.append(error)
-                threaded.ProcessLocalGroup.exception_handle(error)  # releases the others
+                threaded.ProcessLocalGroup.exception_handle(error)  # releases the other ranks
             finally:
                 dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
-"""Runs SCRIPT as ``python SCRIPT ARGUMENTS`` would, in a process that has its imports already.
+"""Run SCRIPT as ``python SCRIPT ARGUMENTS`` would, in a process that already has its imports.
 
-See the fixture ``ranks`` in conftest.py, which hands over the global ``JOB``.
+The fixture ``ranks`` in conftest.py sets the global ``JOB``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The pages of docs/: what they show of files is there, and their commands run, in order."""
+"""The pages of docs/: links and files they show exist, and their commands run in order."""
 
 import os
 import re
@@ -16,13 +16,12 @@ BLOCK = re.compile(r"(<!-- [^\n]* -->\n)?^```(sh|python)\n(.*?)^```$", re.MULTIL
 
 
 def blocks(page: Path) -> list[tuple[str, str, str]]:
-    """(the comment above, language, text) of each block of code."""
-    return [
-        (comment, language, text) for comment, language, text in BLOCK.findall(page.read_text())
-    ]
+    """Return (the comment above, language, text) of each block of code."""
+    return BLOCK.findall(page.read_text())
 
 
-def with_runs() -> list[Path]:
+def pages_with_commands() -> list[Path]:
+    """Return the pages with a block that is not marked as not run."""
     return [
         page
         for page in PAGES
@@ -30,41 +29,41 @@ def with_runs() -> list[Path]:
     ]
 
 
-def test_the_keys_are_those_of_the_schema():
+def test_the_page_of_keys_is_up_to_date():
     page = (REPOSITORY / "docs" / "recipe-keys.md").read_text()
     assert page == recipe_keys(), "longspan recipes --keys > docs/recipe-keys.md"
 
 
-def test_every_key_says_what_it_means():
+def test_every_key_has_a_description():
     for line in recipe_keys().splitlines():
         if line.startswith("| `") and "mapping" not in line:
             assert not line.endswith("|  |"), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_and_shown_files_are_there(page):
+def test_links_and_shown_files_exist(page):
     text = page.read_text()
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
         if target.startswith("http"):
             continue
         assert (page.parent / target).exists(), target
         if anchor:
-            headings = re.findall(
-                r"^#+ (.*)$", (page.parent / target).read_text() if target else text, re.MULTILINE
-            )
-            assert anchor in [
+            target_text = (page.parent / target).read_text() if target else text
+            headings = re.findall(r"^#+ (.*)$", target_text, re.MULTILINE)
+            anchors = [
                 re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower() for heading in headings
-            ], anchor
+            ]
+            assert anchor in anchors, anchor
+
     for name, content in re.findall(
         r"^```yaml\n# (docs/\S+\.yaml)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
     ):
         assert (REPOSITORY / name).read_text() == content, name
 
 
-def test_the_worked_example_is_what_its_page_shows():
-    page, patch = (
-        (REPOSITORY / "docs" / f"extending.{kind}").read_text() for kind in ("md", "diff")
-    )
+def test_the_worked_example_matches_its_page():
+    page = (REPOSITORY / "docs" / "extending.md").read_text()
+    patch = (REPOSITORY / "docs" / "extending.diff").read_text()
     added = [
         line[1:]
         for line in patch.splitlines()
@@ -81,10 +80,10 @@ def test_the_worked_example_is_what_its_page_shows():
 
 @pytest.mark.wide
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("page", with_runs(), ids=lambda page: page.stem)
-def test_what_a_page_says_can_be_done(page, tmp_path):
-    """In a copy of the repository, which is the package that runs."""
-    here = tmp_path / "longspan"
+@pytest.mark.parametrize("page", pages_with_commands(), ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page, tmp_path):
+    """They run in a copy of the repository, which is also the package that is imported."""
+    repository_copy = tmp_path / "longspan"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"],
         cwd=REPOSITORY,
@@ -93,8 +92,10 @@ def test_what_a_page_says_can_be_done(page, tmp_path):
     )
     for name in listed.stdout.decode().splitlines():
         if (REPOSITORY / name).exists():
-            (here / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, here / name)
+            (repository_copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, repository_copy / name)
+
+    # Commands on the PATH that run the copy.
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, module in (
@@ -111,17 +112,23 @@ def test_what_a_page_says_can_be_done(page, tmp_path):
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": str(tmp_path),
     }
+
     for comment, language, text in blocks(page):
-        if comment.startswith("<!-- not run") or (
-            language == "python" and re.match(r"# [\w/]+\.py\n", text)
-        ):
+        shows_a_file = language == "python" and re.match(r"# [\w/]+\.py\n", text)
+        if comment.startswith("<!-- not run") or shows_a_file:
             continue
-        command = (
-            ["bash", "-euo", "pipefail", "-c", text]
-            if language == "sh"
-            else [sys.executable, "-c", text]
+        if language == "sh":
+            command = ["bash", "-euo", "pipefail", "-c", text]
+        else:
+            command = [sys.executable, "-c", text]
+        completed = subprocess.run(
+            command,
+            cwd=repository_copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        done = subprocess.run(
-            command, cwd=here, env=environment, capture_output=True, text=True, check=False
+        assert completed.returncode == 0, (
+            f"{text}\n{completed.stdout[-2000:]}\n{completed.stderr[-3000:]}"
         )
-        assert done.returncode == 0, f"{text}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"

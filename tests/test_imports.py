@@ -8,19 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("attention", "parallel", "trainer", "launch")
-"""From the ground up: each may import those before it."""
+"""The lowest first: each folder may import those before it."""
 
 Graph = dict[str, set[str]]
 
 
 def product_modules() -> dict[str, Path]:
-    """Files of the product by dotted names without ``longspan``: ``trainer.recipe.schema``."""
+    """Return the product's files by dotted name without ``longspan``: ``trainer.recipe.schema``."""
     files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
 
 
 def imported_names(path: Path) -> Iterator[str]:
-    """Yield the absolute dotted names that a file imports, also inside of functions."""
+    """Yield the absolute dotted names that a file imports, including those inside functions."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -37,7 +37,7 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 def import_graph() -> Graph:
-    """Return which file imports which.
+    """Return the files that each file imports.
 
     ``from .package import name`` imports the package's ``__init__``, unless ``name`` is a file.
     """
@@ -50,14 +50,15 @@ def import_graph() -> Graph:
         package = f"{name.rpartition('.')[0]}.__init__"
         return package if package in modules else None
 
-    return {
-        name: {file for imported in imported_names(path) if (file := file_of(imported))} - {name}
-        for name, path in modules.items()
-    }
+    graph: Graph = {}
+    for name, path in modules.items():
+        imported_files = {file_of(imported) for imported in imported_names(path)}
+        graph[name] = {file for file in imported_files if file and file != name}
+    return graph
 
 
 def circle(graph: Graph) -> list[str] | None:
-    """Return a path that comes back to where it begins, or None if there is none."""
+    """Return a path of imports that leads back to its start, or None if there is none."""
     finished: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str] | None:
@@ -66,19 +67,19 @@ def circle(graph: Graph) -> list[str] | None:
         if name in finished:
             return None
         for imported in sorted(graph.get(name, ())):
-            if found := visit(imported, [*path, name]):
-                return found
+            if circular_path := visit(imported, [*path, name]):
+                return circular_path
         finished.add(name)
         return None
 
     for name in sorted(graph):
-        if found := visit(name, []):
-            return found
+        if circular_path := visit(name, []):
+            return circular_path
     return None
 
 
 def by_package(graph: Graph, floor: str) -> Graph:
-    """The graph of a floor's folders; a file beside them stands for itself."""
+    """Return the import graph of a floor's folders; a file beside them counts as a folder."""
 
     def package(name: str) -> str:
         parts = name.split(".")
@@ -100,24 +101,24 @@ def test_no_import_runs_upwards():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    found = circle(import_graph())
-    assert found is None, " -> ".join(found or [])
+    circular_path = circle(import_graph())
+    assert circular_path is None, " -> ".join(circular_path or [])
 
 
 def test_no_folders_of_the_trainer_import_each_other_in_a_circle():
-    found = circle(by_package(import_graph(), "trainer"))
-    assert found is None, " -> ".join(found or [])
+    circular_path = circle(by_package(import_graph(), "trainer"))
+    assert circular_path is None, " -> ".join(circular_path or [])
 
 
 @pytest.mark.parametrize(
-    ("graph", "found"),
+    ("graph", "circular_path"),
     [
         ({"a": {"b"}, "b": {"c"}, "c": set()}, None),
         ({"a": {"b"}, "b": {"c"}, "c": {"b"}}, ["b", "c", "b"]),
     ],
 )
-def test_a_circle_is_found(graph, found):
-    assert circle(graph) == found
+def test_circle_finds_a_circular_import(graph, circular_path):
+    assert circle(graph) == circular_path
 
 
 def test_imports_inside_functions_count():

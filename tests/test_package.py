@@ -1,4 +1,4 @@
-"""The wheel holds everything, and nothing lands outside its package."""
+"""The wheel holds every file of the package, and installs nothing outside of it."""
 
 import subprocess
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def tracked(*patterns: str) -> set[str]:
+def tracked_files(*patterns: str) -> set[str]:
+    """Return the files that git tracks, relative to the root."""
     listed = subprocess.run(
         ["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -17,7 +18,7 @@ def tracked(*patterns: str) -> set[str]:
 
 def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
     source = tmp_path / "source"
-    for name in tracked():
+    for name in tracked_files():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     command = [
@@ -37,7 +38,7 @@ def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         name
-        for name in tracked("*.py", "recipes", "slurm")
+        for name in tracked_files("*.py", "recipes", "slurm")
         if not name.startswith(("tests/", "docs/"))
     }
     assert inside == {f"longspan/{name}" for name in expected}

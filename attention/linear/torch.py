@@ -374,7 +374,8 @@ def _delta_states(
         u: ``T diag(beta) V``.
         w: ``T diag(beta) (K exp(G))``.
     """
-    before, values = [], []
+    before = []
+    values = []
     chunks = zip(
         u.unbind(3), w.unbind(3), writing.mT.unbind(3), _carry_of_chunks(carry, u), strict=True
     )

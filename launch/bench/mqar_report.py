@@ -8,15 +8,13 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
 
 from ...trainer.checkpoint.atomic import replace_file
 from ...trainer.errors import UserError
 from ...trainer.evaluation.mqar_settings import RecallSetting, trained_settings
 from ...trainer.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 BEGIN = "<!-- longspan bench mqar: begin -->"
 END = "<!-- longspan bench mqar: end -->"
@@ -240,7 +238,7 @@ def _draw(rows: list[RecipeResult], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_lengths(axes: "Axes", row: RecipeResult, style: dict) -> None:
+def _draw_lengths(axes: Axes, row: RecipeResult, style: dict) -> None:
     """Draw the accuracy at every length, with the most pairs that it was asked with."""
     by_pairs = sorted(row.accuracy, key=lambda cell: cell["pairs"])
     most_pairs = {cell["length"]: cell for cell in by_pairs}

@@ -186,7 +186,9 @@ class ReceivedRows:
         """
         first_of_rank = np.cumsum(receive_counts) - receive_counts
         none = np.zeros(0, np.int64)
-        first_columns, first_rows, counts = [none], [none], [none]
+        first_columns = [none]
+        first_rows = [none]
+        counts = [none]
         for placement in self._placements:
             first_columns.append(placement.line * num_columns + placement.first_column)
             first_rows.append(first_of_rank[placement.ranges.rank] + placement.row_of_rank)

@@ -186,7 +186,8 @@ class Traffic(NamedTuple):
     @staticmethod
     def total(exchanges: Iterable[Traffic]) -> Traffic:
         """Return the sum of all exchanges."""
-        sent, received = 0, 0
+        sent = 0
+        received = 0
         for traffic in exchanges:
             sent += traffic.sent
             received += traffic.received

@@ -33,7 +33,8 @@ class Ranges:
     @classmethod
     def from_blocks(cls, blocks: Iterable[Blocks], origin: int = 0) -> "Ranges":
         """Make ranges of ``blocks``, whose positions count from ``origin``."""
-        starts, sizes = [], []
+        starts = []
+        sizes = []
         for progression in blocks:
             if progression.is_contiguous:
                 starts.append(np.array([progression.first_position]))

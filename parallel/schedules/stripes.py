@@ -87,7 +87,8 @@ def _far_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage
 
     jobs: list[TileJob] = []
     received = ReceivedRows(layout.ranks)
-    first_sent, sent_counts = [], []
+    first_sent = []
+    sent_counts = []
     num_columns = 0
     for rows in spec.rows:
         far_keys = rules.far_keys(_crossing(rows, layout))

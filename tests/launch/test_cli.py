@@ -1,4 +1,4 @@
-"""The command line: what it imports, and what it says of bad input."""
+"""The command line: what it imports, and its answers to invalid input."""
 
 import subprocess
 import sys
@@ -8,17 +8,17 @@ import pytest
 from longspan.launch.cli import COMMANDS, Group, main
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
+def run_command(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
         main([str(argument) for argument in arguments])
-    return ended.value.code, *capsys.readouterr()
+    return exit_info.value.code, *capsys.readouterr()
 
 
 HEAVY = {"torch", "numpy", "pydantic", "yaml", "rich", "matplotlib"}
 
 
-def imported_by(*command_lines: list[str], status: int) -> set[str]:
-    """Return what commands that end with ``status`` have imported, all in one process."""
+def modules_imported_by(*command_lines: list[str], status: int) -> set[str]:
+    """Return the modules that commands import in one process; each must end with ``status``."""
     code = f"""
 import sys
 from longspan.launch.cli import main
@@ -29,14 +29,14 @@ for arguments in {command_lines}:
         assert ended.code == {status}, (arguments, ended.code)
 print("\\n" + " ".join(sys.modules))
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    return set(done.stdout.splitlines()[-1].split())
+    return set(completed.stdout.splitlines()[-1].split())
 
 
 def command_names(commands=COMMANDS, *groups: str) -> Iterator[list[str]]:
@@ -47,34 +47,38 @@ def command_names(commands=COMMANDS, *groups: str) -> Iterator[list[str]]:
 
 
 def test_a_bad_recipe_is_refused_without_torch(tiny_recipe):
-    assert "torch" not in imported_by(["train", str(tiny_recipe), "training.stpes=1"], status=2)
+    assert "torch" not in modules_imported_by(
+        ["train", str(tiny_recipe), "training.stpes=1"], status=2
+    )
 
 
-def test_an_unknown_option_is_not_taken_for_an_override(capsys):
-    status, _, err = run(capsys, "train", "quickstart", "--dry", "--steps=3", "training.steps=3")
+def test_an_unknown_option_is_refused(capsys):
+    status, _, err = run_command(
+        capsys, "train", "quickstart", "--dry", "--steps=3", "training.steps=3"
+    )
     assert status == 2
     assert "unrecognized arguments" in err
 
 
 def test_help_imports_nothing_heavy():
-    of_commands = [[*names, "--help"] for names in command_names()]
-    heavy = HEAVY & imported_by(["--help"], ["--version"], *of_commands, status=0)
+    help_of_each_command = [[*names, "--help"] for names in command_names()]
+    heavy = HEAVY & modules_imported_by(["--help"], ["--version"], *help_of_each_command, status=0)
     assert not heavy, heavy
 
 
-def test_the_help_of_all_commands_imports_only_the_table():
-    imported = imported_by(["--help"], status=0)
+def test_the_general_help_imports_no_command():
+    imported = modules_imported_by(["--help"], status=0)
     assert not {name for name in imported if name.startswith("longspan.launch.commands.")}
 
 
 def test_recipes_are_listed_one_line_each(capsys):
-    status, out, _ = run(capsys, "recipes")
+    status, out, _ = run_command(capsys, "recipes")
     assert status == 0
     assert any(line.startswith("quickstart") and "lightning" in line for line in out.splitlines())
 
 
 def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_path):
-    status, out, _ = run(
+    status, out, _ = run_command(
         capsys,
         "train",
         tiny_recipe,
@@ -92,8 +96,10 @@ def test_dry_run_prints_the_resolved_recipe_and_sizes(capsys, tiny_recipe, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_is_one_line_each_and_status_2(capsys, tiny_recipe, tmp_path):
-    status, out, err = run(capsys, "train", tiny_recipe, "training.stpes=3", "training.steps=x")
+def test_each_problem_of_a_recipe_is_one_line(capsys, tiny_recipe, tmp_path):
+    status, out, err = run_command(
+        capsys, "train", tiny_recipe, "training.stpes=3", "training.steps=x"
+    )
     assert (status, out) == (2, "")
     assert [line.split(": ")[:3] for line in sorted(err.splitlines())] == [
         ["longspan", "tiny.yaml", "training.steps"],
@@ -139,12 +145,12 @@ def test_bad_input_is_one_line_each_and_status_2(capsys, tiny_recipe, tmp_path):
         (["plot", "{tmp}"], "no such file; the run has logged nothing yet"),
     ],
 )
-def test_bad_input_names_its_key_or_file(capsys, tiny_recipe, tmp_path, arguments, message):
+def test_errors_name_the_key_or_file(capsys, tiny_recipe, tmp_path, arguments, message):
     filled = [
         argument.replace("{recipe}", str(tiny_recipe)).replace("{tmp}", str(tmp_path))
         for argument in arguments
     ]
-    status, _, err = run(capsys, *filled)
+    status, _, err = run_command(capsys, *filled)
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
@@ -153,7 +159,7 @@ def test_bad_input_names_its_key_or_file(capsys, tiny_recipe, tmp_path, argument
 
 def test_data_build(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("some text")
-    status, out, _ = run(
+    status, out, _ = run_command(
         capsys, "data", "build", tmp_path / "a.txt", "--out", tmp_path / "deep" / "corpus"
     )
     assert status == 0

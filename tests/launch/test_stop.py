@@ -1,4 +1,4 @@
-"""Stopping a run of several processes from outside, as a person or a scheduler does."""
+"""Stopping a run of several processes from outside, as a user or a scheduler does."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 
 def _accept_ctrl_c():
-    """Undo what a shell does for background jobs: they, and what they start, ignore Ctrl-C."""
+    """Restore Ctrl-C, which background jobs of a shell and their children ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -42,11 +42,11 @@ def start(tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.wide)]
+    "signal_number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.wide)]
 )
-def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number):
+def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, signal_number):
     process = start("parallel.cp=2")
-    process.send_signal(number)
+    process.send_signal(signal_number)
     assert process.wait(60) == 75
     (step,) = re.findall(
         "stopped after step ([0-9]+) of 100000, as asked", (tmp_path / "log").read_text()
@@ -57,7 +57,9 @@ def test_one_signal_stops_all_ranks_and_saves(start, longspan, tmp_path, number)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tiny_recipe, tmp_path):
+def test_a_folder_has_one_run_at_a_time_and_its_stop_file_stops_it(
+    start, longspan, tiny_recipe, tmp_path
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()  # from an earlier run
     process = start()
@@ -71,12 +73,11 @@ def test_a_folder_has_one_run_at_a_time_and_a_file_stops_it(start, longspan, tin
     assert "not running" in longspan("status", tmp_path / "run").stdout
 
 
-def test_a_second_signal_ends_it_at_once(start, tmp_path):
-    process = start(
-        "training.seq_length=24576", "training.global_batch_size=64"
-    )  # a step takes a minute
-    children = children_of(process.pid)
-    assert len(children) == 2
+def test_a_second_signal_ends_the_run_at_once(start, tmp_path):
+    # A step takes a minute.
+    process = start("training.seq_length=24576", "training.global_batch_size=64")
+    child_pids = children_of(process.pid)
+    assert len(child_pids) == 2
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)  # so soon after the first it is the same request
@@ -85,11 +86,11 @@ def test_a_second_signal_ends_it_at_once(start, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 128 + signal.SIGINT
     assert "ended at once by a second SIGINT" in (tmp_path / "log").read_text()
-    assert not any(os.path.exists(f"/proc/{child}") for child in children)
+    assert not any(os.path.exists(f"/proc/{child}") for child in child_pids)
 
 
-def test_one_request_to_all_processes_is_one_request(start, tmp_path):
-    """As systemd and SLURM send it."""
+def test_a_signal_to_all_processes_is_one_request(start, tmp_path):
+    """Service managers and SLURM signal all processes."""
     process = start("parallel.cp=2")
     for pid in (process.pid, *children_of(process.pid)):
         os.kill(pid, signal.SIGTERM)
@@ -101,11 +102,11 @@ def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
     start, longspan, tmp_path
 ):
     process = start("parallel.cp=2")
-    children = children_of(process.pid)
+    child_pids = children_of(process.pid)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{child}") for child in children):
+    while any(os.path.exists(f"/proc/{child}") for child in child_pids):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     (step,) = re.findall(
@@ -117,7 +118,7 @@ def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
 
 
 def test_a_second_signal_ends_a_rank_that_hangs(tmp_path):
-    hangs = """
+    hanging_script = """
 import ctypes, os, sys
 from longspan.trainer.run.stop import StopRequest
 with StopRequest(sys.argv[1]):
@@ -127,7 +128,7 @@ with StopRequest(sys.argv[1]):
     ctypes.CDLL(None).pthread_mutex_lock(mutex)  # in C, where no handler of Python's runs
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", hangs, tmp_path / "STOP"], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", hanging_script, tmp_path / "STOP"], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "hanging\n"
     process.send_signal(signal.SIGTERM)
@@ -137,8 +138,8 @@ with StopRequest(sys.argv[1]):
     assert process.wait(5) == 128 + signal.SIGTERM
 
 
-def test_what_was_started_to_ignore_a_signal_ignores_it(tmp_path):
-    ignores = """
+def test_a_signal_ignored_at_start_stays_ignored(tmp_path):
+    ignoring_script = """
 import os, signal, sys
 from longspan.trainer.run.stop import StopRequest
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's & has it
@@ -147,22 +148,24 @@ with StopRequest(__import__("pathlib").Path(sys.argv[1])) as stop:
     __import__("time").sleep(0.2)
     sys.exit(stop.is_requested())
 """
-    done = subprocess.run([sys.executable, "-c", ignores, tmp_path / "STOP"], check=False)
-    assert done.returncode == 0
+    completed = subprocess.run(
+        [sys.executable, "-c", ignoring_script, tmp_path / "STOP"], check=False
+    )
+    assert completed.returncode == 0
 
 
-def test_the_first_rank_does_not_outlive_another_that_failed(monkeypatch, capfd):
+def test_a_failing_rank_ends_the_first_rank_too(monkeypatch, capfd):
     from longspan.launch import ranks
 
     monkeypatch.setattr(ranks, "_GRACE_SECONDS", 0.5)
     script = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert ranks.run_ranks([sys.executable, "-c", script], 2, 1) == 7
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start_time < 30
     assert "rank 1 ended with status 7" in capfd.readouterr().err
 
 
-def test_a_rank_that_dies_ends_the_others(start, tmp_path):
+def test_a_killed_rank_ends_the_others(start, tmp_path):
     process = start("parallel.cp=2")
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
     assert process.wait(30) == 128 + signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Under torchrun: two agents, as on two machines, and ranks that die and are started anew."""
+"""Under torchrun: two agents, as on two machines, and ranks that die and are restarted."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def torchrun(tiny_recipe):
 
 
 @pytest.fixture
-def alone(longspan, tiny_recipe, tmp_path) -> dict[int, float]:
-    """The losses of a run on two processes to which nothing happens."""
-    done = longspan(
+def undisturbed_losses(longspan, tiny_recipe, tmp_path) -> dict[int, float]:
+    """Return the losses of an undisturbed run on two processes."""
+    completed = longspan(
         "train", tiny_recipe, *OPTIONS, "launch.processes=2", f"run_dir={tmp_path / 'alone'}"
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     return losses(tmp_path / "alone")
 
 
@@ -57,7 +57,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def two_machines() -> list[str]:
-    """Options of each of two agents, with a process each."""
+    """Return the options of each of two agents with one process each."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
@@ -65,20 +65,20 @@ def two_machines() -> list[str]:
     return ["--nnodes", "2", "--nproc-per-node", "1", *rendezvous, "--rdzv-id", "test"]
 
 
-def test_two_agents_are_one_run(torchrun, alone, tmp_path):
+def test_two_agents_form_one_run(torchrun, undisturbed_losses, tmp_path):
     options = two_machines()
     agents = [torchrun(*options) for _ in range(2)]
     for agent in agents:
         _, errors = agent.communicate(timeout=200)
         assert agent.returncode == 0, errors
-    assert losses(tmp_path / "run") == alone
+    assert losses(tmp_path / "run") == undisturbed_losses
 
 
-def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_path):
-    """As with NCCL, whose ranks do not fail with another: agents restart them without counting."""
+def test_ranks_rejoin_after_a_death_that_one_agent_alone_notices(torchrun, tmp_path):
+    """As with NCCL, the other agent's ranks do not fail; it restarts them without counting that."""
     script = tmp_path / "script.py"
     options = [*two_machines(), "--max-restarts", "1"]
-    script.write_text(WAITS)
+    script.write_text(WAITING_SCRIPT)
     agents = [torchrun(*options, script=(script, tmp_path / "died")) for _ in range(2)]
     for agent in agents:
         out, errors = agent.communicate(timeout=100)
@@ -86,7 +86,7 @@ def test_ranks_meet_again_where_only_one_machine_has_seen_one_die(torchrun, tmp_
         assert "together again" in out
 
 
-WAITS = """
+WAITING_SCRIPT = """
 import os, pathlib, sys, time
 import torch, torch.distributed as dist
 from longspan.launch.process import process_group
@@ -105,20 +105,20 @@ with process_group(1):
 """
 
 
-def test_a_rank_that_dies_is_started_anew_within_the_job(torchrun, alone, tmp_path):
-    """Twice; to the same bits, from the last checkpoint."""
+def test_a_killed_rank_is_restarted_within_the_job(torchrun, undisturbed_losses, tmp_path):
+    """It happens twice, and each time training continues from the last checkpoint bit by bit."""
     agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "3")
-    killed: set[int] = set()
+    killed_processes: set[int] = set()
     for rank, step in ((1, 6), (0, 20)):
-        killed.add(_kill(agent, rank, tmp_path / "run", step, killed))
+        killed_processes.add(_kill(agent, rank, tmp_path / "run", step, killed_processes))
         time.sleep(1)
     _, errors = agent.communicate(timeout=200)
     assert agent.returncode == 0, errors
-    assert losses(tmp_path / "run") == alone
+    assert losses(tmp_path / "run") == undisturbed_losses
 
 
-def test_a_request_to_stop_outlives_the_ranks(torchrun, tmp_path):
-    """One that comes while they are started anew."""
+def test_a_request_to_stop_survives_a_restart(torchrun, tmp_path):
+    """The request comes while the ranks are being restarted."""
     agent = torchrun("--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     _kill(agent, 1, tmp_path / "run", 6)
     (tmp_path / "run" / "STOP").touch()
@@ -132,7 +132,7 @@ def test_a_request_to_stop_outlives_the_ranks(torchrun, tmp_path):
     assert not (tmp_path / "run" / "STOP").exists()
 
 
-def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path):
+def test_a_stale_request_stops_one_start_only(torchrun, tmp_path):
     file = tmp_path / "run" / "STOP"
     file.parent.mkdir()
     for stale, step, line in (
@@ -156,17 +156,17 @@ def test_a_stale_request_to_stop_stops_one_start_and_says_so(torchrun, tmp_path)
 
 
 def _kill(
-    agent: subprocess.Popen, rank: int, run: Path, step: int, but: Container[int] = ()
+    agent: subprocess.Popen, rank: int, run: Path, step: int, excluded: Container[int] = ()
 ) -> int:
-    """Kill a rank of this agent once the run has reached a step; not one of the processes ``but``.
+    """Kill a rank of this agent once the run has reached a step, and return its process.
 
-    Returns the process.
+    The processes ``excluded`` are not killed.
     """
     for _ in range(600):
         if (
             max(losses(run), default=0) >= step
             and (process := _process(agent.pid, rank))
-            and process not in but
+            and process not in excluded
         ):
             os.kill(process, signal.SIGKILL)
             return process

@@ -5,29 +5,27 @@ from longspan.parallel import Layout
 SIZES = [(64, 4, 1), (64, 4, 8), (50, 3, 8), (7, 4, 1), (8, 3, 8)]
 
 
-@pytest.mark.parametrize("kind", [Layout.contiguous, Layout.zigzag])
+@pytest.mark.parametrize("make_layout", [Layout.contiguous, Layout.zigzag])
 @pytest.mark.parametrize(("length", "ranks", "block"), SIZES)
-def test_a_layout_is_a_bijection_with_edges_on_blocks(kind, length, ranks, block):
-    layout = kind(length, ranks, block)
+def test_a_layout_is_a_bijection_with_edges_on_blocks(make_layout, length, ranks, block):
+    layout = make_layout(length, ranks, block)
     assert (layout.length, layout.ranks, sum(layout.lengths)) == (length, ranks, length)
-    assert (
-        torch.cat([layout.tokens(rank) for rank in range(ranks)])
-        .sort()
-        .values.equal(torch.arange(length))
-    )
-    assert all(start % block == 0 for rank in layout.segments for start, _ in rank)
+    tokens = torch.cat([layout.tokens(rank) for rank in range(ranks)])
+    assert tokens.sort().values.equal(torch.arange(length))
+    assert all(start % block == 0 for segments in layout.segments for start, _ in segments)
+
     x = torch.randn(2, length, 3)
     assert torch.equal(layout.unshard([layout.shard(x, rank) for rank in range(ranks)]), x)
 
 
-def test_striped_deals_the_blocks_out():
+def test_striped_assigns_blocks_round_robin():
     layout = Layout.striped(22, 3, 4)
     assert layout.segments == (((0, 4), (12, 16)), ((4, 8), (16, 20)), ((8, 12), (20, 22)))
     x = torch.randn(2, 22, 3)
     assert torch.equal(layout.unshard([layout.shard(x, rank) for rank in range(3)]), x)
 
 
-def test_ranks_in_a_row_are_as_one():
+def test_grouped_merges_consecutive_ranks():
     assert Layout.zigzag(16, 4).grouped(2).segments == (((0, 4), (12, 16)), ((4, 12),))
     assert Layout.contiguous(10, 4).grouped(4) == Layout.contiguous(10)
     assert Layout.striped(24, 4, 2).grouped(2).segments[1] == ((4, 8), (12, 16), (20, 24))
@@ -62,6 +60,6 @@ def test_zigzag_gives_every_rank_the_same_causal_work(ranks):
         (((2, 4), (0, 2)),),
     ],
 )
-def test_a_token_without_a_place_or_with_two_is_refused(segments):
+def test_segments_must_hold_every_token_exactly_once(segments):
     with pytest.raises(ValueError, match="segments"):
         Layout(segments)

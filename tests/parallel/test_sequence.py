@@ -16,7 +16,7 @@ def test_positions_count_from_each_documents_start():
     assert outer.positions.tolist() == [[0, 1, 0], [0, 3, 4]]
 
 
-def test_rotary_tables_are_made_once():
+def test_rotary_tables_are_cached():
     sequence = Sequence.single(2, 6, torch.device("cpu"))
     cos, sin = sequence.rotary(8, 100.0)
     assert sequence.rotary(8, 100.0)[0] is cos

@@ -1,4 +1,4 @@
-"""A stack of the softmax patterns that the tiny recipe lacks, as an override of it."""
+"""Stacks of layers that the tiny recipe lacks, as overrides of it."""
 
 import json
 
@@ -54,7 +54,7 @@ MIXED = _stack(
         "full": {"mixer": "full", "qk_norm": True},
     }
 )
-"""One of each family; the delta rule has a short convolution."""
+"""One mixer of each family; the delta rule has a short convolution."""
 
 MOBA = _stack({"moba": {"mixer": "moba", "block": 8, "top_k": 3}, "full": {"mixer": "full"}})
 
@@ -68,7 +68,7 @@ EXPERTS = [
     "model.moe="
     + json.dumps({"num_experts": 4, "intermediate_size": 48, "router_aux_loss_coef": 0.1}),
 ]
-"""A hybrid like MiniMax-01."""
+"""A hybrid with experts, like MiniMax-01."""
 
 SHARED_EXPERT = [
     _stack({"delta": {"mixer": "gated_deltanet"}, "full": {"mixer": "full", "mlp": "moe"}}),
@@ -83,7 +83,7 @@ SHARED_EXPERT = [
         }
     ),
 ]
-"""Like Qwen3-Next, every second layer with experts."""
+"""Every second layer has experts, like Qwen3-Next."""
 
 LINEAR = [
     "model.num_hidden_layers=8",
@@ -125,4 +125,4 @@ LINEAR_MORE = [
         }
     ),
 ]
-"""The others, without an attention layer."""
+"""The remaining linear mixers, without a softmax layer."""

@@ -77,7 +77,8 @@ class Checkpoint:
         file = self.path / "manifest.json"
         try:
             content = json.loads(file.read_text())
-            digest, version = content.pop("digest"), int(content["version"])
+            digest = content.pop("digest")
+            version = int(content["version"])
         except OSError as error:
             raise DamagedError(f"{file.name}: {error.strerror}") from None
         except (ValueError, TypeError, KeyError, AttributeError):

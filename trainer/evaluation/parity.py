@@ -100,7 +100,8 @@ def documents_of(recipe: Recipe) -> Tensor:
     """Return ids int32 ``[1, time]`` of three documents: one ends where a rank's part does, one
     inside a part, and one spans all others.
     """
-    length, alignment = recipe.training.seq_length, recipe.model.document_alignment
+    length = recipe.training.seq_length
+    alignment = recipe.model.document_alignment
     edge = recipe_layout(recipe).segments_in_order[0].stop
     ids = np.zeros((1, length), np.int32)
     ids[:, edge:] += 1
@@ -128,7 +129,8 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
     tokens, labels = torch.randint(VOCABULARY, shape, generator=generator)
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
-        layout, rank = recipe_layout(recipe), engine.batch_shard.context_rank
+        layout = recipe_layout(recipe)
+        rank = engine.batch_shard.context_rank
 
         def batch_of(tokens: Tensor) -> Microbatch:
             weights = (torch.arange(tokens.shape[1]) % 7 > 0).float()[None]
@@ -189,7 +191,8 @@ def may_see(recipe: Recipe, documents: Tensor, probe: int) -> tuple[Tensor, Tens
         (block,) = recipe.model.stack
         start = int((ids == ids[probe]).argmax())
         visible = block.visibility(recipe.model, positions - start, probe - start)
-        may, must = may & visible.may, may & visible.must
+        must = may & visible.must
+        may = may & visible.may
     return torch.from_numpy(may), torch.from_numpy(must)
 
 
@@ -204,7 +207,8 @@ def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> 
             (must & ~positions, "does not change, and must"),
         ):
             if wrong.any():
-                first, count = int(wrong.nonzero()[0]), int(wrong.sum())
+                first = int(wrong.nonzero()[0])
+                count = int(wrong.sum())
                 return f"with token {probe} replaced, position {first} {problem} ({count} in all)"
     return None
 

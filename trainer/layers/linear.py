@@ -126,7 +126,8 @@ class LinearAttentionBlock(Block):
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
         from .decay import FIXED
 
-        design, log_decay = self.design(model, layer), None
+        design = self.design(model, layer)
+        log_decay = None
         if design.decay in FIXED:
             log = FIXED[design.decay](design.heads, layer, model.num_hidden_layers)
             log_decay = log.tolist()

@@ -93,7 +93,9 @@ class LinearAttention(Mixer):
         design = self.design
         projected = self.project(hidden)  # [batch, time, local key heads, rows]
         mixed, gate, beta, decay = projected.split(design.parts, dim=-1)
-        gate, beta, decay = gate.flatten(2), beta.flatten(2), decay.flatten(2)
+        gate = gate.flatten(2)
+        beta = beta.flatten(2)
+        decay = decay.flatten(2)
         q, k, values = self._queries_keys_values(mixed, sequence)
         q, k = self._features(q, k, sequence)
 
@@ -137,7 +139,8 @@ class LinearAttention(Mixer):
         design = self.design
         if design.rotary:
             tables = sequence.rotary(design.key_dim, self.rope_theta)
-            q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+            q = apply_rotary(q, *tables)
+            k = apply_rotary(k, *tables)
         if design.feature_map == "hedgehog":
             sizes = q.shape[2], design.key_dim, design.key_dim
             return hedgehog(q, self.map_q.view(sizes)), hedgehog(k, self.map_k.view(sizes))

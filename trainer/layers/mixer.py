@@ -63,7 +63,8 @@ class Mixer(MegatronModule):
         self.shapes = shapes
         self.rope_theta = context.rope_theta
         self.recomputes = context.recomputes
-        self.cp_group, self.tp_group = context.process_groups.cp, context.process_groups.tp
+        self.cp_group = context.process_groups.cp
+        self.tp_group = context.process_groups.tp
         self.local_heads = num_heads // self.tp_group.size()
         self.first_head = self.tp_group.rank() * self.local_heads
 

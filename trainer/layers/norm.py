@@ -54,7 +54,9 @@ class HeadsRMSNorm(nn.Module):
         has_weight: bool = True,
     ):
         super().__init__()
-        self.over, self.eps, self.tp_group = over, config.layernorm_epsilon, tp_group
+        self.over = over
+        self.eps = config.layernorm_epsilon
+        self.tp_group = tp_group
         self.width = num_heads * head_dim
         self.heads_per_norm = heads_per_key_head if over == "key_head" else 1
         self.weight = None

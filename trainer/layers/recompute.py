@@ -99,7 +99,8 @@ class _HostTensor:
         self.fetch()
         assert self._on_device is not None
         assert self._stream is not None
-        tensor, self._on_device = self._on_device, None
+        tensor = self._on_device
+        self._on_device = None
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         tensor.record_stream(current)

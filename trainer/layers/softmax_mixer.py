@@ -21,7 +21,8 @@ class SoftmaxAttention(Mixer):
 
     def __init__(self, context: MixerContext, shapes: Shapes, design: SoftmaxDesign):
         super().__init__(context, shapes, design.num_kv_heads)
-        self.design, self.kv_schedule = design, context.kv_schedule
+        self.design = design
+        self.kv_schedule = context.kv_schedule
         self.pattern = design.pattern.from_head(self.first_head)
         num_gates = design.group if design.output_gate else 0
         self.heads_per_kv_head = [design.group, num_gates, 1, 1]  # queries, gates, key, value
@@ -29,11 +30,12 @@ class SoftmaxAttention(Mixer):
         self.sinks = self.split_parameter("sinks", zeros) if design.attention_sink else None
 
     def _add_qk_norms(self, config: TransformerConfig) -> None:
-        design, tp_group = self.design, self.tp_group
+        design = self.design
+        tp_group = self.tp_group
         if design.qk_norm == "all":
-            heads, kv_heads, dim = design.num_heads, design.num_kv_heads, design.head_dim
-            self.q_norm = HeadsRMSNorm(config, tp_group, "all", heads, dim)
-            self.k_norm = HeadsRMSNorm(config, tp_group, "all", kv_heads, dim)
+            dim = design.head_dim
+            self.q_norm = HeadsRMSNorm(config, tp_group, "all", design.num_heads, dim)
+            self.k_norm = HeadsRMSNorm(config, tp_group, "all", design.num_kv_heads, dim)
         elif design.qk_norm:
             if tp_group.size() > 1 and not config.qk_layernorm:
                 raise ValueError(
@@ -66,14 +68,19 @@ class SoftmaxAttention(Mixer):
         # [batch, time, local KV heads, heads per KV head, head_dim]
         projected = self.project(hidden).unflatten(-1, (-1, design.head_dim))
         q, gate, k, v = projected.split(self.heads_per_kv_head, dim=-2)
-        q, k, v = q.flatten(2, 3), k.squeeze(-2), v.squeeze(-2)
+        q = q.flatten(2, 3)
+        k = k.squeeze(-2)
+        v = v.squeeze(-2)
         if design.qk_norm == "all":
-            q, k = self.q_norm(q).view_as(q), self.k_norm(k).view_as(k)
+            q = self.q_norm(q).view_as(q)
+            k = self.k_norm(k).view_as(k)
         elif design.qk_norm:
-            q, k = self.q_layernorm(q), self.k_layernorm(k)
+            q = self.q_layernorm(q)
+            k = self.k_layernorm(k)
         if design.rotary_dim:
             tables = sequence.rotary(design.rotary_dim, self.rope_theta)
-            q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+            q = apply_rotary(q, *tables)
+            k = apply_rotary(k, *tables)
         return q, k, v, gate
 
     def _result(self, out: Tensor, gate: Tensor) -> Tensor:

@@ -108,7 +108,9 @@ class HybridLayer(MegatronModule):
     ):
         super().__init__(config)
         pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-        self.block, self.memory, self.tp_group = block, memory, pg_collection.tp
+        self.block = block
+        self.memory = memory
+        self.tp_group = pg_collection.tp
         pipeline_offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.layer_number = layer_number + pipeline_offset
         self.mixer = block.build_mixer(
@@ -131,7 +133,8 @@ class HybridLayer(MegatronModule):
         config = self.config
         if self.block.mlp_activation == "identity":
             config = copy.copy(config)
-            config.activation_func, config.bias_activation_fusion = _identity, False
+            config.activation_func = _identity
+            config.bias_activation_fusion = False
         if self.block.mlp == "moe":
             return spec(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
         return spec(

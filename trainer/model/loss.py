@@ -42,7 +42,8 @@ def cross_entropy_sum(
     """
     if not torch.is_grad_enabled():
         # autograd would still ask for the gradients of tensors that require one
-        hidden, weight = hidden.detach(), weight.detach()
+        hidden = hidden.detach()
+        weight = weight.detach()
     first_row, num_real = _local_vocabulary(weight, group, vocab_size)
     local_labels = labels - first_row
     return _CrossEntropySum.apply(
@@ -66,7 +67,8 @@ def token_losses(
     """
     first_row, num_real = _local_vocabulary(weight, group, vocab_size)
     dtype = _accumulation_dtype(hidden)
-    losses, is_likeliest = [], []
+    losses = []
+    is_likeliest = []
     for part in _tiles(hidden, weight[:num_real], labels - first_row, group, dtype, tile):
         likeliest = _likeliest_ids(part, first_row, num_real)
         if group is not None and group.size() > 1:
@@ -140,7 +142,8 @@ def _tiles(
     buffer = hidden.new_empty(min(tile, len(hidden)), num_real)
     for start in range(0, len(hidden), tile):
         tokens = slice(start, start + tile)
-        x, labels = hidden[tokens], local_labels[tokens]
+        x = hidden[tokens]
+        labels = local_labels[tokens]
         logits = torch.mm(x, real_weight.T, out=buffer[: len(x)]).to(dtype)  # [tokens, real rows]
         is_local = (labels >= 0) & (labels < num_real)
         label_rows = labels.clamp(0, max(num_real - 1, 0))[:, None]
@@ -171,7 +174,8 @@ class _CrossEntropySum(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=dtype)
         real_weight = weight[:num_real]
         for tile in _tiles(hidden, real_weight, local_labels, group, dtype, tile_size):
-            x, scale = hidden[tile.tokens], token_weights[tile.tokens].to(dtype)
+            x = hidden[tile.tokens]
+            scale = token_weights[tile.tokens].to(dtype)
             total += (scale * tile.losses).sum()
             if grad_hidden is None and grad_weight is None:
                 continue

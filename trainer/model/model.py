@@ -30,7 +30,8 @@ class HybridModel(GPTModel):
 
     def __init__(self, *args, real_vocab_size: int, loss_tile: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.real_vocab_size, self.loss_tile = real_vocab_size, loss_tile
+        self.real_vocab_size = real_vocab_size
+        self.loss_tile = loss_tile
 
     def _postprocess(
         self,

@@ -89,7 +89,8 @@ class BalancedRouter(TopKRouter):
         the microbatches since the last call.
         """
         mean = self._loss_sum / max(1, self._num_losses)
-        self._loss_sum, self._num_losses = 0.0, 0
+        self._loss_sum = 0.0
+        self._num_losses = 0
         return mean
 
     def attach_and_log_load_balancing_loss(

@@ -62,7 +62,8 @@ def _choice(
 ) -> Choice:
     model, parallel = recipe.model, recipe.parallel
     layout = recipe_layout(recipe)
-    heads, kv_heads = model.num_attention_heads // parallel.tp, model.kv_heads // parallel.tp
+    heads = model.num_attention_heads // parallel.tp
+    kv_heads = model.kv_heads // parallel.tp
     head_dims = model.kv_channels, model.kv_channels  # of keys and of values
     chosen = choose_schedule(
         parallel.schedule_of(name), layout, pattern, heads, kv_heads, head_dims

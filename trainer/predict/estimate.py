@@ -183,7 +183,8 @@ def _saved_numbers_of_stage(recipe: Recipe) -> float:
 
 
 def _loss_bytes(recipe: Recipe, tokens: float, vocab_size: int) -> float:
-    hidden_size, tp = recipe.model.hidden_size, recipe.parallel.tp
+    hidden_size = recipe.model.hidden_size
+    tp = recipe.parallel.tp
     vocab_rows = padded_vocab_size(vocab_size)
     tile_logits = min(tokens, recipe.memory.loss_tile) * vocab_rows / tp
     logits = tile_logits * (_BF16_BYTES + _FP32_BYTES)
@@ -217,9 +218,11 @@ def _layer_estimate(recipe: Recipe, name: str, choice: Choice | None) -> LayerEs
     projection_flops = 2.0 * mixer_parameters(model, layer)
 
     if choice is None:
-        received, work = _exchanged_bytes(recipe, layer), 1.0
+        received = _exchanged_bytes(recipe, layer)
+        work = 1.0
     else:
-        received, work = choice.received[choice.schedule], choice.work[choice.schedule]
+        received = choice.received[choice.schedule]
+        work = choice.work[choice.schedule]
     slowest_flops = mixer_flops + mlp_flops + (work - 1) * (mixer_flops - projection_flops)
 
     # Tiles of an MLP are computed once more, whatever else is recomputed.
@@ -280,7 +283,8 @@ def _bytes_held(
         expert_ranks = parallel.ep
         expert_replicas = replicas * parallel.tp / parallel.ep
     else:
-        expert_ranks, expert_replicas = parallel.tp, float(replicas)
+        expert_ranks = parallel.tp
+        expert_replicas = float(replicas)
     experts_per_rank = experts / expert_ranks / (expert_replicas if is_sharded else 1)
     return bytes_each * (dense_per_rank + experts_per_rank) / parallel.pp
 

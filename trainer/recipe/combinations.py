@@ -53,7 +53,8 @@ def _data_problems(recipe: Recipe) -> Problems:
 
 
 def _recall_problems(recipe: Recipe, task: MQARConfig) -> Problems:
-    data, length = recipe.data, recipe.training.seq_length
+    data = recipe.data
+    length = recipe.training.seq_length
     if data.packing != "concat":
         reason = "has no effect on data.mqar, whose examples are not documents; remove it"
         yield Problem("data.packing", reason)
@@ -158,13 +159,15 @@ def _split_problems(recipe: Recipe) -> Problems:
 
 
 def _length_problems(recipe: Recipe) -> Problems:
-    parallel, length = recipe.parallel, recipe.training.seq_length
+    parallel = recipe.parallel
+    length = recipe.training.seq_length
     alignment = _document_alignment(recipe.model) or 1
     if length % alignment:
         reason = f"{length} is not a multiple of the patterns' largest block, {alignment}"
         yield Problem("training.seq_length", reason)
 
-    data, evaluation = recipe.data, recipe.evaluation
+    data = recipe.data
+    evaluation = recipe.evaluation
     counts_bytes = not (data.mqar or data.tokenizer != "bytes" or recipe.model.vocab_size)
     if evaluation.ngram_baseline and not counts_bytes:
         needs = "data.sources of data.tokenizer bytes, and no model.vocab_size"
@@ -185,7 +188,8 @@ def _split_blocks(recipe: Recipe, length: int) -> Iterator[tuple[str, int, int]]
     """Yield the blocks whose tokens must be whole on a rank and are not, in sequences of ``length``
     tokens: name, tokens of a part, and the number of which ``length`` must be a multiple.
     """
-    parallel, parts = recipe.parallel, _equal_parts(recipe)
+    parallel = recipe.parallel
+    parts = _equal_parts(recipe)
     if parallel.cp == 1:
         return
     part = length * parallel.tp // parts
@@ -195,7 +199,8 @@ def _split_blocks(recipe: Recipe, length: int) -> Iterator[tuple[str, int, int]]
 
 
 def _batch_problems(recipe: Recipe) -> Problems:
-    processes, model_ranks = recipe.launch.processes, recipe.parallel.model_ranks
+    processes = recipe.launch.processes
+    model_ranks = recipe.parallel.model_ranks
     if processes % model_ranks:
         reason = (
             f"{processes} is not a multiple of parallel.tp * cp * pp = {model_ranks}; "
@@ -215,7 +220,8 @@ def _batch_problems(recipe: Recipe) -> Problems:
 
 
 def _memory_problems(recipe: Recipe) -> Problems:
-    memory, blocks = recipe.memory, recipe.model.layers.blocks
+    memory = recipe.memory
+    blocks = recipe.model.layers.blocks
     for name in memory.recompute_blocks:
         if name not in blocks:
             suggestion = suggest(name, list(blocks))
@@ -232,7 +238,8 @@ def _memory_problems(recipe: Recipe) -> Problems:
 
 
 def _expert_problems(recipe: Recipe) -> Problems:
-    moe, ep = recipe.model.moe, recipe.parallel.ep
+    moe = recipe.model.moe
+    ep = recipe.parallel.ep
     blocks = recipe.model.layers.blocks
     with_experts = [name for name, block in blocks.items() if block.mlp == "moe"]
     if moe is None:
@@ -299,7 +306,8 @@ def _expert_split_problems(recipe: Recipe, moe: MoEConfig) -> Problems:
 
 def _bucket_problems(recipe: Recipe) -> Problems:
     key = "data.buckets.shortest"
-    shortest, length = recipe.data.buckets.shortest, recipe.training.seq_length
+    shortest = recipe.data.buckets.shortest
+    length = recipe.training.seq_length
     times, rest = divmod(length, shortest)
     is_power_of_two = times & (times - 1) == 0
     if rest or not is_power_of_two:
@@ -338,7 +346,8 @@ def _halved(length: int) -> int:
 
 def _stage_problems(recipe: Recipe) -> Problems:
     """Yield what is wrong with the recipe of a stage, but not with the recipe itself."""
-    previous_start, known = 0, set(_problems_of_stage(recipe))
+    previous_start = 0
+    known = set(_problems_of_stage(recipe))
     for number, stage in enumerate(recipe.stages):
         key = f"stages.{number}"
         if not previous_start < stage.from_step < recipe.training.steps:

@@ -1,4 +1,4 @@
-"""Compile linear attention's kernels ahead of time, print what each needs as JSON lines.
+"""Compile linear attention's kernels ahead of time and print their resources as JSON lines.
 
 Arguments: ARCH ROLE:DIM:VARIANT[:DTYPE] ...
 """
@@ -21,7 +21,8 @@ from triton.compiler import ASTSource
 
 from tests.attention.softmax.aot_worker import kernel_resources
 
-# Of the chunk scan: whether it is reversed, whether the state is transposed, and its tensors.
+# The chunk scan's roles: whether it runs in reverse, whether the state is transposed, and which of
+# the optional tensors it has.
 ROLES = {
     "state": (False, False, {"CARRY"}),
     "out": (False, False, {"OUT"}),
@@ -32,36 +33,36 @@ ROLES = {
     "dq-decay": (False, True, {"OUT", "PARTNER", "DOTS"}),
     "dk-decay": (True, True, {"OUT", "PARTNER", "DOTS"}),
 }
-# Decays per token, documents.
+# Whether decays are per token, and whether there are documents.
 VARIANTS = {"constant": (False, False), "gated": (True, False), "documents": (True, True)}
 TYPES = dict.fromkeys(("X", "Y", "Z", "PARTNER"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
 TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "DOTS", "TOKEN_DOTS", "EDGE_DOTS"), "*fp32")
-# What the launcher cannot promise to be a multiple of 16.
-ODD = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
+# Arguments that the launcher cannot promise to be multiples of 16.
+UNALIGNED = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
 
 
 def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
     """Return the resources of the chunk scan in a role, or of one of the two small kernels."""
-    per_token, documented = VARIANTS[variant]
+    per_token, has_documents = VARIANTS[variant]
     config = scan_config(arch, 4 if dtype == "fp32" else 2, dim)
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    constants = {} if documented else {"DOCUMENTS": None}
+    constants = {} if has_documents else {"DOCUMENTS": None}
     if role in ROLES:
-        kernel, (reverse, transposed, given) = chunk_scan_kernel, ROLES[role]
-        constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - given) | {
+        kernel = chunk_scan_kernel
+        reverse, transposed, tensors = ROLES[role]
+        constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - tensors) | {
             "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block),
             "CHUNK": config.chunk,
             "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
             "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
         }  # fmt: skip
     elif role == "carry":
-        kernel, constants, options = (
-            state_passing_kernel,
-            {"SIZE": dim * dim, "BLOCK": 1024, "REVERSE": True},
-            {},
-        )
+        kernel = state_passing_kernel
+        constants = {"SIZE": dim * dim, "BLOCK": 1024, "REVERSE": True}
+        options = {}
     else:
-        kernel, options = decay_kernel, {}
+        kernel = decay_kernel
+        options = {}
         constants["CHUNK"] = 64
     types = TYPES | {"OUT": "*fp32" if role == "decay" else f"*{dtype}"}
     names = kernel.arg_names
@@ -72,13 +73,13 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
     hints = {
         (n,): [["tt.divisibility", 16]]
         for n, name in enumerate(names)
-        if name not in constants and name not in ODD
+        if name not in constants and name not in UNALIGNED
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
-    return case | {"shape": vars(config)} | kernel_resources(found.asm["ptx"], found)
+    return case | {"shape": vars(config)} | kernel_resources(binary.asm["ptx"], binary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fla backend: everywhere against stand-ins for fla's kernels, on CUDA with the real ones."""
+"""The fla backend: on any device against stand-ins for fla's kernels, on CUDA with real ones."""
 
 import inspect
 import sys
@@ -13,9 +13,9 @@ from longspan.attention.linear import fla as linear_fla
 
 from .recurrence import FAMILIES, document_ids, errors, make, recurrence
 
-# Another number of documents in each row, some of a single token.
+# Rows with different numbers of documents, some of a single token.
 DOCUMENTS = {"one": None, "several": [[20], [10, 1, 8, 1]]}
-# Edges in fla's chunks of 64 and on them.
+# Documents that begin inside fla's chunks of 64 and on their edges.
 LONG = {"one": None, "edges": [[17, 1, 46, 64, 1, 71], [3, 125, 72]]}
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SHAPES = {
@@ -60,13 +60,17 @@ def operation(decay_dims=None, delta=False, grouped=False):
             assert len(initial_state) == len(edges) - 1
             assert torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu)
             assert edges[-1] == q.shape[1]
-            pieces = []
+            outs = []
+            final_states = []
             for i, (start, stop) in enumerate(pairwise(edges)):
                 tokens = [None if x is None else x[:, start:stop] for x in (q, k, v, g, beta)]
-                pieces.append(recurrence(*tokens[:3], initial_state[i, None], *tokens[3:], scale))
-            out, last = (
-                torch.cat(x, dim) for x, dim in zip(zip(*pieces, strict=True), (1, 0), strict=True)
-            )
+                document_out, final_state = recurrence(
+                    *tokens[:3], initial_state[i, None], *tokens[3:], scale
+                )
+                outs.append(document_out)
+                final_states.append(final_state)
+            out = torch.cat(outs, 1)
+            last = torch.cat(final_states, 0)
         return out, last if output_final_state else None
 
     return run
@@ -85,7 +89,7 @@ OPERATIONS = {
 
 @pytest.fixture
 def install(monkeypatch):
-    """Have the backend run on any device with ``fla.ops`` of these attributes."""
+    """Let the backend run on any device, and give ``fla.ops`` these attributes."""
 
     def install(**operations):
         monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace(**operations))
@@ -104,34 +108,35 @@ def run(**arguments):
 @pytest.mark.parametrize("documents", DOCUMENTS.values(), ids=DOCUMENTS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_its_operations_are_called_as_they_expect(install, family, shape, documents):
+def test_parity_through_stand_ins_for_flas_operations(install, family, shape, documents):
     name, like_fla = OPERATIONS[family]
     install(**{name: like_fla})
-    given = make(family, 20, dtype=torch.float32, **shape)
-    found = errors(run, given, scale=0.7, documents=document_ids(documents))
-    assert max(found.values()) < 1e-5, found
+    arguments = make(family, 20, dtype=torch.float32, **shape)
+    error_by_name = errors(run, arguments, scale=0.7, documents=document_ids(documents))
+    assert max(error_by_name.values()) < 1e-5, error_by_name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inference_leaves_nothing_behind_that_training_cannot_use(install, family):
+def test_training_works_after_inference_mode(install, family):
     name, like_fla = OPERATIONS[family]
     install(**{name: like_fla})
-    given, documents = make(family, 20, dtype=torch.float32), document_ids([[3, 17], [9, 11]])
+    arguments = make(family, 20, dtype=torch.float32)
+    documents = document_ids([[3, 17], [9, 11]])
     with torch.inference_mode():
-        run(**given, documents=documents)
-    assert max(errors(run, given, documents=documents).values()) < 1e-5
+        run(**arguments, documents=documents)
+    assert max(errors(run, arguments, documents=documents).values()) < 1e-5
 
 
 def test_no_tokens(install):
     install()
-    given = make("none", 0, dtype=torch.float32)
-    out, last = run(**given)
-    assert out.shape == given["v"].shape
-    assert torch.equal(last, given["state"])
+    arguments = make("none", 0, dtype=torch.float32)
+    out, final_state = run(**arguments)
+    assert out.shape == arguments["v"].shape
+    assert torch.equal(final_state, arguments["state"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_signatures_take_the_call(install, family):
+def test_calls_bind_to_flas_real_signatures(install, family):
     name, like_fla = OPERATIONS[family]
     real = inspect.signature(
         getattr(pytest.importorskip("fla.ops", reason="needs flash-linear-attention"), name)
@@ -139,10 +144,10 @@ def test_real_signatures_take_the_call(install, family):
     if reason := linear_fla._missing():
         pytest.skip(reason)
 
-    def bound(**given):
-        arguments = real.bind(**given)
+    def bound(**keywords):
+        arguments = real.bind(**keywords)
         arguments.apply_defaults()
-        meant = {
+        switches = {
             "use_qk_l2norm_in_kernel",
             "use_beta_sigmoid_in_kernel",
             "state_v_first",
@@ -150,9 +155,9 @@ def test_real_signatures_take_the_call(install, family):
             "use_graph",
         }
         assert not any(
-            arguments.arguments.get(x) for x in (*meant, "g_gamma", "kwargs", "lower_bound")
+            arguments.arguments.get(x) for x in (*switches, "g_gamma", "kwargs", "lower_bound")
         )
-        return like_fla(**given)
+        return like_fla(**keywords)
 
     install(**{name: bound})
     run(**make(family, 20, dtype=torch.float32), documents=document_ids([[3, 17], [9, 11]]))
@@ -172,10 +177,10 @@ def test_real_signatures_take_the_call(install, family):
         ({}, r"fla needs CUDA, but q is on cpu; use torch"),
     ],
 )
-def test_what_it_refuses(change, message):
-    given = {"family": "none", "dim": 16, "dtype": torch.bfloat16} | change
+def test_unsupported_calls_are_refused(change, message):
+    settings = {"family": "none", "dim": 16, "dtype": torch.bfloat16} | change
     with pytest.raises(ValueError, match=message):
-        run(**tensors(given["family"], given["dim"], given["dtype"]))
+        run(**tensors(**settings))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_what_it_refuses(change, message):
         ({"fla-core": "0.5.2"}, r"fla-core is 0\.5\.2, must be at least 0\.6\.0"),
     ],
 )
-def test_it_says_what_to_install(monkeypatch, versions, message):
+def test_missing_or_old_packages_are_reported(monkeypatch, versions, message):
     def version(package):
         if package not in versions:
             raise PackageNotFoundError(package)
@@ -201,10 +206,12 @@ def test_it_says_what_to_install(monkeypatch, versions, message):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    ("triton", "capability", "wrong"),
+    ("triton", "capability", "miscompiles"),
     [("3.6.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 10, False)],
 )
-def test_what_triton_compiles_wrongly_for_hopper(monkeypatch, triton, capability, wrong, family):
+def test_families_that_triton_miscompiles_for_hopper_are_refused(
+    monkeypatch, triton, capability, miscompiles, family
+):
     monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
     monkeypatch.setattr(linear_fla, "_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
@@ -212,22 +219,22 @@ def test_what_triton_compiles_wrongly_for_hopper(monkeypatch, triton, capability
         linear_fla, "import_module", lambda name: SimpleNamespace(__version__=triton)
     )
     monkeypatch.setattr(linear_fla, "_miscompiled_by", linear_fla._miscompiled_by.__wrapped__)
-    given = tensors(family)
+    arguments = tensors(family)
     reason = linear_fla.unsupported_reason(
-        *(given.get(name) for name in ("q", "k", "v", "decay", "beta"))
+        *(arguments.get(name) for name in ("q", "k", "v", "decay", "beta"))
     )
-    if wrong and family in ("constant", "scalar", "gated delta"):
+    if miscompiles and family in ("constant", "scalar", "gated delta"):
         assert reason.endswith("by Triton 3.6.0, must be at least 3.7.1; use torch")
     else:
         assert reason is None
 
 
 def tensors(family, dim=16, dtype=torch.bfloat16):
-    """Detached, those that fla wants in low precision in ``dtype``, others in fp32."""
-    given = make(family, 8, dim=dim, dtype=torch.float32)
+    """Return detached arguments: q, k, v and beta in ``dtype``, the others in fp32."""
+    arguments = make(family, 8, dim=dim, dtype=torch.float32)
     return {
         name: x.detach().to(dtype) if name in ("q", "k", "v", "beta") else x.detach()
-        for name, x in given.items()
+        for name, x in arguments.items()
     }
 
 
@@ -243,24 +250,23 @@ class TestOnCuda:
     )
     @pytest.mark.parametrize("family", FAMILIES)
     def test_parity(self, family, shape, documents, dtype):
-        found = self.errors(family, dtype, documents, **shape)
-        assert max(found.values()) < TOLERANCE[dtype], found
+        error_by_name = self.errors(family, dtype, documents, **shape)
+        assert max(error_by_name.values()) < TOLERANCE[dtype], error_by_name
 
     @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("none", "delta")])
     def test_strong_decays(self, family):
-        found = self.errors(
+        error_by_name = self.errors(
             family, torch.bfloat16, LONG["edges"], dim=64, value_dim=64, strength=150.0
         )
-        assert max(found.values()) < TOLERANCE[torch.bfloat16], found
+        assert max(error_by_name.values()) < TOLERANCE[torch.bfloat16], error_by_name
 
     @staticmethod
     def errors(family, dtype, documents, **shape):
-        """Against the reference on the CPU, which has the same rounded inputs."""
+        """Compare with the recurrence on the CPU, from the same rounded inputs."""
         pytest.importorskip("fla.ops", reason="needs flash-linear-attention")
-        given = make(family, 200, dtype=torch.float32, **shape)
-        given = {
+        rounded = {
             name: x.detach().to(dtype if name in "qkv" else x.dtype).requires_grad_()
-            for name, x in given.items()
+            for name, x in make(family, 200, dtype=torch.float32, **shape).items()
         }
 
         def on_cuda(scale, documents, **arguments):
@@ -273,4 +279,4 @@ class TestOnCuda:
                 **arguments, scale=scale, documents=None if documents is None else documents.cuda()
             )
 
-        return errors(on_cuda, given, scale=0.7, documents=document_ids(documents))
+        return errors(on_cuda, rounded, scale=0.7, documents=document_ids(documents))

@@ -13,8 +13,11 @@ pytestmark = [
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 FAMILIES = ("none", "constant", "scalar")
-LENGTH = 300  # three segments, the last of them short; the recurrence takes its time
-DOCUMENTS = [[17, 1, 110, 64, 1, 107], [3, 125, 172]]  # inside segments and at their edges
+LENGTH = 300  # three segments, the last of them short; longer ones make the recurrence slow
+DOCUMENTS = [
+    [17, 1, 110, 64, 1, 107],
+    [3, 125, 172],
+]  # they begin inside segments and at their edges
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +25,15 @@ def short_segments(monkeypatch):
     monkeypatch.setattr("longspan.attention.linear.triton._SHORTEST", 128)
 
 
-def run(**given):
-    """On the GPU from arguments on the CPU, where the recurrence runs."""
-    given = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in given.items()}
-    return linear_attention(**given, return_state=True, backend="triton")
+def run(**arguments):
+    """Run on the GPU with arguments from the CPU, where the recurrence runs."""
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    return linear_attention(**on_gpu, return_state=True, backend="triton")
 
 
 def arguments(family, dim, dtype, value_dim=None, **options):
-    """In ``dtype``, but for what stays in fp32."""
-    given = make(
+    """Return arguments in ``dtype``, except those that stay in fp32."""
+    inputs = make(
         family,
         LENGTH,
         heads=2,
@@ -40,17 +43,19 @@ def arguments(family, dim, dtype, value_dim=None, **options):
         dtype=torch.float32,
         **options,
     )
-    kept = ("decay", "state")
+    in_fp32 = ("decay", "state")
     return {
-        name: x if name in kept else x.detach().to(dtype).requires_grad_()
-        for name, x in given.items()
+        name: x if name in in_fp32 else x.detach().to(dtype).requires_grad_()
+        for name, x in inputs.items()
     }
 
 
-def check(given, **options):
-    found, tolerance = errors(run, given, **options), TOLERANCE[given["q"].dtype]
-    assert found.pop("decay", 0.0) < 3 * tolerance, found  # small differences of large sums
-    assert max(found.values()) < tolerance, found
+def check(inputs, **options):
+    error_by_name = errors(run, inputs, **options)
+    tolerance = TOLERANCE[inputs["q"].dtype]
+    # The gradient of the decay is a small difference of large sums.
+    assert error_by_name.pop("decay", 0.0) < 3 * tolerance, error_by_name
+    assert max(error_by_name.values()) < tolerance, error_by_name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -77,37 +82,37 @@ def test_odd_dims(dim, value_dim):
 
 
 def on_the_gpu(length):
-    given = make("scalar", length, heads=4, key_heads=2, dim=64, value_dim=64, dtype=torch.float32)
-    return {name: x.detach().cuda().requires_grad_() for name, x in given.items()}
+    inputs = make("scalar", length, heads=4, key_heads=2, dim=64, value_dim=64, dtype=torch.float32)
+    return {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
 
 
-def gradients(given):
-    low = {name: x if name in ("decay", "state") else x.bfloat16() for name, x in given.items()}
+def gradients(inputs):
+    low = {name: x if name in ("decay", "state") else x.bfloat16() for name, x in inputs.items()}
     out, last = linear_attention(**low, return_state=True, backend="triton")
     return [
         out,
         last,
-        *torch.autograd.grad(out.float().square().sum() + last.sum(), list(given.values())),
+        *torch.autograd.grad(out.float().square().sum() + last.sum(), list(inputs.values())),
     ]
 
 
 def test_reruns_are_bitwise_equal():
-    given = on_the_gpu(9000)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(given), gradients(given), strict=True))
+    inputs = on_the_gpu(9000)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(inputs), gradients(inputs), strict=True))
 
 
-def test_another_length_compiles_nothing():
+def test_another_length_does_not_recompile():
     from longspan.attention.linear.triton import (
         chunk_scan_kernel,
         decay_kernel,
         state_passing_kernel,
     )
 
-    def kernels(length):
+    def compiled_variants(length):
         gradients(on_the_gpu(length))
         return [
             len(kernel.device_caches[0][0])
             for kernel in (chunk_scan_kernel, state_passing_kernel, decay_kernel)
         ]
 
-    assert kernels(640) == kernels(1111) == kernels(2048)
+    assert compiled_variants(640) == compiled_variants(1111) == compiled_variants(2048)

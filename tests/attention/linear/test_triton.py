@@ -10,21 +10,21 @@ from ..softmax.test_triton import SHARED, python
 
 HERE = Path(__file__).parent
 
-WALKS = [
+SCANS = [
     "state:{}:gated",
     "out:{}:documents",
     "dv:{}:constant",
     "dq-decay:{}:documents",
     "dk-decay:{}:documents",
 ]
-WALKS_WIDE = [
+SCANS_WIDE = [
     "out:{}:constant",
     "state-back:{}:documents",
     "dq:{}:gated",
     "dk:{}:documents",
     "dk-decay:{}:documents:fp16",
 ]
-OTHERS = ["carry:{}:constant", "decay:{}:gated", "decay:{}:documents"]
+OTHER_KERNELS = ["carry:{}:constant", "decay:{}:gated", "decay:{}:documents"]
 FP32 = ["state:{}:gated:fp32", "out:{}:constant:fp32", "dk-decay:{}:documents:fp32"]
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))]
 
@@ -54,40 +54,35 @@ def test_parity_in_the_interpreter(cases):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "cases", [WALKS, pytest.param(WALKS_WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
+    "cases", [SCANS, pytest.param(SCANS_WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
 )
-def test_walks_compiled_ahead_of_time(arch, dim, cases):
-    """Hardly any register spills, shared memory in bounds, and the chip's own instructions."""
-    for found in compiled(arch, dim, cases):
-        assert arch != 90 or found["wgmma"], found
-        assert arch < 90 or found["tma"], found
+def test_chunk_scans_compiled_ahead_of_time(arch, dim, cases):
+    """Few register spills, shared memory in bounds, and the instructions of the GPU are used."""
+    for kernel in compiled(arch, dim, cases):
+        assert arch != 90 or kernel["wgmma"], kernel
+        assert arch < 90 or kernel["tma"], kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize(
-    "cases", [OTHERS, pytest.param(FP32, marks=pytest.mark.wide)], ids=["others", "fp32"]
+    "cases", [OTHER_KERNELS, pytest.param(FP32, marks=pytest.mark.wide)], ids=["others", "fp32"]
 )
-def test_others_compiled_ahead_of_time(arch, cases):
+def test_other_kernels_compiled_ahead_of_time(arch, cases):
     compiled(arch, 128, cases)
 
 
 def compiled(arch: int, dim: int, cases: list[str]) -> list[dict]:
-    found = list(
-        map(
-            json.loads,
-            python(
-                HERE / "aot_worker.py", arch, *(case.format(dim) for case in cases)
-            ).splitlines(),
-        )
-    )
-    assert len(found) == len(cases)
-    for one in found:
-        assert one["spills"] <= 64, one
-        assert one["shared"] <= SHARED[arch], one
-    return found
+    """Compile the cases, check their spills and shared memory, and return what each needs."""
+    lines = python(HERE / "aot_worker.py", arch, *(case.format(dim) for case in cases)).splitlines()
+    kernels = [json.loads(line) for line in lines]
+    assert len(kernels) == len(cases)
+    for kernel in kernels:
+        assert kernel["spills"] <= 64, kernel
+        assert kernel["shared"] <= SHARED[arch], kernel
+    return kernels
 
 
-def test_what_it_cannot_do_is_refused(monkeypatch):
+def test_unsupported_calls_are_refused(monkeypatch):
     import torch
     from longspan.attention import linear_attention, triton_device
     from longspan.attention.linear import triton as linear_triton
@@ -100,17 +95,17 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
             linear_attention(x, x, x, backend="triton")
     monkeypatch.setattr(triton_device, "INTERPRETED", True)
     assert linear_triton.unsupported_reason(x, x, x, torch.zeros(2), None) is None
-    wide = torch.zeros(1, 4, 2, 160)
+    wide_values = torch.zeros(1, 4, 2, 160)
     for arguments, reason in [
         ((x, x, x, None, x[..., 0]), "has no delta rule"),
         ((x, x, x, x, None), "one decay per head, not one per key dim"),
         ((x.double(), x.double(), x.double(), None, None), "not in torch.float64"),
-        ((x, x, wide, None, None), "head dims up to 128, not 160"),
+        ((x, x, wide_values, None, None), "head dims up to 128, not 160"),
     ]:
         assert reason in linear_triton.unsupported_reason(*arguments)
 
 
-def test_lengths_are_no_part_of_what_is_compiled():
+def test_kernels_are_not_specialized_for_lengths():
     from longspan.attention.linear.triton import (
         chunk_scan_kernel,
         decay_kernel,
@@ -118,13 +113,13 @@ def test_lengths_are_no_part_of_what_is_compiled():
     )
 
     for kernel in (chunk_scan_kernel, state_passing_kernel, decay_kernel):
-        running = {"length", "chunks", "segments"} & set(kernel.arg_names)
-        assert running == {
+        lengths = {"length", "chunks", "segments"} & set(kernel.arg_names)
+        assert lengths == {
             parameter.name for parameter in kernel.params if parameter.do_not_specialize
         }
 
 
-def test_segments_fill_the_gpu_but_are_neither_short_nor_long(monkeypatch):
+def test_segment_lengths_fill_the_gpu_within_bounds(monkeypatch):
     import torch
     from longspan.attention.linear import triton as linear_triton
 

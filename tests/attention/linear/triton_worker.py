@@ -1,4 +1,4 @@
-"""The Triton kernels of linear attention in the interpreter, in fp32, against the recurrence.
+"""Compare linear attention's Triton kernels, interpreted in fp32, with the recurrence.
 
 All errors must be below 1e-5. Arguments: CASE ...
 """
@@ -16,7 +16,10 @@ from longspan.attention.linear import triton as linear_triton
 
 from tests.attention.linear.recurrence import document_ids, errors, make
 
-EDGES = [[17, 1, 46, 64, 1, 71], [3, 125, 2, 70]]  # inside chunks, on them, and several in one
+EDGES = [
+    [17, 1, 46, 64, 1, 71],
+    [3, 125, 2, 70],
+]  # they begin inside chunks, on their edges, and several in one chunk
 CASES = {
     "no decay": {"family": "none"},
     "constant": {"family": "constant", "scale": 0.3},
@@ -70,39 +73,40 @@ def compare(
     segment=64, strided=False, resets=False, scale=1.0, documents=None, **shape
 ) -> dict[str, float]:
     linear_triton._segment = lambda *_: segment
-    given = make(**{"heads": 2, "key_heads": 1, "length": 200} | shape, dtype=torch.float32)
-    if resets:  # now and then one that leaves nothing, among weak ones whose sum it must not blur
-        kinds = torch.arange(given["decay"].numel()).view_as(given["decay"]) % 37
-        given["decay"] = (
-            given["decay"]
+    arguments = make(**{"heads": 2, "key_heads": 1, "length": 200} | shape, dtype=torch.float32)
+    if resets:  # some decays erase the state, among weak ones whose sum must stay precise
+        kinds = torch.arange(arguments["decay"].numel()).view_as(arguments["decay"]) % 37
+        arguments["decay"] = (
+            arguments["decay"]
             .detach()
             .masked_fill(kinds == 5, -1000.0)
             .masked_fill(kinds == 17, -100.0)
             .requires_grad_()
         )
-    if strided:  # heads before time, and dims that are not beside one another
+    if strided:  # heads before time, and dims that are not contiguous
         for name, order in {"q": (0, 2, 1, 3), "k": (0, 1, 3, 2), "v": (3, 2, 1, 0)}.items():
-            given[name] = (
-                given[name].detach().permute(order).contiguous().permute(order).requires_grad_()
+            arguments[name] = (
+                arguments[name].detach().permute(order).contiguous().permute(order).requires_grad_()
             )
-    return errors(run, given, scale=scale, documents=document_ids(documents))
+    return errors(run, arguments, scale=scale, documents=document_ids(documents))
 
 
 def mutants() -> None:
-    """States read one decay too late, and documents that are not told apart, must not pass."""
+    """Check that states decayed once more, or ignored documents, fail the comparison."""
     launch = linear_triton._Scan._launch
 
-    def late(self, x, y, z, states, *rest, **options):
-        late_states = states * self.decay.exp()[:, None, None] if "out" in options else states
-        launch(self, x, y, z, late_states, *rest, **options)
+    def extra_decay(self, x, y, z, states, *rest, **options):
+        if "out" in options:
+            states = states * self.decay.exp()[:, None, None]
+        launch(self, x, y, z, states, *rest, **options)
 
-    def blind(self, *rest, **options):
+    def without_documents(self, *rest, **options):
         launch(replace(self, documents=None), *rest, **options)
 
-    for mutant in (late, blind):
+    for mutant in (extra_decay, without_documents):
         linear_triton._Scan._launch = mutant
-        found = compare(family="constant", length=130, documents=[[100, 30], [30, 100]])
-        assert max(found.values()) > 1e-3, found
+        error_by_name = compare(family="constant", length=130, documents=[[100, 30], [30, 100]])
+        assert max(error_by_name.values()) > 1e-3, error_by_name
 
 
 if __name__ == "__main__":
@@ -110,6 +114,6 @@ if __name__ == "__main__":
         if name == "mutants":
             mutants()
             continue
-        found = compare(**CASES[name])
-        assert max(found.values()) < 1e-5, f"{name}: {found}"
-        print(name, found, flush=True)
+        error_by_name = compare(**CASES[name])
+        assert max(error_by_name.values()) < 1e-5, f"{name}: {error_by_name}"
+        print(name, error_by_name, flush=True)

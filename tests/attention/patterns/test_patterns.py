@@ -37,7 +37,7 @@ PATTERNS = [
 
 
 def definition(pattern, i, j, head):
-    """Which pairs are seen, in the words of the docstrings, one at a time."""
+    """Return whether query i sees key j, straight from the docstrings."""
     match pattern:
         case _ if j > i:
             return False
@@ -48,26 +48,28 @@ def definition(pattern, i, j, head):
         case Sinks():
             return j < pattern.tokens
         case Dilated():
-            away = i // pattern.block - j // pattern.block
-            return away % pattern.dilation == 0 and away // pattern.dilation < pattern.count
-        case Stripes():
+            block_distance = i // pattern.block - j // pattern.block
             return (
-                j // pattern.block
-                + head * (1 if pattern.head_step is None else pattern.head_step)
-                + pattern.offset
-            ) % pattern.stride == 0
+                block_distance % pattern.dilation == 0
+                and block_distance // pattern.dilation < pattern.count
+            )
+        case Stripes():
+            head_step = 1 if pattern.head_step is None else pattern.head_step
+            phase = j // pattern.block + head * head_step + pattern.offset
+            return phase % pattern.stride == 0
         case S2():
             if head < pattern.dense_heads:
                 return True
-            away = i // pattern.block - j // pattern.block
-            phase = (
-                j // pattern.block
-                + (head - pattern.dense_heads)
-                * (1 if pattern.head_step is None else pattern.head_step)
-                + pattern.offset
+            block_distance = i // pattern.block - j // pattern.block
+            head_step = 1 if pattern.head_step is None else pattern.head_step
+            sparse_head = head - pattern.dense_heads
+            phase = j // pattern.block + sparse_head * head_step + pattern.offset
+            near = (
+                pattern.near and block_distance < pattern.near[0] and phase % pattern.near[1] == 0
             )
-            near = pattern.near and away < pattern.near[0] and phase % pattern.near[1] == 0
-            return away < pattern.local_blocks or phase % pattern.stride == 0 or bool(near)
+            return (
+                block_distance < pattern.local_blocks or phase % pattern.stride == 0 or bool(near)
+            )
         case PerHead():
             return definition(pattern.patterns[head], i, j, head)
         case _:
@@ -75,7 +77,7 @@ def definition(pattern, i, j, head):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_masks_are_the_definition(pattern):
+def test_masks_match_the_definition(pattern):
     mask = pattern.mask(torch.arange(37), torch.arange(37), 4)
     for head in range(4):
         for i in range(37):
@@ -89,26 +91,26 @@ def test_need_holds_every_visible_key_once(pattern, start, queries):
     mask = pattern.mask(torch.arange(64), torch.arange(64), 4)
     for head in range(4):
         blocks = pattern.need(start, start + queries, head)
-        positions = torch.from_numpy(
+        needed = torch.from_numpy(
             np.concatenate([np.zeros(0, int), *(b.positions() for b in blocks)])
         )
-        assert len(positions.unique()) == len(positions)
+        assert len(needed.unique()) == len(needed)
         assert all((torch.from_numpy(b.positions()).diff() > 0).all() for b in blocks)
-        seen = mask[head, start : start + queries].any(0).nonzero().flatten()
-        assert set(seen.tolist()) <= set(positions.tolist())
-        hidden = sum(not mask[head, start : start + queries, p].any() for p in positions if p < 64)
-        assert hidden <= 8 + pattern.alignment  # no more than the blocks at the edges
+        is_visible = mask[head, start : start + queries].any(0)
+        assert set(is_visible.nonzero().flatten().tolist()) <= set(needed.tolist())
+        num_hidden = sum(not is_visible[p] for p in needed if p < 64)
+        assert num_hidden <= 8 + pattern.alignment  # no more than the blocks at the edges
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("length", [1, 7, 64, 75])
 def test_density_counts_the_visible_pairs(pattern, length):
-    at = torch.arange(length)
-    counted = pattern.mask(at, at, 4).sum() / (4 * length * (length + 1) / 2)
+    positions = torch.arange(length)
+    counted = pattern.mask(positions, positions, 4).sum() / (4 * length * (length + 1) / 2)
     assert pattern.density(length, 4) == pytest.approx(counted.item())
 
 
-def test_density_of_the_papers_figures():
+def test_density_gives_the_papers_speed_ups():
     assert 1 / S2(64, 16, 16).density(32768) == pytest.approx(8.3, rel=0.02)
     assert 1 / S2(64, 16, 64).density(2**20) == pytest.approx(57.0, rel=0.02)
 
@@ -121,16 +123,21 @@ def test_repr_is_the_expression(pattern):
     assert "\n" not in repr(pattern)
 
 
-def test_a_head_keeps_its_pattern_wherever_it_is():
-    at = torch.arange(40)
+def test_from_head_slices_the_heads():
+    positions = torch.arange(40)
     for pattern in PATTERNS[:-1]:
-        whole = pattern.mask(at, at, 8)
-        assert torch.equal(pattern.from_head(4).mask(at, at, 4), whole[4:])
-        assert torch.equal(pattern.from_head(2).from_head(3).mask(at, at, 1), whole[5:6])
-    assert torch.equal(PATTERNS[-1].from_head(2).mask(at, at, 2), PATTERNS[-1].mask(at, at, 4)[2:])
+        whole = pattern.mask(positions, positions, 8)
+        assert torch.equal(pattern.from_head(4).mask(positions, positions, 4), whole[4:])
+        assert torch.equal(
+            pattern.from_head(2).from_head(3).mask(positions, positions, 1), whole[5:6]
+        )
+    assert torch.equal(
+        PATTERNS[-1].from_head(2).mask(positions, positions, 2),
+        PATTERNS[-1].mask(positions, positions, 4)[2:],
+    )
 
 
-def test_covers_tells_whether_every_position_is_within_reach():
+def test_covers_is_true_if_some_head_sees_every_position():
     assert S2(64, 16, 16).spread(16).covers(16)
     assert not S2(64, 16, 16).spread(8).covers(8)
     assert S2(64, 16, 16, dense_heads=1).spread(8).covers(8)
@@ -143,15 +150,15 @@ def test_covers_tells_whether_every_position_is_within_reach():
     assert PerHead([Window(8), Causal()]).covers(2)
 
 
-def test_stripes_are_spread_as_dkernel_spreads_them():
+def test_spread_offsets_the_heads_as_dkernel_does():
     assert [S2(64, 16, 16).spread(4).residue(h) for h in range(4)] == [0, 12, 8, 4]
     assert [S2(64, 16, 8).spread(32).residue(h) for h in range(9)] == [0, 7, 6, 5, 4, 3, 2, 1, 0]
     assert S2(64, 16, 16, offset=1).spread(4).residue(0) == 15
-    given = S2(64, 16, 16, head_step=3)
-    assert given.spread(4) == given
+    with_head_step = S2(64, 16, 16, head_step=3)
+    assert with_head_step.spread(4) == with_head_step
 
 
-def test_rules_that_others_imply_are_dropped():
+def test_redundant_rules_are_dropped():
     assert len((Causal() | Window(4) | S2(4, 2, 3)).rules(0)) == 1
     assert len((Window(64) | S2(8, 2, 3)).rules(0)) == 2  # the band is inside the window
     assert len((S2(8, 2, 4) | Stripes(8, 2)).rules(0)) == 2
@@ -160,27 +167,31 @@ def test_rules_that_others_imply_are_dropped():
 
 class TestBlockLists:
     def test_from_a_function_and_from_an_array(self):
-        sees = lambda i, j, h: (j + h) % 3 == 0  # noqa: E731
-        at = torch.arange(40)
-        pattern = BlockLists.where(4, sees, 40, num_kv_heads=2)
-        expected = (at[:, None] >= at) & torch.stack([(at // 4 + h) % 3 == 0 for h in range(2)])[
-            :, None
-        ]
-        assert torch.equal(pattern.mask(at, at, 2), expected)
+        def is_visible(i, j, head):
+            return (j + head) % 3 == 0
+
+        positions = torch.arange(40)
+        pattern = BlockLists.where(4, is_visible, 40, num_kv_heads=2)
+        causal = positions[:, None] >= positions
+        visible_keys = torch.stack([(positions // 4 + h) % 3 == 0 for h in range(2)])
+        expected = causal & visible_keys[:, None]  # [heads, queries, keys]
+        assert torch.equal(pattern.mask(positions, positions, 2), expected)
         table = torch.stack([((torch.arange(10) + h) % 3 == 0).expand(10, 10) for h in range(2)])
-        assert torch.equal(BlockLists.where(4, table.numpy(), 40).mask(at, at, 2), expected)
-        assert torch.equal(pattern.from_head(1).mask(at, at, 1), expected[1:])
+        assert torch.equal(
+            BlockLists.where(4, table.numpy(), 40).mask(positions, positions, 2), expected
+        )
+        assert torch.equal(pattern.from_head(1).mask(positions, positions, 1), expected[1:])
 
     def test_density_need_and_covers(self):
-        at, pattern = (
-            torch.arange(38),
-            BlockLists.where(4, lambda i, j, h: (i * 7 + j * 3) % 5 < 2, 38),
-        )
-        counted = pattern.mask(at, at, 1).sum() / (38 * 39 / 2)
+        positions = torch.arange(38)
+        pattern = BlockLists.where(4, lambda i, j, h: (i * 7 + j * 3) % 5 < 2, 38)
+        counted = pattern.mask(positions, positions, 1).sum() / (38 * 39 / 2)
         assert pattern.density(38) == pytest.approx(counted.item())
         blocks = pattern.need(8, 16, 0)
-        seen = pattern.mask(at, at, 1)[0, 8:16].any(0).nonzero().flatten().tolist()
-        assert set(seen) <= {int(p) for b in blocks for p in b.positions()}
+        is_visible = pattern.mask(positions, positions, 1)[0, 8:16].any(0)
+        assert set(is_visible.nonzero().flatten().tolist()) <= {
+            int(p) for b in blocks for p in b.positions()
+        }
         assert BlockLists.where(4, lambda i, j, h: j >= 0, 40).covers(1)
         assert not pattern.covers(1)
 
@@ -190,7 +201,7 @@ class TestBlockLists:
             BlockLists(4, lists).lists, torch.tensor([[[0, -1, -1], [0, 1, -1], [0, 2, -1]]])
         )
 
-    def test_no_union(self):
+    def test_a_union_with_lists_is_refused(self):
         with pytest.raises(ValueError, match="BlockLists has no closed form"):
             BlockLists(4, torch.zeros(1, 1, 1).int()) | Causal()
 
@@ -232,11 +243,11 @@ def _union(parts):
 
 @settings(max_examples=60, deadline=None)
 @given(patterns(), st.integers(1, 70))
-def test_any_pattern(pattern, length):
-    test_masks_are_the_definition(pattern)
-    at = torch.arange(length)
+def test_random_patterns(pattern, length):
+    test_masks_match_the_definition(pattern)
+    positions = torch.arange(length)
     assert pattern.density(length, 4) == pytest.approx(
-        (pattern.mask(at, at, 4).sum() / (2 * length * (length + 1))).item()
+        (pattern.mask(positions, positions, 4).sum() / (2 * length * (length + 1))).item()
     )
     test_need_holds_every_visible_key_once(pattern, length // 2, 1 + length // 3)
 
@@ -266,6 +277,6 @@ def test_any_pattern(pattern, length):
         (lambda: BlockLists(4, torch.zeros(1, 1)), "BlockLists.lists must be integers"),
     ],
 )
-def test_bad_arguments_are_named(make, message):
+def test_errors_name_the_invalid_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()

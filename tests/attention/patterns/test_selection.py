@@ -20,12 +20,12 @@ def brute_force(q, k, documents, block, top_k):
     for b in range(batch):
         for h in range(kv_heads):
             query_heads = slice(h * group_size, (h + 1) * group_size)
-            for own, queries in enumerate(blocks):
+            for own_block, queries in enumerate(blocks):
                 mean_query = q[b, queries, query_heads].mean((0, 1))
                 document = ids[b, queries.start]
-                earlier = [n for n in range(own) if ids[b, blocks[n].start] == document]
+                earlier = [n for n in range(own_block) if ids[b, blocks[n].start] == document]
                 earlier.sort(key=lambda n: -(mean_query @ k[b, blocks[n], h].mean(0)).item())
-                for n in [own, *earlier[: top_k - 1]]:
+                for n in [own_block, *earlier[: top_k - 1]]:
                     visible[b, h, queries, blocks[n]] = True
     return visible & torch.ones(length, length, dtype=torch.bool).tril()
 
@@ -51,7 +51,7 @@ def test_parity_with_brute_force(heads, kv_heads, top_k, documents):
         assert relative(gradient, expected_gradient) < 1e-10
 
 
-def test_bad_arguments_are_named():
+def test_errors_name_the_invalid_argument():
     x = torch.zeros(1, 8, 1, 4)
     with pytest.raises(
         ValueError,
@@ -64,18 +64,21 @@ def test_bad_arguments_are_named():
         MoBA(48, 2)
 
 
-LENGTH, BLOCK, TOP_K, VALUES = 128, 8, 3, 8
+LENGTH = 128
+BLOCK = 8
+TOP_K = 3
+VALUES = 8
 KEYS = LENGTH // BLOCK * (BLOCK // 2)
 
 
-def cards(generator, batch=16):
+def cards_and_questions(generator, batch=16):
     """Make sequences of cards and questions.
 
-    The first half of each block are cards, each a key with a value. The second half asks for one
-    key of an earlier block.
+    The first half of each block consists of cards, each a key with a value. The second half asks
+    for one key of an earlier block.
 
     Returns:
-        Keys, values (of a question: its answer), and which tokens are questions; all
+        Keys, values (for a question, its answer), and which tokens are questions; all
         ``[batch, LENGTH]``.
     """
     blocks = LENGTH // BLOCK
@@ -97,7 +100,7 @@ def cards(generator, batch=16):
 
 
 class Retriever(torch.nn.Module):
-    """One attention layer: as much as the task needs."""
+    """A single attention layer, which is enough for the task."""
 
     def __init__(self, pattern, dim=64):
         super().__init__()
@@ -107,13 +110,13 @@ class Retriever(torch.nn.Module):
         self.asks = torch.nn.Embedding(2, dim)
         self.qkv = torch.nn.Linear(3 * dim, 3 * dim, bias=False)
         self.out = torch.nn.Linear(dim, VALUES)
-        # A question is a little like its card from the start: otherwise it takes hundreds of steps
-        # until anything is found.
+        # Queries and keys start alike, so that a question attends to its card a little; otherwise
+        # training takes hundreds of steps until anything is found.
         with torch.no_grad():
             self.qkv.weight[:dim] = self.qkv.weight[dim : 2 * dim]
 
     def forward(self, keys, values, asks):
-        shown = self.value(values) * ~asks[..., None]  # a question does not tell the answer
+        shown = self.value(values) * ~asks[..., None]  # a question does not show its answer
         x = torch.cat([self.key(keys), shown, self.asks(asks.long())], -1)
         q, k, v = self.qkv(x).unflatten(-1, (3, 1, -1)).unbind(2)
         return self.out(attend(q, k, v, self.pattern).squeeze(2))
@@ -126,18 +129,18 @@ def accuracy(pattern, steps):
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        keys, values, asks = cards(generator)
+        keys, values, asks = cards_and_questions(generator)
         loss = torch.nn.functional.cross_entropy(model(keys, values, asks)[asks], values[asks])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    keys, values, asks = cards(generator, batch=64)
+    keys, values, asks = cards_and_questions(generator, batch=64)
     with torch.no_grad():
         return float((model(keys, values, asks).argmax(-1) == values)[asks].float().mean())
 
 
-def test_trained_it_finds_what_a_window_of_the_same_budget_cannot():
+def test_moba_learns_to_retrieve_better_than_a_window_of_its_budget():
     chosen = accuracy(MoBA(BLOCK, TOP_K), 400)
     nearest = accuracy(Window(BLOCK * TOP_K), 400)
-    assert nearest < 0.52, nearest  # what lies within the window, and guesses
+    assert nearest < 0.52, nearest  # the share of cards inside the window, plus guesses
     assert chosen > nearest + 0.08, (chosen, nearest)

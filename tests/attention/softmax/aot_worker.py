@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time, without a GPU, and print what each needs as JSON lines.
+"""Compile kernels ahead of time, without a GPU, and print their resources as JSON lines.
 
 Arguments: ARCH KERNEL:DIM:VARIANT ...
 """
@@ -30,7 +30,7 @@ TENSORS |= dict.fromkeys(("LSE", "DELTA", "DK", "DV_OUT"), "*fp32") | dict.fromk
     ("TABLE", "LISTS", "POINTERS"), "*i32"
 )
 # Arguments that may not be multiples of 16.
-ODD = {
+UNALIGNED = {
     "heads",
     "kv_heads",
     "group",
@@ -50,42 +50,44 @@ ODD = {
 def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Compile one kernel. Returns its registers, spills, shared memory and instructions."""
     config = kernel_config(kernel, arch, 2, dim)
-    bands, fixed, fars, far, lists = VARIANTS[variant]
+    bands, fixed, far_rules, far, lists = VARIANTS[variant]
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
-        "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": fars, "LISTED": lists,
+        "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": far_rules, "LISTED": lists,
         "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
     if lists:
         constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
-    signature, hints = {}, {}
+    signature = {}
+    hints = {}
+    float_scalars = ("scale", "softcap", "sigmoid_bias")
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        floats = ("scale", "softcap", "sigmoid_bias")
-        signature[name] = (
-            "*fp32"
-            if name == "OUT" and kernel == "dq"
-            else TENSORS.get(name, "fp32" if name in floats else "i32")
-        )
-        if name not in floats and name not in ODD:
+        if name == "OUT" and kernel == "dq":
+            signature[name] = "*fp32"
+        elif name in float_scalars:
+            signature[name] = "fp32"
+        else:
+            signature[name] = TENSORS.get(name, "i32")
+        if name not in float_scalars and name not in UNALIGNED:
             hints[(index,)] = [["tt.divisibility", 16]]
     values = {(function.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=hints)
     target = GPUTarget("cuda", arch, 32)
-    found = triton.compile(
+    binary = triton.compile(
         source, target=target, options={"num_warps": config.warps, "num_stages": config.stages}
     )
-    assembly = found.asm["ptx"]
+    assembly = binary.asm["ptx"]
     return {
         "kernel": kernel,
         "arch": arch,
         "dim": dim,
         "variant": variant,
         "shape": vars(config),
-    } | kernel_resources(assembly, found)
+    } | kernel_resources(assembly, binary)
 
 
 def kernel_resources(assembly: str, compiled_kernel) -> dict:

@@ -1,4 +1,4 @@
-"""Attention by its definition, with autograd and every pair in fp64; and distances from it."""
+"""Attention by its definition, over every pair in fp64, and errors relative to it."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,16 @@ from torch import Tensor
 def make(batch, length, heads, kv_heads, dim, value_dim=None, dtype=torch.float64) -> list[Tensor]:
     """Make queries, keys and values whose logits have a standard deviation of 5.
 
-    Flat softmaxes hide errors.
+    A flatter softmax would hide errors.
     """
     generator = torch.Generator("cpu").manual_seed(length + heads)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
+
     q = draw(batch, length, heads, dim) * 5.0
-    k, v = draw(batch, length, kv_heads, dim), draw(batch, length, kv_heads, value_dim or dim)
+    k = draw(batch, length, kv_heads, dim)
+    v = draw(batch, length, kv_heads, value_dim or dim)
     return [x.requires_grad_() for x in (q, k, v)]
 
 
@@ -21,20 +25,23 @@ def oracle(
 ):
     """Return output and log-sum-exp of the dense formula."""
     batch, length, heads, dim = q.shape
-    group = heads // k.shape[2]
+    group_size = heads // k.shape[2]
     ids = torch.zeros(batch, length) if documents is None else documents
-    same = ids[:, :, None] == ids[:, None]
-    positions = torch.arange(length) - same.int().argmax(-1)  # from each document's start
+    same_document = ids[:, :, None] == ids[:, None]  # [batch, queries, keys]
+    positions = torch.arange(length) - same_document.int().argmax(-1)  # from the document's start
     masks = [pattern.mask(row, row, k.shape[2]) for row in positions]
-    visible = torch.stack(masks) & same[:, None]  # [batch, kv_heads, queries, keys]
-    visible = visible.repeat_interleave(group, 1)
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    visible = torch.stack(masks) & same_document[:, None]  # [batch, kv_heads, queries, keys]
+
+    visible = visible.repeat_interleave(group_size, 1)
+    k = k.repeat_interleave(group_size, 2)
+    v = v.repeat_interleave(group_size, 2)
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) * (dim**-0.5 if scale is None else scale)
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
     if sigmoid_bias is not None:
         p = torch.sigmoid(s + sigmoid_bias) * visible
         return torch.einsum("bhqk,bkhd->bqhd", p, v), None
+
     s = s.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         s = torch.cat([s, sinks.to(s.dtype)[:, None, None].expand(batch, heads, length, 1)], -1)
@@ -56,39 +63,45 @@ def document_ids(lengths, batch=2) -> Tensor | None:
 
 
 def errors(run, inputs, expected_inputs=None, **options) -> dict[str, float]:
-    """Compare ``run() -> (out, lse)`` and every gradient with the oracle. Returns relative errors.
+    """Return the relative errors of ``run() -> (out, lse)`` and of every gradient, by name.
 
-    Upstream gradients are random; queries that see nothing have none for the log-sum-exp.
+    They are compared with the oracle. Upstream gradients are random; queries that see nothing have
+    none for the log-sum-exp.
     """
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    names, sinks = ["q", "k", "v"], options.get("sinks")
+    fp64_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    names = ["q", "k", "v"]
+    sinks = options.get("sinks")
     if sinks is not None:
-        wide.append(sinks.detach().double().requires_grad_())
-        inputs, names = [*inputs, sinks], [*names, "sinks"]
-        options = options | {"sinks": wide[3]}
-    expected = oracle(*wide[:3], **options)
+        fp64_inputs.append(sinks.detach().double().requires_grad_())
+        inputs = [*inputs, sinks]
+        names.append("sinks")
+        options = options | {"sinks": fp64_inputs[3]}
+    expected = oracle(*fp64_inputs[:3], **options)
     ours = run()
     generator = torch.Generator("cpu").manual_seed(1)
-    found = {}
-    losses = [0.0, 0.0]
+    error_by_name = {}
+    our_loss = 0.0
+    expected_loss = 0.0
     for name, a, b in zip(("out", "lse"), ours, expected, strict=True):
         if b is None:
             continue
         seen = (b > -torch.inf) if name == "lse" else torch.ones_like(b, dtype=torch.bool)
         assert torch.equal(a[~seen].double(), b[~seen]), f"{name} of rows that see nothing"
-        found[name] = relative(a[seen], b[seen])
+        error_by_name[name] = relative(a[seen], b[seen])
         upstream = torch.randn(
             b[seen].shape, generator=generator, dtype=torch.float64, device="cpu"
         ).to(b.device)
-        losses = [
-            loss + (x[seen].double() * upstream).sum()
-            for loss, x in zip(losses, (a, b), strict=True)
-        ]
-    ours = torch.autograd.grad(losses[0], inputs)
-    expected = torch.autograd.grad(losses[1], wide)
-    return found | {name: relative(a, b) for name, a, b in zip(names, ours, expected, strict=True)}
+        our_loss = our_loss + (a[seen].double() * upstream).sum()
+        expected_loss = expected_loss + (b[seen].double() * upstream).sum()
+
+    our_grads = torch.autograd.grad(our_loss, inputs)
+    expected_grads = torch.autograd.grad(expected_loss, fp64_inputs)
+    return error_by_name | {
+        name: relative(a, b) for name, a, b in zip(names, our_grads, expected_grads, strict=True)
+    }
 
 
 def relative(a: Tensor, b: Tensor) -> float:
+    """Return the relative error in norm, where norms below 1 count as 1."""
     assert not a.isnan().any()
     return float((a.detach().double() - b.detach()).norm() / b.detach().norm().clamp(min=1))

@@ -37,11 +37,13 @@ def compare(
 ):
     inputs = make(2, length, heads, kv_heads, 16, value_dim, dtype)
     ids = document_ids(documents)
-    lse = options.get("sigmoid_bias") is None
+    has_lse = options.get("sigmoid_bias") is None
 
     def run():
-        out = attend(*inputs, pattern, documents=ids, backend=backend, return_lse=lse, **options)
-        return out if lse else (out, None)
+        result = attend(
+            *inputs, pattern, documents=ids, backend=backend, return_lse=has_lse, **options
+        )
+        return result if has_lse else (result, None)
 
     return errors(run, inputs, pattern=pattern, documents=ids, **options)
 
@@ -51,7 +53,7 @@ SMALL_PIECES = {"_QUERY_BLOCK": 32, "_MIN_BAND_QUERIES": 4, "_NARROW_BAND": 12}
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Cut so small that a few hundred tokens exercise all the paths of tens of thousands."""
+    """Cut calls into such small pieces that a few hundred tokens reach every code path."""
     for name, value in SMALL_PIECES.items():
         monkeypatch.setattr(pieces, name, value)
     pieces._cached_mask.cache_clear()
@@ -74,9 +76,8 @@ def test_parity_with_the_dense_formula(pattern, documents, backend):
 )
 @pytest.mark.parametrize("pattern", [*PATTERNS, Window(40), LISTS], ids=repr)
 def test_every_pattern_in_small_pieces(small_pieces, pattern, length):
-    for name, error in compare(
-        pattern, length=length, heads=4, kv_heads=4 if isinstance(pattern, PerHead) else 2
-    ).items():
+    kv_heads = 4 if isinstance(pattern, PerHead) else 2
+    for name, error in compare(pattern, length=length, heads=4, kv_heads=kv_heads).items():
         assert error < 1e-10, name
 
 
@@ -121,7 +122,7 @@ def test_devices_without_the_fused_kernel(pattern, monkeypatch):
 
 @settings(max_examples=40, deadline=None)
 @given(patterns(), st.integers(1, 150), st.sampled_from([1, 2]))
-def test_any_pattern_and_length(pattern, length, group):
+def test_random_patterns_and_lengths(pattern, length, group):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL_PIECES.items():
             patch.setattr(pieces, name, value)
@@ -129,8 +130,8 @@ def test_any_pattern_and_length(pattern, length, group):
             assert error < 1e-10, name
 
 
-class TestDKernelsTraps:
-    """What the reference implementation gets wrong: gradients are NaN, or of another pattern."""
+class TestCasesThatDKernelGetsWrong:
+    """In the original implementation, these gradients are NaN or those of another pattern."""
 
     @pytest.mark.parametrize(
         ("pattern", "length", "heads", "kv_heads"),
@@ -149,7 +150,7 @@ class TestDKernelsTraps:
             pytest.param(Stripes(8, 4, 1), 91, 2, 2, id="rows without keys"),
         ],
     )
-    def test_they_are_right_here(self, pattern, length, heads, kv_heads):
+    def test_gradients_are_right(self, pattern, length, heads, kv_heads):
         for name, error in compare(pattern, length=length, heads=heads, kv_heads=kv_heads).items():
             assert error < 1e-10, name
 
@@ -158,13 +159,13 @@ def shifted(rule):
     return replace(rule, residue=(rule.residue + 1) % rule.step)
 
 
-def one_short(rule):
+def shortened_band(rule):
     return replace(rule, reach=rule.reach - 1) if rule.is_band and rule.reach else rule
 
 
-@pytest.mark.parametrize("mutate", [shifted, one_short])
+@pytest.mark.parametrize("mutate", [shifted, shortened_band])
 @pytest.mark.parametrize("pattern", [S2(4, 2, 5), S2(4, 2, 8, near=(5, 4))], ids=repr)
-def test_a_stripe_off_by_one_and_a_band_too_short_are_caught(monkeypatch, pattern, mutate):
+def test_a_stripe_off_by_one_and_a_band_too_short_fail_the_comparison(monkeypatch, pattern, mutate):
     real = S2.rules
     clean = compare(pattern)
 
@@ -181,16 +182,18 @@ def test_a_stripe_off_by_one_and_a_band_too_short_are_caught(monkeypatch, patter
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pattern", [Causal(), S2(16, 2, 2), Window(33)], ids=repr)
-def test_half_precision_stays_close(dtype, pattern):
+def test_half_precision_is_close_to_fp64(dtype, pattern):
     inputs = make(1, 200, 4, 2, 32, dtype=torch.float32)
     narrow = [x.detach().to(dtype).requires_grad_() for x in inputs]
     out = attend(*narrow, pattern)
     assert out.dtype == dtype
-    found = errors(lambda: attend(*narrow, pattern, return_lse=True), narrow, pattern=pattern)
-    assert max(found.values()) < 2e-2
+    error_by_name = errors(
+        lambda: attend(*narrow, pattern, return_lse=True), narrow, pattern=pattern
+    )
+    assert max(error_by_name.values()) < 2e-2
 
 
-def test_a_closed_sink_beside_rows_that_see_nothing():
+def test_sinks_of_minus_infinity_with_rows_that_see_nothing():
     sinks = torch.tensor(
         [-torch.inf, 1.0, -torch.inf, 0.0], dtype=torch.float64, requires_grad=True
     )
@@ -199,7 +202,7 @@ def test_a_closed_sink_beside_rows_that_see_nothing():
     assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v, sinks))))
 
 
-def test_documents_that_were_written_to_are_read_again():
+def test_documents_changed_in_place_are_read_again():
     ids = torch.zeros(1, 64, dtype=torch.int32)
     q, k, v = make(1, 64, 2, 2, 8)
     attend(q, k, v, Causal(), documents=ids)
@@ -268,7 +271,7 @@ def test_reruns_are_bitwise_equal():
         ({"return_lse": True, "sigmoid_bias": 0.0}, "return_lse needs the softmax"),
     ],
 )
-def test_bad_arguments_are_named(change, message):
+def test_errors_name_the_invalid_argument(change, message):
     arguments = {
         "q": torch.zeros(1, 4, 4, 8),
         "k": torch.zeros(1, 4, 2, 8),

@@ -1,4 +1,4 @@
-"""The flash backend, with stand-ins that read their arguments as flash-attn does, and on CUDA."""
+"""The flash backend: with stand-ins that interpret arguments as flash-attn does, and on CUDA."""
 
 from importlib.metadata import PackageNotFoundError
 
@@ -19,39 +19,39 @@ DOCUMENTS = {"one": None, "edges": [17, 1, 24, 31]}
 
 
 def bottom_right(queries, keys, left, right):
-    """The mask of a window; None for an open end."""
-    away = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
-    seen = torch.ones(queries, keys, dtype=torch.bool) if right is None else away <= right
-    return seen if left is None else seen & (away >= -left)
+    """Return the mask of a window aligned to the bottom right; None is an open end."""
+    distance = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+    seen = torch.ones(queries, keys, dtype=torch.bool) if right is None else distance <= right
+    return seen if left is None else seen & (distance >= -left)
 
 
 class Dense:
     """Attention by its definition, with the layouts of flash-attn."""
 
-    def attention(self, q, k, v, mask, scale, softcap):
+    def logits_and_values(self, q, k, v, mask, scale, softcap):
         assert q.shape[3] == k.shape[3] == v.shape[3]
         assert q.shape[3] % self.multiple == 0
-        group = q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        group_size = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group_size, 2) for x in (k, v))
         s = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
         s = s if softcap == 0 else softcap * (s / softcap).tanh()
         s = s.masked_fill(~mask, -torch.inf)
         return s, v
 
-    def outputs(self, q, k, v, *how):
-        s, v = self.attention(q, k, v, *how)
+    def outputs(self, q, k, v, *options):
+        s, v = self.logits_and_values(q, k, v, *options)
         return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v), s.logsumexp(-1)
 
-    def gradients(self, grad_out, q, k, v, out, lse, *how, grad_lse=0.0):
+    def gradients(self, grad_out, q, k, v, out, lse, *options, grad_lse=0.0):
         assert lse.is_contiguous()
         assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
         delta = torch.einsum("bqhd,bqhd->bhq", grad_out, out) - grad_lse
         with torch.enable_grad():
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            s, wide_v = self.attention(q, k, v, *how)
+            s, wide_v = self.logits_and_values(q, k, v, *options)
             p = (s - lse[..., None]).exp().detach()
             dp = torch.einsum("bqhd,bkhd->bhqk", grad_out, wide_v)
-            # The logits' gradient is p (dp - delta), that of the values p times grad_out.
+            # The gradient of the logits is p (dp - delta), that of the values p times grad_out.
             s = s.where(p > 0, 0.0)
             return torch.autograd.grad(
                 [s, dp], [q, k, v], [p * (dp.detach() - delta[..., None]), p]
@@ -59,14 +59,15 @@ class Dense:
 
 
 class Flash2(Dense):
-    """flash_attn/flash_attn_interface.py of 2.7.0 to 2.8.3."""
+    """The interface flash_attn/flash_attn_interface.py of versions 2.7.0 to 2.8.3."""
 
     multiple = 8
 
     @staticmethod
     def mask(queries, keys, causal, left, right):
-        """As csrc/flash_attn/flash_api.cpp has it: an open end is one as wide as the keys."""
-        left, right = -1 if left >= keys else left, -1 if right >= keys else right
+        """Follow csrc/flash_attn/flash_api.cpp: an end that reaches all keys counts as open."""
+        left = -1 if left >= keys else left
+        right = -1 if right >= keys else right
         right = 0 if causal and queries > 1 else right
         if left < 0 and right < 0:
             return bottom_right(queries, keys, None, None)
@@ -113,14 +114,14 @@ class Flash2(Dense):
     ):
         assert (dropout_p, alibi_slopes, deterministic) == (0.0, None, True)
         mask = self.mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
-        found = self.gradients(dout, q, k, v, out, softmax_lse, mask, softmax_scale, softcap)
-        for gradient, new in zip((dq, dk, dv), found, strict=True):
-            assert gradient.is_contiguous()
-            gradient.copy_(new)
+        gradients = self.gradients(dout, q, k, v, out, softmax_lse, mask, softmax_scale, softcap)
+        for destination, gradient in zip((dq, dk, dv), gradients, strict=True):
+            assert destination.is_contiguous()
+            destination.copy_(gradient)
 
 
 class Flash4(Dense):
-    """flash_attn/cute/interface.py of 4.0.0b36, with only those of its arguments that we pass."""
+    """The interface flash_attn/cute/interface.py of 4.0.0b36, only with the arguments we pass."""
 
     multiple = 32
 
@@ -174,7 +175,7 @@ LIBRARIES = {"flash-attn": Flash2, "flash-attn-4": Flash4}
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    """Let each test find anew what is installed."""
+    """Let each test look anew for installed libraries."""
     flash_backend._installed_library.cache_clear()
     yield
     flash_backend._installed_library.cache_clear()
@@ -182,7 +183,7 @@ def empty_cache():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Let the backend take fp64 on the CPU, and find these packages on such a machine."""
+    """Let the backend accept fp64 on the CPU, and find these packages for a GPU of a capability."""
 
     def install(*packages, capability=(9, 0)):
         def interface(package, least, module):
@@ -198,10 +199,11 @@ def installed(monkeypatch):
     return install
 
 
-def tile(pattern, queries, keys):
+def make_tile(pattern, queries, keys):
     """Return the tile of queries and keys at positions ``(start, stop)``."""
-    q_positions, k_positions = (Blocks(start, 1, stop - start) for start, stop in (queries, keys))
-    return Tile(pattern, (q_positions,), (k_positions,), LogitOptions(0.3))
+    q_positions = (Blocks(queries[0], 1, queries[1] - queries[0]),)
+    k_positions = (Blocks(keys[0], 1, keys[1] - keys[0]),)
+    return Tile(pattern, q_positions, k_positions, LogitOptions(0.3))
 
 
 POSITIONS = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
@@ -209,27 +211,29 @@ POSITIONS = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
 
 @settings(max_examples=500, deadline=None)
 @given(st.one_of(st.just(Causal()), st.integers(1, 50).map(Window)), POSITIONS, POSITIONS)
-def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
+def test_calls_cover_exactly_the_visible_pairs(pattern, queries, keys):
     expected = pattern.mask(torch.arange(*queries), torch.arange(*keys), 1)[0]
-    found = {name: torch.zeros(expected.shape, dtype=torch.int) for name in LIBRARIES}
-    for call in split_into_calls(tile(pattern, queries, keys), 1):
+    times_seen = {name: torch.zeros(expected.shape, dtype=torch.int) for name in LIBRARIES}
+    for call in split_into_calls(make_tile(pattern, queries, keys), 1):
         num_queries = call.queries.stop - call.queries.start
         num_keys = call.keys.stop - call.keys.start
-        left2, right2 = -1 if call.left is None else call.left, 0 if call.causal else -1
-        left4, right4 = call.left, 0 if call.causal else None
+        # An open end is -1 for flash-attn 2 and None for flash-attn 4.
+        left2 = -1 if call.left is None else call.left
+        right2 = 0 if call.causal else -1
+        right4 = 0 if call.causal else None
         masks = {
             "flash-attn": Flash2.mask(num_queries, num_keys, call.causal, left2, right2),
-            "flash-attn-4": Flash4.mask(num_queries, num_keys, call.causal, left4, right4),
+            "flash-attn-4": Flash4.mask(num_queries, num_keys, call.causal, call.left, right4),
         }
         for name, mask in masks.items():
             assert mask.any(1).all(), (
                 "the libraries differ in the log-sum-exp of a query without keys"
             )
-            found[name][call.queries, call.keys] += mask
+            times_seen[name][call.queries, call.keys] += mask
         if call.causal or call.left is not None:
             assert num_queries <= num_keys, "flash-attn 4 has no tests of that"
-    for mask in found.values():
-        assert torch.equal(mask, expected.int())
+    for counts in times_seen.values():
+        assert torch.equal(counts, expected.int())
 
 
 @pytest.mark.parametrize(
@@ -285,28 +289,26 @@ def test_the_calls_show_what_the_pattern_does(pattern, queries, keys):
         pytest.param(Causal(), (3, 5), (2, 2), [], id="no keys"),
     ],
 )
-def test_what_is_called(pattern, queries, keys, expected):
-    assert list(split_into_calls(tile(pattern, queries, keys), 2)) == expected
+def test_tiles_are_split_into_the_expected_calls(pattern, queries, keys, expected):
+    assert list(split_into_calls(make_tile(pattern, queries, keys), 2)) == expected
 
 
 def test_positions_must_be_consecutive():
-    positions = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))
-    assert list(
-        split_into_calls(Tile(Causal(), positions, (Blocks(0, 1, 12),), LogitOptions(1.0)), 1)
-    ) == [FlashCall(slice(0, 8), slice(0, 12), True, None)]
-    for positions in [
+    q_positions = (Blocks(2, 1, 3, 2), Blocks(10, 1, 2))  # 2 to 12 without a gap
+    consecutive = Tile(Causal(), q_positions, (Blocks(0, 1, 12),), LogitOptions(1.0))
+    assert list(split_into_calls(consecutive, 1)) == [
+        FlashCall(slice(0, 8), slice(0, 12), True, None)
+    ]
+    for k_positions in [
         (Blocks(0, 1, 4), Blocks(8, 1, 4)),
         (Blocks(4, 1, 4), Blocks(0, 1, 4)),
         (Blocks(0, 2, 4),),
     ]:
+        gapped = Tile(Causal(), (Blocks(0, 1, 4),), k_positions, LogitOptions(1.0))
         with pytest.raises(
             ValueError, match=r"flash needs keys at consecutive positions, got \(Blocks\("
         ):
-            list(
-                split_into_calls(
-                    Tile(Causal(), (Blocks(0, 1, 4),), positions, LogitOptions(1.0)), 1
-                )
-            )
+            list(split_into_calls(gapped, 1))
 
 
 def compare(
@@ -372,25 +374,31 @@ def test_options(installed, options):
 @pytest.mark.parametrize(
     ("queries", "keys"), [((20, 73), (10, 40)), ((40, 73), (9, 40)), ((0, 30), (20, 73))]
 )
-def test_tiles_anywhere(installed, pattern, queries, keys, package):
-    """Some queries see nothing, others also keys elsewhere, so ``out`` and ``lse`` are given."""
+def test_tiles_at_any_position(installed, pattern, queries, keys, package):
+    """Some queries see nothing, and others also see keys outside of the tile.
+
+    So backward gets a final ``out`` and ``lse`` that are not those of the tile.
+    """
     installed(package)
     q, k, v = (x.detach() for x in make(2, 73, 4, 2, 16))
     q = q[:, slice(*queries)]
     k = k[:, slice(*keys)]
     v = v[:, slice(*keys)]
-    part = tile(pattern, queries, keys)
-    out, lse = tile_forward(q, k, v, part, "flash")
-    expected_out, expected_lse = tile_forward(q, k, v, part, "reference")
+    tile = make_tile(pattern, queries, keys)
+    out, lse = tile_forward(q, k, v, tile, "flash")
+    expected_out, expected_lse = tile_forward(q, k, v, tile, "reference")
     assert torch.equal(lse.isinf(), expected_lse.isinf())
     assert relative(out, expected_out) < 1e-10
     assert relative(lse.nan_to_num(), expected_lse.nan_to_num()) < 1e-10
-    final = (torch.randn_like(out), torch.randn_like(out), lse.clamp(min=0.0) + 1.0)
-    found, expected = (
-        tile_backward(final[0], q, k, v, *final[1:], part, backend, torch.ones_like(lse))
+
+    grad_out = torch.randn_like(out)
+    final_out = torch.randn_like(out)
+    final_lse = lse.clamp(min=0.0) + 1.0
+    ours, expected = (
+        tile_backward(grad_out, q, k, v, final_out, final_lse, tile, backend, torch.ones_like(lse))
         for backend in ("flash", "reference")
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         assert relative(a, b) < 1e-10
 
 
@@ -407,12 +415,11 @@ def test_tiles_anywhere(installed, pattern, queries, keys, package):
         (["flash-attn-4"], (9, 0), 128, None, Flash4),
     ],
 )
-def test_which_version(installed, packages, capability, dim, softcap, expected):
+def test_choice_of_the_library(installed, packages, capability, dim, softcap, expected):
     installed(*packages, capability=capability)
     q = torch.empty(1, 4, 2, dim)
-    assert isinstance(
-        flash_backend._library_for(q, q, LogitOptions(1.0, softcap)).interface, expected
-    )
+    library = flash_backend._library_for(q, q, LogitOptions(1.0, softcap))
+    assert isinstance(library.interface, expected)
 
 
 LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
@@ -441,12 +448,13 @@ LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)
         ),
     ],
 )
-def test_what_it_refuses(change, message):
-    given = {"dtype": torch.bfloat16, "dim": 8, "pattern": Causal()} | change
-    dtype, dim, pattern = (given.pop(name) for name in ("dtype", "dim", "pattern"))
-    q, k = torch.zeros(1, 16, 4, dim, dtype=dtype), torch.zeros(1, 16, 2, dim, dtype=dtype)
+def test_unsupported_calls_are_refused(change, message):
+    options = {"dtype": torch.bfloat16, "dim": 8, "pattern": Causal()} | change
+    dtype, dim, pattern = (options.pop(name) for name in ("dtype", "dim", "pattern"))
+    q = torch.zeros(1, 16, 4, dim, dtype=dtype)
+    k = torch.zeros(1, 16, 2, dim, dtype=dtype)
     with pytest.raises(ValueError, match=message):
-        attend(q, k, k, pattern, backend="flash", **given)
+        attend(q, k, k, pattern, backend="flash", **options)
 
 
 @pytest.mark.parametrize(
@@ -456,7 +464,7 @@ def test_what_it_refuses(change, message):
         ({"flash-attn": "2.6.3"}, r"is 2\.6\.3, must be at least 2\.7\.0"),
     ],
 )
-def test_it_says_what_to_install(monkeypatch, versions, message):
+def test_missing_or_old_packages_are_reported(monkeypatch, versions, message):
     def version(package):
         if package not in versions:
             raise PackageNotFoundError(package)
@@ -472,7 +480,7 @@ def test_it_says_what_to_install(monkeypatch, versions, message):
 
 @pytest.mark.gpu
 class TestOnCuda:
-    """With each version that is installed."""
+    """Each installed version on a real GPU."""
 
     @pytest.fixture(autouse=True, params=LIBRARIES)
     def package(self, request, monkeypatch):
@@ -483,12 +491,12 @@ class TestOnCuda:
         )
         real = flash_backend._import_interface
 
-        def only(package, *rest):
+        def import_only_this(package, *rest):
             if package != request.param:
                 raise ImportError(f"not under test: {package}")
             return real(package, *rest)
 
-        monkeypatch.setattr(flash_backend, "_import_interface", only)
+        monkeypatch.setattr(flash_backend, "_import_interface", import_only_this)
 
     def compare(
         self,
@@ -508,24 +516,23 @@ class TestOnCuda:
         ids = document_ids(documents)
 
         def run():
-            own = None if ids is None else ids.cuda()
-            found = attend(
+            results = attend(
                 *(x.cuda() for x in inputs),
                 pattern,
-                documents=own,
+                documents=None if ids is None else ids.cuda(),
                 backend="flash",
                 return_lse=True,
                 **options,
             )
-            return [x.cpu() for x in found]
+            return [x.cpu() for x in results]
 
         try:
-            found = errors(run, inputs, pattern=pattern, documents=ids, **options)
+            error_by_name = errors(run, inputs, pattern=pattern, documents=ids, **options)
         except ValueError as error:
             if "not under test" not in str(error):
                 raise
             pytest.skip("left to the other version")
-        for name, error in found.items():
+        for name, error in error_by_name.items():
             # Rounding the weights, their gradients and each query head's part of dk to bf16 gives
             # 5e-3 in exact arithmetic.
             assert error < (5e-3 if name in ("out", "lse") else 1e-2), name
@@ -552,16 +559,16 @@ class TestOnCuda:
         ("queries", "keys"), [((200, 600), (0, 300)), ((300, 600), (250, 300))]
     )
     @pytest.mark.parametrize("pattern", [Causal(), Window(100)], ids=repr)
-    def test_tiles_anywhere(self, pattern, queries, keys):
+    def test_tiles_at_any_position(self, pattern, queries, keys):
         q, k, v = (x.detach().bfloat16().cuda() for x in make(2, 600, 4, 2, 64))
         q = q[:, slice(*queries)]
         k = k[:, slice(*keys)]
         v = v[:, slice(*keys)]
-        part = tile(pattern, queries, keys)
-        found = tile_forward(q, k, v, part, "flash")
-        expected = tile_forward(q, k, v, part, "reference")
-        assert torch.equal(found[1].isinf(), expected[1].isinf())
-        for a, b in zip(found, expected, strict=True):
+        tile = make_tile(pattern, queries, keys)
+        ours = tile_forward(q, k, v, tile, "flash")
+        expected = tile_forward(q, k, v, tile, "reference")
+        assert torch.equal(ours[1].isinf(), expected[1].isinf())
+        for a, b in zip(ours, expected, strict=True):
             assert relative(a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0)) < 5e-3
 
     def test_reruns_are_bitwise_equal(self):

@@ -47,10 +47,10 @@ def on_the_gpu():
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 def test_parity(pattern, dim, dtype):
     inputs = [x.detach().cuda().to(dtype).requires_grad_() for x in make(2, 1000, 6, 2, dim)]
-    found = errors(
+    error_by_name = errors(
         lambda: attend(*inputs, pattern, backend="triton", return_lse=True), inputs, pattern=pattern
     )
-    assert max(found.values()) < TOLERANCE[dtype], found
+    assert max(error_by_name.values()) < TOLERANCE[dtype], error_by_name
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def test_options(options):
         )
         return (out, None) if "sigmoid_bias" in options else out
 
-    found = errors(run, inputs, pattern=S2(64, 2, 3), documents=ids, **options)
-    assert max(found.values()) < 1e-2, found
+    error_by_name = errors(run, inputs, pattern=S2(64, 2, 3), documents=ids, **options)
+    assert max(error_by_name.values()) < 1e-2, error_by_name
 
 
-def test_chosen_blocks_agree_with_the_torch_backend():
+def test_moba_agrees_with_the_torch_backend():
     inputs = [x.detach().cuda().bfloat16().requires_grad_() for x in make(2, 1024, 4, 2, 64)]
     outs = [attend(*inputs, MoBA(64, 4), backend=backend) for backend in ("triton", "torch")]
     assert (outs[0] - outs[1]).float().norm() / outs[1].float().norm() < 1e-2
@@ -91,7 +91,7 @@ def test_reruns_are_bitwise_equal():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_another_length_compiles_nothing():
+def test_another_length_does_not_recompile():
     from longspan.attention.softmax.triton.dkv import dkv_kernel
     from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, and compiled ahead of time."""
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-# What a configuration must be fit for, with any head dim.
+# Cases that a launch configuration must support for every head dim.
 AHEAD = [
     "forward:{}:s2",
     "forward:{}:lists",
@@ -38,11 +38,11 @@ INTERPRETED_WIDE = [
 
 def python(script: str | Path, *args: object, **env: str) -> str:
     command = [sys.executable, str(HERE / script), *map(str, args)]
-    done = subprocess.run(
+    completed = subprocess.run(
         command, env={**os.environ, **env}, capture_output=True, text=True, timeout=500, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return completed.stdout
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,14 @@ def test_parity_in_the_interpreter(cases):
 def test_compiled_ahead_of_time(arch, dim, cases):
     """Few register spills, shared memory in bounds, and the instructions of the GPU are used."""
     for line in python("aot_worker.py", arch, *(case.format(dim) for case in cases)).splitlines():
-        found = json.loads(line)
-        assert found["spills"] <= 64, found
-        assert found["shared"] <= SHARED[arch], found
-        assert arch != 90 or (found["wgmma"] and found["tma"]), found
-        assert arch != 100 or found["tma"], found
+        kernel = json.loads(line)
+        assert kernel["spills"] <= 64, kernel
+        assert kernel["shared"] <= SHARED[arch], kernel
+        assert arch != 90 or (kernel["wgmma"] and kernel["tma"]), kernel
+        assert arch != 100 or kernel["tma"], kernel
 
 
-def test_without_a_gpu_it_says_what_to_use():
+def test_without_a_gpu_the_error_names_another_backend():
     import torch
     from longspan.attention import Causal, attend
 

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter, in fp32, against the dense formula: all within 1e-5.
+"""Compare the Triton kernels, interpreted in fp32, with the dense formula: errors below 1e-5.
 
 Arguments: CASE ...
 """
@@ -96,25 +96,30 @@ def compare(
     )
     if documents is not None:
         inputs = make(1, sum(documents), heads, kv_heads, dim, value_dim, torch.float32)
-    lse = options.get("sigmoid_bias") is None
+    has_lse = options.get("sigmoid_bias") is None
 
     def run():
-        out = attend(*inputs, pattern, documents=ids, backend="triton", return_lse=lse, **options)
-        return out if lse else (out, None)
+        result = attend(
+            *inputs, pattern, documents=ids, backend="triton", return_lse=has_lse, **options
+        )
+        return result if has_lse else (result, None)
 
-    if pattern is SELECTED:  # the oracle takes one row at a time
+    if pattern is SELECTED:  # the oracle has one pattern for all rows: compare with each row alone
         inputs = [x.detach() for x in inputs]
-        rows = [[x[b : b + 1].clone().requires_grad_() for x in inputs] for b in range(batch)]
-        found = [BlockLists(16, pattern.lists[b]) for b in range(batch)]
         outs = attend(*inputs, pattern, backend="triton")
-        alone = [attend(*row, own, backend="triton") for row, own in zip(rows, found, strict=True)]
-        return {"rows": relative(outs, torch.cat(alone).double())}
+        outs_alone = []
+        for b in range(batch):
+            row_inputs = [x[b : b + 1].clone().requires_grad_() for x in inputs]
+            row_pattern = BlockLists(16, pattern.lists[b])
+            outs_alone.append(attend(*row_inputs, row_pattern, backend="triton"))
+        return {"rows": relative(outs, torch.cat(outs_alone).double())}
     return errors(run, inputs, pattern=pattern, documents=ids, **options)
 
 
 def tiles() -> dict[str, float]:
-    """Queries and keys in parts, keys in a compact buffer of stripes: merged, the whole."""
-    pattern, length = S2(16, 1, 3), 112
+    """Compare merged tiles with the whole: keys in three parts, one a compact buffer of stripes."""
+    pattern = S2(16, 1, 3)
+    length = 112
     q, k, v = (x.detach() for x in make(1, length, 2, 1, 16, None, torch.float32))
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     logits = LogitOptions(0.25)
@@ -123,50 +128,52 @@ def tiles() -> dict[str, float]:
     expected = tile_backward(
         upstream.double(), *(x.double() for x in (q, k, v)), out, lse, whole, "reference"
     )
-    # Of seven blocks the stripes 0, 3 and 6, what is between them in two parts, and half a block.
-    parts = [(Blocks(0, 3, 3, 16),), (Blocks(16, 1, 24), Blocks(64, 1, 32)), (Blocks(40, 1, 8),)]
+    # The seven blocks of keys in parts: the stripes 0, 3 and 6; most of the blocks between them, as
+    # two ranges; and the rest, half a block.
+    key_parts = [
+        (Blocks(0, 3, 3, 16),),
+        (Blocks(16, 1, 24), Blocks(64, 1, 32)),
+        (Blocks(40, 1, 8),),
+    ]
     ours = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
     q_positions = (Blocks(0, 1, 50), Blocks(50, 1, 62))
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for part in parts:
-        rows = torch.cat([torch.from_numpy(blocks.positions()) for blocks in part])
-        tile = Tile(pattern, q_positions, part, logits)
-        merge_(*ours, *tile_forward(q, k[:, rows], v[:, rows], tile, "triton"), logits)
-        own = tile_backward(
-            upstream, q, k[:, rows], v[:, rows], out.float(), lse.float(), tile, "triton"
+    for k_positions in key_parts:
+        keys = torch.cat([torch.from_numpy(blocks.positions()) for blocks in k_positions])
+        tile = Tile(pattern, q_positions, k_positions, logits)
+        merge_(*ours, *tile_forward(q, k[:, keys], v[:, keys], tile, "triton"), logits)
+        grad_q, grad_k, grad_v = tile_backward(
+            upstream, q, k[:, keys], v[:, keys], out.float(), lse.float(), tile, "triton"
         )
-        for total, gradient, index in zip(gradients, own, (slice(None), rows, rows), strict=True):
-            total[:, index] += gradient
-    found = zip(
-        ("out", "lse", "q", "k", "v"), (*ours, *gradients), (out, lse, *expected), strict=True
-    )
-    return {name: relative(a, b) for name, a, b in found}
+        gradients[0] += grad_q
+        gradients[1][:, keys] += grad_k
+        gradients[2][:, keys] += grad_v
+
+    names = ("out", "lse", "q", "k", "v")
+    pairs = zip(names, (*ours, *gradients), (out, lse, *expected), strict=True)
+    return {name: relative(a, b) for name, a, b in pairs}
 
 
 def mutants() -> None:
-    """A stripe off by one and a band a block short must not pass."""
-    row = triton_backend._table_row
+    """Check that a stripe off by one, or a band one block too short, fails the comparison."""
+    table_row = triton_backend._table_row
 
-    def stripe(rule, keys, size):
-        shifted = (
-            None
-            if rule is None or rule.step == 1
-            else triton_backend.replace(rule, residue=(rule.residue + 1) % rule.step)
-        )
-        return row(shifted or rule, keys, size)
+    def shifted_stripe(rule, keys, size):
+        if rule is not None and rule.step != 1:
+            rule = triton_backend.replace(rule, residue=(rule.residue + 1) % rule.step)
+        return table_row(rule, keys, size)
 
-    def band(rule, keys, size):
-        short = rule is not None and rule.is_band and rule.reach
-        return row(
-            triton_backend.replace(rule, reach=rule.reach - 1) if short else rule, keys, size
-        )
+    def shortened_band(rule, keys, size):
+        if rule is not None and rule.is_band and rule.reach:
+            rule = triton_backend.replace(rule, reach=rule.reach - 1)
+        return table_row(rule, keys, size)
 
-    for mutant in (stripe, band):
+    for mutant in (shifted_stripe, shortened_band):
         triton_backend._table_row = mutant
         triton_backend._rule_table.cache_clear()
         triton_backend._rule_table_on.cache_clear()
-        found = compare(S2(16, 2, 3))
-        assert min(found.values()) > 1e-3, found
+        error_by_name = compare(S2(16, 2, 3))
+        assert min(error_by_name.values()) > 1e-3, error_by_name
 
 
 if __name__ == "__main__":
@@ -174,6 +181,6 @@ if __name__ == "__main__":
         if name == "mutants":
             mutants()
             continue
-        found = tiles() if name == "tiles" else compare(**CASES[name])
-        assert max(found.values()) < 1e-5, f"{name}: {found}"
-        print(name, found, flush=True)
+        error_by_name = tiles() if name == "tiles" else compare(**CASES[name])
+        assert max(error_by_name.values()) < 1e-5, f"{name}: {error_by_name}"
+        print(name, error_by_name, flush=True)

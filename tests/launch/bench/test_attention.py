@@ -7,24 +7,14 @@ from longspan.launch.bench import attention as bench
 from longspan.launch.bench import measure
 from longspan.launch.cli import main
 
-SMALL = (
-    "--lengths",
-    "256",
-    "--heads",
-    "2",
-    "--kv-heads",
-    "2",
-    "--head-dim",
-    "16",
-    "--repeats",
-    "1",
-)
+HEAD_SIZES = ("--heads", "2", "--kv-heads", "2", "--head-dim", "16")
+SMALL_SIZES = ("--lengths", "256", *HEAD_SIZES, "--repeats", "1")
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
+def run_bench(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
         main(["bench", "attention", *map(str, arguments)])
-    return ended.value.code, *capsys.readouterr()
+    return exit_info.value.code, *capsys.readouterr()
 
 
 @pytest.fixture
@@ -33,14 +23,16 @@ def on_cpu(monkeypatch):
 
 
 @pytest.fixture
-def no_memory(monkeypatch):
-    """Starts no process for the peak memory."""
+def no_peak_memory(monkeypatch):
+    """Skip the measurement of peak memory, which starts processes."""
     monkeypatch.setattr(bench, "cpu_peak", lambda settings, row: None)
 
 
-def test_report(capsys, tmp_path, monkeypatch, on_cpu):
+def test_the_report_and_the_table_agree(capsys, tmp_path, monkeypatch, on_cpu):
     monkeypatch.setattr(bench, "cpu_peak", lambda settings, row: 3 << 20)
-    status, out, _ = run(capsys, "--pattern", "S2(8, 2, 4)", *SMALL, "--out", tmp_path / "deep")
+    status, out, _ = run_bench(
+        capsys, "--pattern", "S2(8, 2, 4)", *SMALL_SIZES, "--out", tmp_path / "deep"
+    )
     assert status == 0
     report = json.loads((tmp_path / "deep" / "attention.json").read_text())
     assert set(report) == {"machine", "versions", "settings", "rows"}
@@ -78,28 +70,19 @@ def test_report(capsys, tmp_path, monkeypatch, on_cpu):
         assert " 3.0 " in line
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
+def test_peak_memory_is_measured_in_a_separate_process(on_cpu):
     settings = bench.AttentionSettings(["Window(64)"], [4096], "torch", 2, 2, 16, "float32", 1)
     peak = bench.cpu_peak(settings, bench.AttentionTiming("", "ours", "Window(64)", 4096, 1.0))
-    left = 4 * 4096 * 2 * 16 * 4  # bytes of the output and three gradients
-    assert 0.9 * left < peak < 4096**2, "far from holding every pair"
+    results_bytes = 4 * 4096 * 2 * 16 * 4  # the output and three gradients
+    assert 0.9 * results_bytes < peak < 4096**2, "far from holding every pair"
 
 
-def test_picture(capsys, tmp_path, on_cpu, no_memory):
+def test_the_picture_has_two_panels_with_bars(capsys, tmp_path, on_cpu, no_peak_memory):
     from matplotlib.pyplot import imread
 
     lengths = ("--lengths", "64,256")
-    status, _, _ = run(
-        capsys,
-        "--pattern",
-        "S2(8, 2, 4)",
-        "--pattern",
-        "Window(32)",
-        *SMALL,
-        *lengths,
-        "--out",
-        tmp_path,
-    )
+    patterns = ("--pattern", "S2(8, 2, 4)", "--pattern", "Window(32)")
+    status, _, _ = run_bench(capsys, *patterns, *SMALL_SIZES, *lengths, "--out", tmp_path)
     assert status == 0
     assert len(json.loads((tmp_path / "attention.json").read_text())["rows"]) == 2 * 3
     picture = imread(tmp_path / "attention.png")[..., :3]
@@ -110,8 +93,8 @@ def test_picture(capsys, tmp_path, on_cpu, no_memory):
     assert blue.sum() > 50, "bars"
 
 
-class _Off(torch.autograd.Function):
-    """Doubles the gradient of late keys alone, which is small beside that of early ones."""
+class _WrongLateGradient(torch.autograd.Function):
+    """Double the gradient of the last keys only, which is small beside that of the early ones."""
 
     @staticmethod
     def forward(ctx, x):
@@ -124,15 +107,13 @@ class _Off(torch.autograd.Function):
 
 def _wrong_gradient(settings, pattern, length):
     right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
-    return lambda q, k, v: right(q, _Off.apply(k), v)
+    return lambda q, k, v: right(q, _WrongLateGradient.apply(k), v)
 
 
 def _wrong_output(settings, pattern, length):
     right = bench.IMPLEMENTATIONS["right"].make(settings, pattern, length)
-    return lambda q, k, v: (
-        right(q, k, v)
-        * torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
-    )
+    factors = torch.ones(length, 1, 1).index_fill(0, torch.tensor([length - 1]), float("nan"))
+    return lambda q, k, v: right(q, k, v) * factors
 
 
 def _too_large(settings, pattern, length):
@@ -148,8 +129,8 @@ def _too_large(settings, pattern, length):
     ],
 )
 @pytest.mark.parametrize("kind", ["ours", "sdpa"])
-def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
-    capsys, tmp_path, monkeypatch, on_cpu, no_memory, make, status, kind
+def test_wrong_or_failing_candidates_are_listed_without_numbers(
+    capsys, tmp_path, monkeypatch, on_cpu, no_peak_memory, make, status, kind
 ):
     monkeypatch.setitem(bench.IMPLEMENTATIONS, "right", bench.IMPLEMENTATIONS["ours"])
     monkeypatch.setitem(
@@ -157,11 +138,12 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
         kind,
         bench.Implementation(make, bench.IMPLEMENTATIONS[kind].dense, heads_first=False),
     )
-    exit_status, out, _ = run(capsys, "--pattern", "Window(64)", *SMALL, "--out", tmp_path)
+    exit_status, out, _ = run_bench(
+        capsys, "--pattern", "Window(64)", *SMALL_SIZES, "--out", tmp_path
+    )
     assert exit_status == 0
-    rows = {
-        row["kind"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]
-    }
+    report = json.loads((tmp_path / "attention.json").read_text())
+    rows = {row["kind"]: row for row in report["rows"]}
     bad = rows.pop(kind)
     (good,) = rows.values()
     assert bad["status"].startswith(status)
@@ -175,7 +157,7 @@ def test_what_is_wrong_or_fails_is_listed_and_never_quoted(
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", bench.ON_CPU)
-def test_grouped_heads(on_cpu, kind, kv_heads):
+def test_candidates_support_grouped_heads(on_cpu, kind, kv_heads):
     settings = bench.AttentionSettings(
         ["S2(8, 2, 4)"], [100], "torch", 4, kv_heads, 8, "float32", 1
     )
@@ -192,7 +174,7 @@ def test_grouped_heads(on_cpu, kind, kv_heads):
         "PerHead([Causal(), Window(9)])",
     ],
 )
-def test_flex_attention_gets_the_pattern(text):
+def test_flex_masks_equal_the_pattern(text):
     pattern = parse_pattern(text).spread(2)
     positions = torch.arange(64)
     mask = bench.flex_mask(pattern, 4, 2, "cpu")
@@ -217,9 +199,9 @@ def test_flex_attention_gets_the_pattern(text):
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],
 )
-def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
+def test_invalid_options_give_one_line_and_status_2(capsys, tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    status, _, err = run(
+    status, _, err = run_bench(
         capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)
     )
     assert status == 2

@@ -8,19 +8,19 @@ from longspan.launch.bench import linear_candidates, measure
 from longspan.launch.bench.linear_candidates import BLOCKS, AttentionWidth
 from longspan.launch.cli import main
 
-SMALL = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
+SMALL_SIZES = ("--lengths", "70,130", "--heads", "2", "--head-dim", "8", "--repeats", "1")
 DENSE = "dense (sdpa)"
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
+def run_bench(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
         main(["bench", "linear", *map(str, arguments)])
-    return ended.value.code, *capsys.readouterr()
+    return exit_info.value.code, *capsys.readouterr()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tensors this small are slow with several where the machine is busy."""
+    """Run on one thread: with several, small tensors are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,8 +33,8 @@ def on_cpu(monkeypatch):
 
 
 @pytest.fixture
-def peak(monkeypatch):
-    """Starts no process for the peak memory."""
+def fixed_peak_memory(monkeypatch):
+    """Return a constant peak memory, without starting a process."""
     monkeypatch.setattr(bench_linear, "cpu_peak", lambda settings, row: 3 << 20)
 
 
@@ -51,11 +51,15 @@ def line_of(out: str, row: dict) -> str:
     )
 
 
-def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_cpu, peak):
+def test_every_mixer_is_checked_and_measured(
+    capsys, tmp_path, monkeypatch, on_cpu, fixed_peak_memory
+):
     from matplotlib.pyplot import imread
 
     monkeypatch.setattr(bench_linear, "BASE_TOKENS", 70)
-    status, out, _ = run(capsys, *SMALL, "--dense-up-to", "70", "--out", tmp_path / "deep")
+    status, out, _ = run_bench(
+        capsys, *SMALL_SIZES, "--dense-up-to", "70", "--out", tmp_path / "deep"
+    )
     assert status == 0
     report = json.loads((tmp_path / "deep" / "linear.json").read_text())
     rows = rows_of(tmp_path / "deep")
@@ -94,12 +98,10 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
             assert f" {row['ratio'][step]:.2f}x " in line_of(out, row)
         else:
             assert row["ratio"] is None, "dense attention was not measured"
-    units = (
-        2 * 70 * 2 * 4 * 4 * 8
-    )  # their tensors and gradients: 70 tokens of two heads, q, k, v and o of 8 dims, in fp32
-    assert (
-        rows["linear", 70]["peak_multiple"] == rows[DENSE, 70]["peak_multiple"] == (3 << 20) / units
-    )
+    # q, k, v, o of 8 dims and their gradients: 70 tokens of two heads, in fp32.
+    tensors_bytes = 2 * 70 * 2 * 4 * 4 * 8
+    peak_multiple = (3 << 20) / tensors_bytes
+    assert rows["linear", 70]["peak_multiple"] == rows[DENSE, 70]["peak_multiple"] == peak_multiple
 
     picture = imread(tmp_path / "deep" / "linear.png")[..., :3]
     half = picture.shape[1] // 2
@@ -121,7 +123,7 @@ def test_every_mixer_is_checked_and_measured(capsys, tmp_path, monkeypatch, on_c
         ("kda", {"q": (4, 32), "k": (4, 32), "v": (4, 32), "decay": (4, 32), "beta": (4,)}),
     ],
 )
-def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
+def test_tensors_have_the_shapes_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
     calls = []
 
     def attend(q, k, v, *, scale, backend, **gates):
@@ -129,29 +131,30 @@ def test_the_tensors_are_those_of_the_mixer(on_cpu, monkeypatch, mixer, shapes):
         return v + sum(x.sum() for x in (q, k, *gates.values()))
 
     monkeypatch.setattr(linear_candidates, "linear_attention", attend)
-    grads = linear_candidates.linear_call(AttentionWidth(4, 32, "bfloat16"), mixer, "torch", 5)()[
-        1:
-    ]
+    call_mixer = linear_candidates.linear_call(AttentionWidth(4, 32, "bfloat16"), mixer, "torch", 5)
+    _, *grads = call_mixer()
     assert [tuple(grad.shape) for grad in grads] == [(1, 5, *shape) for shape in shapes.values()]
     (call,) = calls
-    fixed = {"decay": (4,)} if mixer == "retention" else {}
-    ones = mixer in ("linear", "based", "hedgehog")  # a column that counts the weights
-    wanted = {name: (1, 5, *shape) for name, shape in shapes.items()} | fixed
-    wanted["v"] = (*wanted["v"][:-1], wanted["v"][-1] + ones)
-    assert {name: tuple(x.shape) for name, x in call.items()} == wanted
+    expected = {name: (1, 5, *shape) for name, shape in shapes.items()}
+    if mixer == "retention":
+        expected["decay"] = (4,)  # a constant, not a parameter
+    if mixer in ("linear", "based", "hedgehog"):  # a column of ones sums the weights
+        *leading_sizes, value_dim = expected["v"]
+        expected["v"] = (*leading_sizes, value_dim + 1)
+    assert {name: tuple(x.shape) for name, x in call.items()} == expected
     assert {x.dtype for name, x in call.items() if name != "decay"} == {torch.bfloat16}
     if "decay" in call:
         assert call["decay"].dtype == torch.float32
         assert call["decay"].max() <= 0
 
 
-def test_peak_memory_is_that_of_a_process_of_its_own(on_cpu):
+def test_peak_memory_is_measured_in_a_separate_process(on_cpu):
     settings = bench_linear.LinearSettings(["linear"], [8192], 1, ["torch"], 2, 16, "float32", 1)
     peak = bench_linear.cpu_peak(
         settings, bench_linear.LinearTiming("linear", "linear", "torch", 8192)
     )
-    left = 4 * 8192 * 2 * 16 * 4  # bytes of the output and three gradients
-    assert 0.9 * left < peak < 8192**2, "far from holding every pair"
+    results_bytes = 4 * 8192 * 2 * 16 * 4  # the output and three gradients
+    assert 0.9 * results_bytes < peak < 8192**2, "far from holding every pair"
 
 
 def _wrong_gradient(out, q):
@@ -159,9 +162,8 @@ def _wrong_gradient(out, q):
 
 
 def _wrong_output(out, q):
-    return out * torch.ones(out.shape[1], 1, 1).index_fill(
-        0, torch.tensor([out.shape[1] - 1]), float("nan")
-    )
+    last = torch.tensor([out.shape[1] - 1])
+    return out * torch.ones(out.shape[1], 1, 1).index_fill(0, last, float("nan"))
 
 
 def _too_large(out, q):
@@ -176,8 +178,8 @@ def _too_large(out, q):
         (_too_large, "cannot run: OutOfMemoryError: tried to allocate more than there is"),
     ],
 )
-def test_what_is_wrong_or_fails_is_listed_and_never_timed(
-    capsys, tmp_path, monkeypatch, on_cpu, peak, change, status
+def test_wrong_or_failing_candidates_are_listed_without_numbers(
+    capsys, tmp_path, monkeypatch, on_cpu, fixed_peak_memory, change, status
 ):
     right = linear_candidates.linear_attention
 
@@ -186,17 +188,9 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(
         return change(out, q) if "beta" in options and backend != "reference" else out
 
     monkeypatch.setattr(linear_candidates, "linear_attention", attend)
-    exit_status, out, _ = run(
-        capsys,
-        "--mixer",
-        "deltanet",
-        "--mixer",
-        "gla",
-        *SMALL,
-        "--lengths",
-        "70",
-        "--out",
-        tmp_path,
+    mixers = ("--mixer", "deltanet", "--mixer", "gla")
+    exit_status, out, _ = run_bench(
+        capsys, *mixers, *SMALL_SIZES, "--lengths", "70", "--out", tmp_path
     )
     assert exit_status == 0
     rows = rows_of(tmp_path)
@@ -211,7 +205,7 @@ def test_what_is_wrong_or_fails_is_listed_and_never_timed(
     assert good["status"] == "measured"
 
 
-def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
+def test_on_a_gpu_every_backend_is_a_candidate_and_may_be_unsupported(monkeypatch):
     monkeypatch.setattr(measure, "device", lambda: "cuda")
     options = {
         "lengths": "70",
@@ -254,9 +248,9 @@ def test_on_a_gpu_every_backend_is_a_candidate_and_may_refuse(monkeypatch):
         (["--out", "{tmp}/file/deep"], "/file/deep cannot be made"),
     ],
 )
-def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
+def test_invalid_options_give_one_line_and_status_2(capsys, tmp_path, arguments, message):
     (tmp_path / "file").touch()
-    status, _, err = run(
+    status, _, err = run_bench(
         capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments)
     )
     assert status == 2

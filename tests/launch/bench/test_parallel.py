@@ -1,4 +1,4 @@
-"""``longspan bench parallel``: it checks what it measures, and tells what was lost."""
+"""``longspan bench parallel``: it checks the operations it measures, and reports their errors."""
 
 import json
 
@@ -6,19 +6,9 @@ import pytest
 
 
 def test_every_operation_is_checked_and_measured(longspan, tmp_path):
-    done = longspan(
-        "bench",
-        "parallel",
-        "--length",
-        "512",
-        "--head-dim",
-        "8",
-        "--repeats",
-        "2",
-        "--out",
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    sizes = ["--length", "512", "--head-dim", "8", "--repeats", "2"]
+    completed = longspan("bench", "parallel", *sizes, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
     report = json.loads((tmp_path / "parallel.json").read_text())
     rows = {(row["operation"], row["schedule"]): row for row in report["rows"]}
     assert {name for name, _ in rows} == {
@@ -42,7 +32,7 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
         )
         assert row["error"] < 1e-4
     assert (tmp_path / "parallel.png").read_bytes().startswith(b"\x89PNG")
-    assert len(done.stdout.splitlines()) == 4 + len(rows)
+    assert len(completed.stdout.splitlines()) == 4 + len(rows)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +46,7 @@ def test_every_operation_is_checked_and_measured(longspan, tmp_path):
         ),
     ],
 )
-def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
-    done = longspan("bench", "parallel", *arguments, "--out", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == f"longspan: {message}\n"
+def test_invalid_options_give_one_line_and_status_2(longspan, tmp_path, arguments, message):
+    completed = longspan("bench", "parallel", *arguments, "--out", tmp_path)
+    assert completed.returncode == 2
+    assert completed.stderr == f"longspan: {message}\n"

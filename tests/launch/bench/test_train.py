@@ -1,16 +1,16 @@
-"""``longspan bench memory`` and ``bench train`` at sizes that take seconds."""
+"""``longspan bench memory`` and ``bench train``, at sizes that run in seconds."""
 
 import json
 
 import pytest
 
-SMALL = ["--hidden", "32", "--layers", "1", "--intermediate", "64", "--vocabulary", "512"]
+SMALL_MODEL = ["--hidden", "32", "--layers", "1", "--intermediate", "64", "--vocabulary", "512"]
 
 
 @pytest.mark.wide
-def test_memory_is_searched_for_every_candidate(longspan, tmp_path):
-    done = longspan("bench", "memory", *SMALL, "--budget-mib", "8", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_the_longest_sequence_is_found_for_every_candidate(longspan, tmp_path):
+    completed = longspan("bench", "memory", *SMALL_MODEL, "--budget-mib", "8", "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
     rows = {
         row["candidate"]: row for row in json.loads((tmp_path / "memory.json").read_text())["rows"]
     }
@@ -23,10 +23,10 @@ def test_memory_is_searched_for_every_candidate(longspan, tmp_path):
 
 
 @pytest.mark.wide
-def test_every_trainer_takes_its_turns(longspan, tmp_path):
-    turns = ["--length", "256", "--batch", "1", "--steps", "2", "--repeats", "1"]
-    done = longspan("bench", "train", *SMALL, *turns, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_every_trainer_is_measured(longspan, tmp_path):
+    sizes = ["--length", "256", "--batch", "1", "--steps", "2", "--repeats", "1"]
+    completed = longspan("bench", "train", *SMALL_MODEL, *sizes, "--out", tmp_path)
+    assert completed.returncode == 0, completed.stderr
     rows = {
         row["candidate"]: row for row in json.loads((tmp_path / "train.json").read_text())["rows"]
     }
@@ -36,8 +36,8 @@ def test_every_trainer_takes_its_turns(longspan, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["memory", "train"])
-def test_bad_input_is_one_line(longspan, tmp_path, command):
-    done = longspan("bench", command, "--heads", "3", "--out", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("longspan: --heads: 3 must divide --hidden")
-    assert len(done.stderr.splitlines()) == 1
+def test_invalid_options_give_one_line_and_status_2(longspan, tmp_path, command):
+    completed = longspan("bench", command, "--heads", "3", "--out", tmp_path)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith("longspan: --heads: 3 must divide --hidden")
+    assert len(completed.stderr.splitlines()) == 1

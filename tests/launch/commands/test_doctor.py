@@ -1,4 +1,4 @@
-"""``longspan doctor``: what a machine has and lacks."""
+"""``longspan doctor``: what is installed on a machine, and what is missing."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -7,22 +7,24 @@ from longspan.launch.commands import doctor
 from longspan.trainer import versions
 
 
-def test_it_reports_what_is_there_and_measures(longspan, tmp_path):
-    done = longspan("doctor", "--folder", tmp_path / "runs")
-    assert done.returncode == 0, done.stderr
+def test_versions_disk_and_speeds_are_reported(longspan, tmp_path):
+    completed = longspan("doctor", "--folder", tmp_path / "runs")
+    assert completed.returncode == 0, completed.stderr
     for name in doctor.REQUIRED:
-        assert re.search(rf"^{name} +{re.escape(version(name))}$", done.stdout, re.M)
+        assert re.search(rf"^{name} +{re.escape(version(name))}$", completed.stdout, re.M)
     assert re.search(
         rf"^disk +{tmp_path}: [0-9,.]+ GiB free, [0-9,]+ MB/s written to the disk$",
-        done.stdout,
+        completed.stdout,
         re.M,
     )
-    assert "GPU     none: training runs on the CPU, over gloo" in done.stdout
-    assert re.search(r"^between 2 ranks over gloo: [0-9.]+ GB/s out of each", done.stdout, re.M)
+    assert "GPU     none: training runs on the CPU, over gloo" in completed.stdout
+    assert re.search(
+        r"^between 2 ranks over gloo: [0-9.]+ GB/s out of each", completed.stdout, re.M
+    )
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_missing_is_reported_with_what_it_costs(capsys, monkeypatch, tmp_path):
+def test_missing_packages_are_reported_with_the_consequence(capsys, monkeypatch, tmp_path):
     def without(name):
         if name in ("deepspeed", "wandb"):
             raise PackageNotFoundError

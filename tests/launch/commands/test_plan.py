@@ -1,4 +1,4 @@
-"""``longspan plan``: predictions add up, at sizes that no test can run."""
+"""``longspan plan``: its predictions are consistent, at sizes that no test could run."""
 
 import pytest
 from longspan.trainer.predict.estimate import DEVICES, estimate
@@ -24,7 +24,7 @@ def large(ranks, *overrides):
     return load_recipe("quickstart", [*LARGE, *sizes, *overrides])
 
 
-def test_memory_and_arithmetic_shrink_with_the_ranks():
+def test_memory_and_compute_time_shrink_with_the_ranks():
     device = DEVICES["h100"]
     estimates = {ranks: estimate(large(ranks), 257, device) for ranks in (8, 64)}
     total = parameter_count(large(8).model, 257)
@@ -33,25 +33,26 @@ def test_memory_and_arithmetic_shrink_with_the_ranks():
         assert predicted.memory.weights == 2 * total
         assert predicted.memory.optimizer == 12 * total / ranks
         assert predicted.tokens_per_second == pytest.approx((1 << 20) / predicted.step_s)
-        # All matrices but the embeddings need two operations a parameter and token; attention and
-        # states come on top.
+        # All matrices except the embeddings need two operations per parameter and token; attention
+        # and states need more.
         matrices = 2 * (total - 384 * 4096)
         forward = predicted.head_flops + sum(
             kind.layers * (kind.mixer_flops + kind.mlp_flops) for kind in predicted.kinds
         )
         assert forward > matrices
-    few = estimates[8]
-    many = estimates[64]
-    # How evenly the work is spread differs.
-    assert few.compute_s == pytest.approx(8 * many.compute_s, rel=1e-3)
-    assert few.memory.activations == pytest.approx(8 * many.memory.activations)
+    few_ranks = estimates[8]
+    many_ranks = estimates[64]
+    # Not exactly 8 times: the balance of the work differs.
+    assert few_ranks.compute_s == pytest.approx(8 * many_ranks.compute_s, rel=1e-3)
+    assert few_ranks.memory.activations == pytest.approx(8 * many_ranks.memory.activations)
 
 
-def test_the_sparse_layers_move_less_than_the_full_ones():
+def test_sparse_layers_receive_less_than_full_ones():
     predicted = estimate(large(64, "parallel.schedules.sparse=stripes"), 257, DEVICES["h100"])
     kinds = {kind.name: kind for kind in predicted.kinds}
     assert kinds["linear"].received < kinds["sparse"].received < kinds["full"].received
-    # Forward, and again with their gradients backward: three times what the plan's forward is.
+    # Keys and values are received in forward and again in backward, where gradients return as well:
+    # three times the traffic of the plan's forward.
     assert kinds["sparse"].received / 2**20 == pytest.approx(3 * 316, rel=0.02)
 
 
@@ -70,14 +71,14 @@ def test_the_rank_with_most_work_sets_the_time():
     assert uneven.compute_s > 1.5 * even.compute_s
 
 
-def test_the_command(longspan, tmp_path):
+def test_the_command_prints_a_plan_and_draws_a_picture(longspan, tmp_path):
     picture = tmp_path / "new" / "plan.png"
     recipe = ["quickstart", "parallel.cp=16", "training.seq_length=65536"]
-    done = longspan("plan", *recipe, "--gpus", "64", "--device", "h200", "-o", picture)
-    assert done.returncode == 0, done.stderr
-    assert "predicted for 64 x h200; nothing here was measured" in done.stdout
-    assert "dp 4 x cp 16 x pp 1 x tp 1" in done.stdout
-    assert "sparse: schedule " in done.stdout
+    completed = longspan("plan", *recipe, "--gpus", "64", "--device", "h200", "-o", picture)
+    assert completed.returncode == 0, completed.stderr
+    assert "predicted for 64 x h200; nothing here was measured" in completed.stdout
+    assert "dp 4 x cp 16 x pp 1 x tp 1" in completed.stdout
+    assert "sparse: schedule " in completed.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -87,9 +88,9 @@ def test_linear_layers_alone_have_no_schedules_to_draw(longspan, tmp_path):
         "model.layers.blocks.full=null",
         "model.layers.blocks.sparse=null",
     ]
-    done = longspan("plan", "quickstart", *linear, "-o", tmp_path / "plan.png")
-    assert done.returncode == 0, done.stderr
-    assert "only states move" in done.stdout
+    completed = longspan("plan", "quickstart", *linear, "-o", tmp_path / "plan.png")
+    assert completed.returncode == 0, completed.stderr
+    assert "only states move" in completed.stdout
     assert not (tmp_path / "plan.png").exists()
 
 
@@ -107,32 +108,41 @@ def test_linear_layers_alone_have_no_schedules_to_draw(longspan, tmp_path):
         ),
     ],
 )
-def test_bad_input_is_one_line(longspan, tmp_path, arguments, message):
-    done = longspan("plan", "quickstart", *arguments, "-o", tmp_path / "plan.png")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_invalid_options_give_one_line_and_status_2(longspan, tmp_path, arguments, message):
+    completed = longspan("plan", "quickstart", *arguments, "-o", tmp_path / "plan.png")
+    assert completed.returncode == 2, completed.stdout + completed.stderr
+    assert message in completed.stderr
+    assert len(completed.stderr.splitlines()) == 1
 
 
-def test_engines_and_options_change_what_is_held():
+def test_memory_follows_the_engine_and_its_options():
     device = DEVICES["h100"]
     options = ["engine.name=deepspeed"]
     total = parameter_count(large(8).model, 257)
-    for stage, weights, gradients in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
+    for stage, weight_shards, gradient_shards in ((0, 1, 1), (1, 1, 1), (2, 1, 8), (3, 8, 8)):
         recipe = large(8, *options, f"engine.zero_stage={stage}", "training.dtype=float32")
         memory = estimate(recipe, 257, device).memory
-        assert memory.weights == 2 * total / weights
-        assert memory.gradients == 4 * total / gradients
+        assert memory.weights == 2 * total / weight_shards
+        assert memory.gradients == 4 * total / gradient_shards
         assert memory.optimizer == 12 * total / (8 if stage else 1)
-    kept, selective, full = (
+    without_recompute, selective, full = (
         estimate(large(8, f"memory.recompute={mode}"), 257, device)
         for mode in ("none", "selective", "full")
     )
-    assert kept.memory.activations > selective.memory.activations > full.memory.activations
-    assert kept.compute_s < selective.compute_s < full.compute_s < 1.34 * kept.compute_s
+    assert (
+        without_recompute.memory.activations
+        > selective.memory.activations
+        > full.memory.activations
+    )
+    assert (
+        without_recompute.compute_s
+        < selective.compute_s
+        < full.compute_s
+        < 1.34 * without_recompute.compute_s
+    )
 
 
-def test_experts_are_spread_over_their_ranks():
+def test_expert_parallel_spreads_the_weights():
     experts = [
         "model.moe={num_experts: 8}",
         *(f"model.layers.blocks.{name}.mlp=moe" for name in ("full", "sparse", "linear")),
@@ -142,6 +152,6 @@ def test_experts_are_spread_over_their_ranks():
     )
     assert whole.parameters == spread.parameters
     assert spread.memory.weights < 0.3 * whole.memory.weights
-    # All of the optimizer's state is shared either way.
+    # The optimizer's state is sharded over all ranks in both cases.
     assert spread.memory.optimizer == pytest.approx(whole.memory.optimizer)
     assert spread.compute_s == pytest.approx(whole.compute_s)

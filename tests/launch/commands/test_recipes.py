@@ -26,31 +26,31 @@ TARGETS = {
 }
 
 
-def target(name: str) -> str:
+def exported_model_type(name: str) -> str:
     to_export = ModelToExport.of_recipe(load_recipe(name))
     return choose_target(to_export)[0].model_type
 
 
-def test_every_recipe_has_a_twin_and_is_named_here():
+def test_every_recipe_has_a_tiny_twin_and_an_expected_target():
     names = {str(path.relative_to(SHIPPED).with_suffix("")) for path in shipped_recipes()}
     others = {name for name in names if name == "quickstart" or name.startswith("mqar/")}
     assert names - others == set(TARGETS) | {f"{name}-tiny" for name in TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_recipe_and_its_twin_become_the_same_architecture(name):
-    assert target(name) == target(f"{name}-tiny") == TARGETS[name]
-    whole = load_recipe(name)
+def test_a_recipe_and_its_twin_are_exported_as_the_same_architecture(name):
+    assert exported_model_type(name) == exported_model_type(f"{name}-tiny") == TARGETS[name]
+    recipe = load_recipe(name)
     twin = load_recipe(f"{name}-tiny")
-    mixers = [{block.kind() for block in recipe.model.stack} for recipe in (whole, twin)]
+    mixers = [{block.kind() for block in variant.model.stack} for variant in (recipe, twin)]
     assert mixers[0] == mixers[1]
     lines = SHIPPED.joinpath(f"{name}.yaml").read_text().splitlines()
-    assert lines[0].startswith("# ")  # where it comes from
+    assert lines[0].startswith("# ")  # its origin
 
 
 @pytest.mark.wide
 @pytest.mark.parametrize("name", TARGETS)
-def test_its_header_has_what_plan_predicts(name):
+def test_the_header_states_the_predictions_of_plan(name):
     recipe = load_recipe(name)
     predicted = estimate(recipe, recipe_vocab_size(recipe), DEVICES["h100"])
     memory = sum(predicted.memory) / GIB
@@ -67,11 +67,11 @@ def test_its_header_has_what_plan_predicts(name):
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_twin_trains_resumes_and_is_exported(longspan, corpus, tmp_path, name):
     def run(*arguments):
-        done = longspan(*arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        completed = longspan(*arguments)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
-    # The corpus is less held-out text than its own.
+    # The small corpus is shorter than the recipe's own held-out text.
     twin = [f"{name}-tiny", f"run_dir={tmp_path / 'run'}", f"data.validation={corpus}"]
     steps = 16 if "1m" in name else 3  # into its second stage
     run("train", *twin, f"training.steps={steps}")

@@ -8,10 +8,10 @@ from longspan.launch.cli import main
 from longspan.launch.pattern_picture import FUTURE, VISIBLE, visible_shares
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as ended:
+def run_show_pattern(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_info:
         main(["show-pattern", *map(str, arguments)])
-    return ended.value.code, *capsys.readouterr()
+    return exit_info.value.code, *capsys.readouterr()
 
 
 def panels(path) -> list[np.ndarray]:
@@ -24,17 +24,18 @@ def panels(path) -> list[np.ndarray]:
         np.abs(picture - to_rgb(color)).max(-1) < 0.004 for color in (VISIBLE, FUTURE)
     )
     states = visible.astype(int) - future
-    rows = [states[top:bottom] for top, bottom in _runs(states.any(1))]
-    return [row[:, left:right] for row in rows for left, right in _runs(row.any(0))]
+    rows = [states[top:bottom] for top, bottom in _true_ranges(states.any(1))]
+    return [row[:, left:right] for row in rows for left, right in _true_ranges(row.any(0))]
 
 
-def _runs(holds: np.ndarray) -> np.ndarray:
-    return np.flatnonzero(np.diff(holds, prepend=False, append=False)).reshape(-1, 2)
+def _true_ranges(values: np.ndarray) -> np.ndarray:
+    """Return the ``(start, stop)`` of each stretch of consecutive true values."""
+    return np.flatnonzero(np.diff(values, prepend=False, append=False)).reshape(-1, 2)
 
 
-def test_the_picture_is_the_mask(capsys, tmp_path):
+def test_the_picture_shows_the_mask(capsys, tmp_path):
     out = tmp_path / "deep" / "mask.png"
-    status, printed, _ = run(
+    status, printed, _ = run_show_pattern(
         capsys, "S2(4, 2, 4) | Sinks(1)", "-o", out, "--heads", 2, "--length", 32
     )
     assert status == 0
@@ -50,13 +51,14 @@ def test_the_picture_is_the_mask(capsys, tmp_path):
     drawn = panels(out)
     assert len(drawn) == 2
     for pixels, mask in zip(drawn, expected, strict=True):
+        # The pixel in the middle of each cell.
         rows, columns = ([int((i + 0.5) / 32 * size) for i in range(32)] for size in pixels.shape)
         assert (pixels[np.ix_(rows, columns)] == mask).all()
 
 
 @pytest.mark.parametrize("pattern", [Window(300), S2(64, 4, 8), Causal()])
 @pytest.mark.parametrize("length", [500, 1000, 1024])
-def test_cells_hold_the_share_of_visible_pairs(pattern, length):
+def test_cells_show_the_share_of_visible_pairs(pattern, length):
     positions = torch.arange(length)
     mask = pattern.mask(positions, positions, 1)[0]
     causal = positions[:, None] >= positions
@@ -76,7 +78,7 @@ def test_cells_hold_the_share_of_visible_pairs(pattern, length):
     assert math.isnan(shares[0, -1])
 
 
-def test_long_sequences_are_sampled_without_a_bias():
+def test_long_sequences_are_sampled_without_bias():
     shares = visible_shares(Dilated(1, 2, 10**6), 1, 100_000)[0]
     assert np.tril(shares, -1).sum() / np.tril(np.ones_like(shares), -1).sum() == pytest.approx(
         0.5, abs=0.01
@@ -85,7 +87,7 @@ def test_long_sequences_are_sampled_without_a_bias():
 
 def test_a_recipe_has_a_row_of_panels_for_each_softmax_block(capsys, tmp_path, tiny_recipe):
     out = tmp_path / "recipe.png"
-    status, printed, _ = run(capsys, tiny_recipe, "-o", out)
+    status, printed, _ = run_show_pattern(capsys, tiny_recipe, "-o", out)
     assert status == 0
     sparse, full = printed.splitlines()
     assert sparse.startswith("sparse: S2(")
@@ -99,13 +101,15 @@ def test_a_recipe_has_a_row_of_panels_for_each_softmax_block(capsys, tmp_path, t
     assert not np.array_equal(drawn[0], drawn[1]), "heads differ"
 
 
-def test_more_heads_than_are_shown(capsys, tmp_path, monkeypatch):
+def test_only_the_first_eight_heads_are_drawn(capsys, tmp_path, monkeypatch):
     from matplotlib.figure import SubFigure
 
     titles = []
     monkeypatch.setattr(SubFigure, "suptitle", lambda self, title, **options: titles.append(title))
     out = tmp_path / "many.png"
-    status, printed, _ = run(capsys, "S2(1, 1, 12)", "-o", out, "--heads", 12, "--length", 16)
+    status, printed, _ = run_show_pattern(
+        capsys, "S2(1, 1, 12)", "-o", out, "--heads", 12, "--length", 16
+    )
     assert status == 0
     assert "positions covered by the union of 12 heads" in printed
     assert len(panels(out)) == 8
@@ -118,7 +122,7 @@ def test_the_default_length_shows_the_structure(capsys, tmp_path):
         "Window(100)": 512,
         "Window(9000)": "8,192",
     }.items():
-        _, printed, _ = run(capsys, pattern, "-o", tmp_path / "a.png", "--heads", 1)
+        _, printed, _ = run_show_pattern(capsys, pattern, "-o", tmp_path / "a.png", "--heads", 1)
         assert f"at {length} tokens" in printed
 
 
@@ -140,9 +144,9 @@ def test_the_default_length_shows_the_structure(capsys, tmp_path):
         (["Causal()", "-o", "{tmp}"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
+def test_invalid_options_give_one_line_and_status_2(capsys, tmp_path, arguments, message):
     out = [] if "-o" in arguments else ["-o", tmp_path / "a.png"]
-    status, _, err = run(
+    status, _, err = run_show_pattern(
         capsys, *(argument.replace("{tmp}", str(tmp_path)) for argument in arguments), *out
     )
     assert status == 2
@@ -151,7 +155,7 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_without_softmax_blocks_has_nothing_to_show(capsys, tmp_path, tiny_recipe):
+def test_a_recipe_without_softmax_blocks_is_refused(capsys, tmp_path, tiny_recipe):
     import yaml
 
     content = yaml.safe_load(tiny_recipe.read_text())
@@ -159,12 +163,12 @@ def test_a_recipe_without_softmax_blocks_has_nothing_to_show(capsys, tmp_path, t
     layers["blocks"] = {"linear": layers["blocks"]["linear"]}
     layers["pattern"] = ["linear"]
     tiny_recipe.write_text(yaml.safe_dump(content))
-    status, _, err = run(capsys, tiny_recipe, "-o", tmp_path / "a.png")
+    status, _, err = run_show_pattern(capsys, tiny_recipe, "-o", tmp_path / "a.png")
     assert status == 2
     assert "has no block of softmax attention" in err
 
 
-def test_blocks_that_are_chosen_from_the_content_have_no_picture(capsys, tmp_path):
+def test_moba_blocks_are_left_out(capsys, tmp_path):
     import yaml
 
     blocks = {"a": {"mixer": "moba"}, "full": {"mixer": "full"}}
@@ -175,7 +179,9 @@ def test_blocks_that_are_chosen_from_the_content_have_no_picture(capsys, tmp_pat
     recipe["model"]["layers"]["blocks"] |= {"linear": None, "sparse": None}
     path = tmp_path / "moba.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    status, printed, error = run(capsys, path, "-o", tmp_path / "a.png", "--length", 64)
+    status, printed, error = run_show_pattern(
+        capsys, path, "-o", tmp_path / "a.png", "--length", 64
+    )
     assert (status, error) == (0, "")
     assert printed.startswith("full: Causal()")
     assert len(printed.splitlines()) == 1

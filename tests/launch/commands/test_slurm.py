@@ -1,6 +1,6 @@
-"""``longspan slurm``: what is refused, what is written, and a job on a real Slurm.
+"""``longspan slurm``: requests that are refused, the script it writes, and a job on a real Slurm.
 
-The job is asked to stop, is requeued, and resumes.
+That job gets the signal to stop, is requeued, and resumes.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ON_CPUS = ["--nodes", "1", "--gpus-per-node", "0"]
-CONF = """
+SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/none
@@ -117,22 +117,24 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         ),
     ],
 )
-def test_what_cannot_run_is_refused(longspan, tiny_recipe, tmp_path, arguments, lines):
-    done = longspan("slurm", tiny_recipe, *arguments)
-    assert done.returncode == 2
+def test_requests_that_cannot_run_are_refused(longspan, tiny_recipe, tmp_path, arguments, lines):
+    completed = longspan("slurm", tiny_recipe, *arguments)
+    assert completed.returncode == 2
     assert not (tmp_path / "run").exists()
     for line in lines:
-        assert f"longspan: {line}" in done.stderr
+        assert f"longspan: {line}" in completed.stderr
 
 
-def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
+def test_the_script_contains_the_options(longspan, tiny_recipe, tmp_path):
     setup = ["--setup", "module load cuda", "--setup", "source .venv/bin/activate"]
     sizes = ["--nodes", "2", "--gpus-per-node", "4", "--time", "2-00:00:00"]
-    asked = [*sizes, "--account", "lab", "--partition", "gpu", *setup]
-    done = longspan("slurm", tiny_recipe, "parallel.cp=2", "training.global_batch_size=8", *asked)
-    assert done.returncode == 0, done.stderr
+    options = [*sizes, "--account", "lab", "--partition", "gpu", *setup]
+    completed = longspan(
+        "slurm", tiny_recipe, "parallel.cp=2", "training.global_batch_size=8", *options
+    )
+    assert completed.returncode == 0, completed.stderr
     script = tmp_path / "run" / "slurm" / "train.sbatch"
-    assert f"submit it with sbatch {script}" in done.stdout
+    assert f"submit it with sbatch {script}" in completed.stdout
     text = script.read_text()
     expected = [
         "nodes=2",
@@ -151,12 +153,12 @@ def test_the_script_has_what_was_asked_for(longspan, tiny_recipe, tmp_path):
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
-def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monkeypatch, tmp_path):
+def test_submitting_without_slurm_is_refused(longspan, tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    done = longspan("slurm", tiny_recipe, *ON_CPUS, "--time", "60", "--submit")
-    assert done.returncode == 2
+    completed = longspan("slurm", tiny_recipe, *ON_CPUS, "--time", "60", "--submit")
+    assert completed.returncode == 2
     remedy = "run it on a login node, or write the script here and take it"
-    assert f"--submit: there is no sbatch here; {remedy}" in done.stderr
+    assert f"--submit: there is no sbatch here; {remedy}" in completed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -170,26 +172,26 @@ def test_without_slurm_there_is_nothing_to_submit_to(longspan, tiny_recipe, monk
         ("--out={}/folder", "--out: {}/folder cannot be written: Is a directory; choose another"),
     ],
 )
-def test_what_cannot_be_written_is_named(longspan, tiny_recipe, tmp_path, argument, line):
+def test_an_unwritable_path_is_reported(longspan, tiny_recipe, tmp_path, argument, line):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    done = longspan("slurm", tiny_recipe, argument.format(tmp_path), *ON_CPUS, "--time", "60")
-    assert (done.returncode, done.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
+    completed = longspan("slurm", tiny_recipe, argument.format(tmp_path), *ON_CPUS, "--time", "60")
+    assert (completed.returncode, completed.stderr) == (2, f"longspan: {line.format(tmp_path)}\n")
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("train.sbatch")]
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, saves):
-    """With stand-ins for Slurm's commands.
+def test_only_a_job_that_saved_is_requeued(longspan, tiny_recipe, tmp_path, saves):
+    """Slurm's commands are replaced by scripts.
 
-    The setup may read what is not set, and a STOP from before is not the job's.
+    The setup may read unset variables, and a STOP file from before the job does not stop it.
     """
     run = tmp_path / "run"
-    tools = tmp_path / "tools"
+    commands_folder = tmp_path / "tools"
     (run / "checkpoints" / "step-00000002").mkdir(parents=True)
     (run / "STOP").touch()
-    asked = [*ON_CPUS, "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
-    assert longspan("slurm", tiny_recipe, *asked).returncode == 0
+    options = [*ON_CPUS, "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
+    assert longspan("slurm", tiny_recipe, *options).returncode == 0
     work = (
         "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
     )
@@ -197,21 +199,21 @@ def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, 
         "srun": f"{work}; mkdir run/checkpoints/step-00000006" if saves else work,
         "scontrol": 'test "$1" = show || echo "$@" >queue',
     }
-    tools.mkdir()
+    commands_folder.mkdir()
     for name, text in commands.items():
-        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tools / name).chmod(0o755)
+        (commands_folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands_folder / name).chmod(0o755)
     variables = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "here",
         "SLURM_NNODES": "1",
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{commands_folder}:{os.environ['PATH']}",
     }
     command = ["bash", run / "slurm" / "train.sbatch"]
     job = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
     )
-    _until(lambda: job.poll() is not None or (tmp_path / "started").exists(), 20, "the start")
+    _wait_until(lambda: job.poll() is not None or (tmp_path / "started").exists(), 20, "the start")
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=20)
     queue = tmp_path / "queue"
@@ -229,7 +231,7 @@ def test_only_a_job_that_has_saved_is_requeued(longspan, tiny_recipe, tmp_path, 
 def slurm(tmp_path, monkeypatch):
     """Start a Slurm of one node, with its commands on the PATH, and yield its folder.
 
-    It is what ``slurm_here.sh`` unpacked, or what the machine has.
+    It is the Slurm that ``slurm_here.sh`` unpacked, or else that of the machine.
     """
     unpacked = Path(os.environ.get("LONGSPAN_SLURM", "/nowhere"), "root")
     if unpacked.is_dir():
@@ -252,7 +254,7 @@ def slurm(tmp_path, monkeypatch):
     ]
     conf = folder / "slurm.conf"
     conf.write_text(
-        CONF.format(
+        SLURM_CONF.format(
             host=socket.gethostname().split(".")[0],
             user=os.environ.get("USER", "root"),
             ports=[_free_port(), _free_port()],
@@ -286,7 +288,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def _daemon(name: str) -> str | None:
-    """Return the path of a daemon of Slurm's, by its own name or Debian's, if it is there."""
+    """Return the path of one of Slurm's daemons, by its own name or Debian's, or None."""
     return shutil.which(name) or shutil.which(f"{name}-wlm")
 
 
@@ -320,34 +322,32 @@ def _state(job: str) -> str:
     return re.search(r"JobState=(\w+)", shown)[1]
 
 
-def _until(condition, seconds: float, what: str, log: Path = Path(os.devnull)) -> None:
+def _wait_until(condition, seconds: float, event: str, log: Path = Path(os.devnull)) -> None:
     for _ in range(int(seconds * 5)):
         if condition():
             return
         time.sleep(0.2)
-    pytest.fail(f"{what} did not come to pass in {seconds:g} s\n{log.read_text()}")
+    pytest.fail(f"{event} did not happen within {seconds:g} s\n{log.read_text()}")
 
 
-def test_slurm_checks_the_request_before_anything_is_written(
-    slurm, longspan, tiny_recipe, tmp_path
-):
-    asked = [*ON_CPUS, "--time", "30", "--partition", "nowhere"]
-    done = longspan("slurm", tiny_recipe, *asked, "--submit")
+def test_a_request_that_slurm_refuses_writes_nothing(slurm, longspan, tiny_recipe, tmp_path):
+    options = [*ON_CPUS, "--time", "30", "--partition", "nowhere"]
+    completed = longspan("slurm", tiny_recipe, *options, "--submit")
     line = "longspan: --submit: Slurm refuses the job: invalid partition specified: nowhere"
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(line)
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    assert completed.stderr.startswith(line)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_job_works_where_its_command_was_given(
+def test_a_job_runs_in_the_folder_of_the_longspan_command(
     slurm, longspan, tiny_recipe, tmp_path, monkeypatch
 ):
-    """Wherever sbatch is; in a folder whose name Slurm could take for two words."""
+    """Wherever sbatch is run; also in a folder whose name Slurm could read as two words."""
     folder = tmp_path / "my runs"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    done = longspan("slurm", tiny_recipe, "run_dir=a run", *ON_CPUS, "--time", "30")
-    assert done.returncode == 0, done.stderr
+    completed = longspan("slurm", tiny_recipe, "run_dir=a run", *ON_CPUS, "--time", "30")
+    assert completed.returncode == 0, completed.stderr
     script = folder / "a run" / "slurm" / "train.sbatch"
     submitted = subprocess.run(
         ["sbatch", "--hold", script], cwd="/", capture_output=True, text=True, check=False
@@ -362,10 +362,8 @@ def test_a_job_works_where_its_command_was_given(
     assert "JobName=a run\n" in shown
 
 
-def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
-    slurm, longspan, tiny_recipe, tmp_path
-):
-    """To the same bits as a run that nothing happens to; two processes of one node's task."""
+def test_a_job_signalled_to_stop_is_requeued_and_resumes(slurm, longspan, tiny_recipe, tmp_path):
+    """The losses equal those of an undisturbed run bit by bit, with two processes in one task."""
     options = [
         "training.steps=120",
         "metrics.log_interval=1",
@@ -378,24 +376,32 @@ def test_a_job_that_is_asked_to_stop_is_requeued_and_resumes(
     assert alone.returncode == 0, alone.stderr
     path = f"export PATH={Path(sys.executable).parent}:$PATH"
     package = f"export PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-    asked = [*ON_CPUS, "--processes-per-node", "2", "--time", "30", "--notice", "60"]
-    done = longspan(
-        "slurm", tiny_recipe, *options, *asked, "--setup", path, "--setup", package, "--submit"
+    slurm_options = [*ON_CPUS, "--processes-per-node", "2", "--time", "30", "--notice", "60"]
+    completed = longspan(
+        "slurm",
+        tiny_recipe,
+        *options,
+        *slurm_options,
+        "--setup",
+        path,
+        "--setup",
+        package,
+        "--submit",
     )
-    assert done.returncode == 0, done.stderr
-    job = re.fullmatch(r"Submitted batch job (\d+)\n", done.stdout)[1]
+    assert completed.returncode == 0, completed.stderr
+    job = re.fullmatch(r"Submitted batch job (\d+)\n", completed.stdout)[1]
     run = tmp_path / "run"
     log = run / "slurm" / f"{job}.out"
-    _until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 5, 120, "training")
+    _wait_until(lambda: (run / "metrics.jsonl").exists() and len(_losses(run)) > 5, 120, "training")
     # As Slurm does before the time is up.
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-    _until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
+    _wait_until(lambda: _state(job) in ("PENDING", "REQUEUED"), 60, "a requeue", log)
     stopped = max(_losses(run))
     assert stopped < 120
-    # Slurm holds a requeued job for two minutes; its node refuses one that comes within a second of
-    # its end.
+    # Slurm holds a requeued job for two minutes; this cuts the wait short. A node refuses a job
+    # within a second after its end.
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now+5"], check=False)
-    _until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
+    _wait_until(lambda: _state(job) == "COMPLETED", 300, "the end", log)
     assert f"resuming from step {stopped}" in log.read_text()
     assert _losses(run) == _losses(tmp_path / "alone")
-    assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # of each rank
+    assert list(run.glob(f"slurm/{job}/**/stderr.log"))  # one of each rank

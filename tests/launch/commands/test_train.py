@@ -1,4 +1,4 @@
-"""The main door, with real processes."""
+"""``longspan train``, with real processes."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from longspan.trainer.predict.flops import training_flops
 from longspan.trainer.recipe.file import load_recipe
 
 
-def read(run: Path) -> list[dict]:
+def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_path):
+def test_two_processes_train_evaluate_plot_and_generate(longspan, tiny_recipe, corpus, tmp_path):
     run = tmp_path / "run"
     overrides = [
         "launch.processes=2",
@@ -27,15 +27,15 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
         "evaluation.interval=10",
     ]
     overrides += ["evaluation.ngram_baseline=true", "evaluation.sample_prompt=Document"]
-    done = longspan("train", tiny_recipe, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert "step 20/20" in done.stdout
-    assert "held-out: " in done.stdout
-    assert "an order-2 byte model on the same: " in done.stdout
-    assert "a sample:\nDocument" in done.stdout
-    assert "Traceback" not in done.stderr
+    completed = longspan("train", tiny_recipe, *overrides)
+    assert completed.returncode == 0, completed.stderr
+    assert "step 20/20" in completed.stdout
+    assert "held-out: " in completed.stdout
+    assert "an order-2 byte model on the same: " in completed.stdout
+    assert "a sample:\nDocument" in completed.stdout
+    assert "Traceback" not in completed.stderr
 
-    records = read(run)
+    records = read_metrics(run)
     assert records[0]["step"] == 1
     assert set(records[0]) == {"step", "flops/linear", "flops/sparse", "flops/full", "flops/output"}
     assert records[0]["flops/full"] > records[0]["flops/sparse"] > 0
@@ -70,27 +70,29 @@ def test_two_processes_from_recipe_to_sample(longspan, tiny_recipe, corpus, tmp_
     assert generated.stdout.startswith("Document 1")
     assert generated.stdout == longspan("generate", run, *greedy).stdout
 
-    again = longspan("train", tiny_recipe, *overrides)
-    assert again.returncode == 0, again.stderr
-    assert "all 20 steps are done; raise training.steps" in again.stdout
-    assert "held-out: " in again.stdout
-    assert read(run) == records
+    second_run = longspan("train", tiny_recipe, *overrides)
+    assert second_run.returncode == 0, second_run.stderr
+    assert "all 20 steps are done; raise training.steps" in second_run.stdout
+    assert "held-out: " in second_run.stdout
+    assert read_metrics(run) == records
 
 
-def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, tmp_path):
+def test_tflops_follow_the_length_of_each_step(longspan, tiny_recipe, tmp_path):
     options = [
         "training.seq_length=192",
         "data.packing=buckets",
         "data.buckets={shortest: 24, cycle_steps: 12}",
     ]
-    done = longspan("train", tiny_recipe, *options, "training.steps=12", "metrics.log_interval=1")
-    assert done.returncode == 0, done.stderr
+    completed = longspan(
+        "train", tiny_recipe, *options, "training.steps=12", "metrics.log_interval=1"
+    )
+    assert completed.returncode == 0, completed.stderr
     model = load_recipe(str(tiny_recipe)).model
     possible = {
         length: sum(training_flops(model, length, 257).values()) for length in (24, 48, 96, 192)
     }
-    seen = set()
-    for record in read(tmp_path / "run"):
+    lengths_seen = set()
+    for record in read_metrics(tmp_path / "run"):
         if "train/loss" in record:
             flops = (
                 record["perf/tflops_per_device"] * 1e12 / record["perf/tokens_per_sec_per_device"]
@@ -100,8 +102,8 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
                 for length, expected in possible.items()
                 if flops == pytest.approx(expected, rel=1e-6)
             ]
-            seen.add(length)
-    assert len(seen) > 1
+            lengths_seen.add(length)
+    assert len(lengths_seen) > 1
 
 
 @pytest.mark.parametrize(
@@ -124,31 +126,32 @@ def test_the_arithmetic_of_a_step_is_that_of_its_length(longspan, tiny_recipe, t
     ],
     ids=["Adam", "inputs"],
 )
-def test_what_is_offloaded_must_fit_into_memory(tiny_recipe, tmp_path, overrides, key, gib):
-    with pytest.raises(UserError) as caught:
+def test_offloading_more_than_the_memory_is_refused(tiny_recipe, tmp_path, overrides, key, gib):
+    with pytest.raises(UserError) as error_info:
         train(str(tiny_recipe), [*overrides, "launch.processes=2"], dry_run=False)
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf"{key}: what the 2 processes here offload takes ([0-9,.]+) GiB, .* has [0-9.]+ GiB; .*",
-        str(caught.value),
+        str(error_info.value),
     )
-    assert float(found[1].replace(",", "")) == pytest.approx(gib, rel=0.1)  # gates beside
+    # The formulas of the parametrization leave out gates and other small tensors.
+    assert float(match[1].replace(",", "")) == pytest.approx(gib, rel=0.1)
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_and_the_resolved_recipe_gives_the_same_run(longspan, tiny_recipe, tmp_path):
-    done = longspan("train", tiny_recipe, "training.steps=6", "evaluation.sample_prompt=Doc")
-    assert done.returncode == 0, done.stderr
-    assert "a sample:\nDoc" in done.stdout
+def test_the_resolved_recipe_gives_the_same_losses(longspan, tiny_recipe, tmp_path):
+    completed = longspan("train", tiny_recipe, "training.steps=6", "evaluation.sample_prompt=Doc")
+    assert completed.returncode == 0, completed.stderr
+    assert "a sample:\nDoc" in completed.stdout
     first = tmp_path / "run"
     assert longspan("train", first / "recipe.yaml", f"run_dir={tmp_path / 'again'}").returncode == 0
     losses = [
-        [record["train/loss"] for record in read(folder) if "train/loss" in record]
+        [record["train/loss"] for record in read_metrics(folder) if "train/loss" in record]
         for folder in (first, tmp_path / "again")
     ]
     assert losses[0] == losses[1], "same recipe, same sizes, same bits"
 
 
-def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
+def test_a_token_outside_the_vocabulary_ends_all_ranks_and_is_located(
     longspan, tiny_recipe, corpus, tmp_path
 ):
     for suffix in ("idx", "json"):
@@ -156,7 +159,7 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
     content = bytearray(Path(f"{corpus}.bin").read_bytes())
     content[2000:2002] = (999).to_bytes(2, "little")
     (tmp_path / "bad.bin").write_bytes(content)
-    done = longspan(
+    completed = longspan(
         "train",
         tiny_recipe,
         "launch.processes=2",
@@ -164,13 +167,13 @@ def test_a_bad_token_in_a_batch_ends_all_ranks_with_file_and_offset(
         "checkpoint.interval=1",
         f"data.sources={{{tmp_path / 'bad'}: 1.0}}",
     )
-    assert done.returncode == 2, done.stderr
+    assert completed.returncode == 2, completed.stderr
     place = "token id 999 at byte offset 2000 (token 1000)"
-    assert f"{tmp_path / 'bad'}.bin: {place} is outside the vocabulary of 257" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert f"{tmp_path / 'bad'}.bin: {place} is outside the vocabulary of 257" in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
-def test_bad_input_under_torchrun_ends_all_ranks_cleanly(tiny_recipe, tmp_path):
+def test_an_unreadable_run_folder_ends_all_torchrun_ranks_cleanly(tiny_recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("")
     command = [
@@ -183,24 +186,24 @@ def test_bad_input_under_torchrun_ends_all_ranks_cleanly(tiny_recipe, tmp_path):
         "-m",
         "longspan",
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "train", tiny_recipe], capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode != 0
+    assert completed.returncode != 0
     assert (
         f"longspan: rank 0: run_dir: {tmp_path / 'run'} holds a run whose recipe cannot be read"
-        in done.stderr
+        in completed.stderr
     )
-    assert "[rank1]: Traceback" not in done.stderr
+    assert "[rank1]: Traceback" not in completed.stderr
 
 
-def test_damaged_weights_are_named(longspan, tiny_recipe, tmp_path):
+def test_damaged_weights_are_reported(longspan, tiny_recipe, tmp_path):
     assert longspan("train", tiny_recipe, "training.steps=1").returncode == 0
     weights = tmp_path / "run" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    done = longspan("generate", tmp_path / "run")
-    assert done.returncode == 2
-    assert f"{weights}: is damaged" in done.stderr
+    completed = longspan("generate", tmp_path / "run")
+    assert completed.returncode == 2
+    assert f"{weights}: is damaged" in completed.stderr
 
 
 def wandb_records(file: Path):
@@ -211,8 +214,10 @@ def wandb_records(file: Path):
     """
     from wandb.proto import wandb_internal_pb2
 
-    block_size, header_size = 32768, 7
-    whole, last = 1, 4
+    block_size = 32768
+    header_size = 7
+    whole = 1
+    last = 4
 
     content = file.read_bytes()
     offset = 7
@@ -232,16 +237,14 @@ def wandb_records(file: Path):
             record = b""
 
 
-def test_tensorboard_holds_the_metrics(longspan, tiny_recipe, tmp_path):
+def test_metrics_are_written_to_tensorboard(longspan, tiny_recipe, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = longspan("train", tiny_recipe, "metrics.tensorboard=true", "training.steps=10")
-    assert done.returncode == 0, done.stderr
+    completed = longspan("train", tiny_recipe, "metrics.tensorboard=true", "training.steps=10")
+    assert completed.returncode == 0, completed.stderr
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    records = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = read_metrics(tmp_path / "run")
     for name in ("train/loss", "perf/tflops_per_device"):
         logged = {record["step"]: record[name] for record in records if name in record}
         assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(
@@ -249,8 +252,8 @@ def test_tensorboard_holds_the_metrics(longspan, tiny_recipe, tmp_path):
         )
 
 
-def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
-    done = longspan(
+def test_metrics_are_written_to_wandb_offline(longspan, tiny_recipe, tmp_path):
+    completed = longspan(
         "train",
         tiny_recipe,
         "metrics.wandb=true",
@@ -259,7 +262,7 @@ def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
         WANDB_MODE="",
         WANDB_API_KEY="",
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     logged = [
         {
@@ -271,22 +274,20 @@ def test_wandb_offline_holds_the_metrics(longspan, tiny_recipe, tmp_path):
     ]
     losses = [
         [entry["train/loss"] for entry in entries if "train/loss" in entry]
-        for entries in (logged, read(tmp_path / "run"))
+        for entries in (logged, read_metrics(tmp_path / "run"))
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 3
 
 
-def test_the_weights_of_a_run_are_whole_and_named_globally(longspan, tiny_recipe, tmp_path):
-    done = longspan("train", tiny_recipe, "training.steps=2", "launch.processes=2", "parallel.pp=2")
-    assert done.returncode == 0, done.stderr
+def test_saved_weights_are_whole_and_have_global_names(longspan, tiny_recipe, tmp_path):
+    completed = longspan(
+        "train", tiny_recipe, "training.steps=2", "launch.processes=2", "parallel.pp=2"
+    )
+    assert completed.returncode == 0, completed.stderr
     from safetensors.torch import load_file
 
     weights = load_file(tmp_path / "run" / "weights.safetensors")
-    assert {int(name.split(".")[2]) for name in weights if name.startswith("decoder.layers.")} == {
-        0,
-        1,
-        2,
-        3,
-    }
+    layers = {int(name.split(".")[2]) for name in weights if name.startswith("decoder.layers.")}
+    assert layers == {0, 1, 2, 3}
     assert weights["embedding.word_embeddings.weight"].shape == torch.Size([384, 64])

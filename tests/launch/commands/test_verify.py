@@ -1,4 +1,4 @@
-"""``longspan verify``: exact layers pass, and each kind of mistake is seen."""
+"""``longspan verify``: exact layers pass, and each kind of error is detected."""
 
 import os
 import re
@@ -18,20 +18,22 @@ from longspan.trainer.predict.communication import recipe_layout
 from longspan.trainer.recipe.file import load_recipe
 
 
-def test_the_quickstart_is_what_it_is_on_one_rank(longspan):
-    done = longspan(
+def test_the_quickstart_passes(longspan):
+    completed = longspan(
         "verify", "quickstart", "parallel.schedules.full=ring", "parallel.schedules.sparse=stripes"
     )
-    assert done.returncode == 0, done.stderr
-    rows = [re.split(r"  +", line) for line in done.stdout.splitlines() if line.endswith("  ok")]
+    assert completed.returncode == 0, completed.stderr
+    rows = [
+        re.split(r"  +", line) for line in completed.stdout.splitlines() if line.endswith("  ok")
+    ]
     assert {row[0] for row in rows} == {"linear", "sparse", "full", STACK}
-    assert "full          full       ring" in done.stdout
-    assert "sparse        s2         stripes" in done.stdout
+    assert "full          full       ring" in completed.stdout
+    assert "sparse        s2         stripes" in completed.stdout
 
 
 @pytest.mark.wide
-def test_a_mistake_ends_with_status_1(longspan, tmp_path):
-    """A rank whose convolution receives one token too few from its neighbor."""
+def test_a_wrong_layer_ends_with_status_1(longspan, tmp_path):
+    """On one rank, the convolution receives one token too few from its neighbor."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('WORLD_SIZE') == '2':\n"
@@ -43,45 +45,45 @@ def test_a_mistake_ends_with_status_1(longspan, tmp_path):
     recipe.write_text(
         "base: quickstart\nmodel: {layers: {blocks: {linear: {mixer: conv, num_heads: null}}}}\n"
     )
-    done = longspan(
+    completed = longspan(
         "verify",
         recipe,
         PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
     )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"^linear .* WRONG$", done.stdout, re.MULTILINE)
-    assert re.search(r"^full .* ok$", done.stdout, re.MULTILINE)
-    assert "longspan: linear: with token" in done.stderr
+    assert completed.returncode == 1, completed.stdout + completed.stderr
+    assert re.search(r"^linear .* WRONG$", completed.stdout, re.MULTILINE)
+    assert re.search(r"^full .* ok$", completed.stdout, re.MULTILINE)
+    assert "longspan: linear: with token" in completed.stderr
 
 
-def test_a_leak_and_a_loss_are_both_seen():
+def test_unexpected_and_missing_influences_are_found():
     recipe = shrink(load_recipe("quickstart"), 2)
     documents = documents_of(recipe)
-    found = dict(cases(recipe))
-    assert list(found) == ["linear", "sparse", "full", STACK]
+    recipe_by_case = dict(cases(recipe))
+    assert list(recipe_by_case) == ["linear", "sparse", "full", STACK]
     probe = probes_of(recipe, documents)[0]
-    may, must = may_see(found["sparse"], documents, probe)
+    may, must = may_see(recipe_by_case["sparse"], documents, probe)
     assert must.sum() > 1
     assert torch.equal(may, must)
-    assert find_leak(found["sparse"], documents, {probe: may}) is None
+    assert find_leak(recipe_by_case["sparse"], documents, {probe: may}) is None
     later = int(may.nonzero()[-1])
-    for position, what in (
+    for position, message in (
         (later, "does not change, and must"),
         (documents.shape[1] - 1, "changes, and must not"),
     ):
         changed = may.clone()
         changed[position] = not changed[position]
-        assert f"with token {probe} replaced, position {position} {what}" in find_leak(
-            found["sparse"], documents, {probe: changed}
+        assert f"with token {probe} replaced, position {position} {message}" in find_leak(
+            recipe_by_case["sparse"], documents, {probe: changed}
         )
     across = torch.zeros(documents.shape[1], dtype=torch.bool)
     across[probe] = across[-1] = True
-    assert "must not" in find_leak(found[STACK], documents, {probe: across})
+    assert "must not" in find_leak(recipe_by_case[STACK], documents, {probe: across})
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("cp", [2, 3, 4])
-def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
+def test_documents_begin_on_segment_edges_and_inside_and_span_segments(cp, layout):
     recipe = shrink(load_recipe("quickstart", [f"parallel.layout={layout}"]), cp)
     assert (
         recipe.model.layers.blocks["sparse"]
@@ -110,8 +112,8 @@ def test_documents_end_on_edges_inside_parts_and_span_them(cp, layout):
         (["parallel.schedule=rings"], "parallel.schedule: schedule must be one of auto"),
     ],
 )
-def test_bad_input_is_reported_before_any_process_starts(longspan, arguments, message):
-    done = longspan("verify", "quickstart", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_invalid_options_are_reported_before_any_process_starts(longspan, arguments, message):
+    completed = longspan("verify", "quickstart", *arguments)
+    assert completed.returncode == 2
+    assert message in completed.stderr
+    assert "Traceback" not in completed.stderr

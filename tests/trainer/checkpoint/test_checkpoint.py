@@ -1,4 +1,4 @@
-"""Checkpoints as files; what ranks do with them is in test_resume.py."""
+"""Checkpoints as files. How ranks save and restore them is tested in test_resume.py."""
 
 import pytest
 from longspan.trainer.checkpoint.files import (
@@ -18,7 +18,7 @@ from longspan.trainer.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path):
-    """Checkpoints of steps 5, 50 and 500."""
+    """Return a folder with checkpoints of steps 5, 50 and 500."""
     for step in (5, 50, 500):
         partial = partial_path(tmp_path, step)
         partial.mkdir()
@@ -41,7 +41,7 @@ def test_committed_checkpoints_are_whole_and_listed_from_the_newest(folder):
         assert checkpoint.damage(manifest) is None
 
 
-def test_what_is_not_committed_is_not_listed_and_cleaned_up(folder):
+def test_uncommitted_checkpoints_are_not_listed_and_are_removed(folder):
     partial_path(folder, 1000).mkdir()
     (partial_path(folder, 1000) / "data").touch()
     (folder / "notes").mkdir()
@@ -51,7 +51,7 @@ def test_what_is_not_committed_is_not_listed_and_cleaned_up(folder):
     assert (folder / "notes").exists()
 
 
-def test_a_share_of_the_files_finds_only_its_own_damage(folder):
+def test_damage_checks_only_the_files_of_its_share(folder):
     newest = checkpoints(folder)[0]
     (newest.path / "data").write_bytes(b"Weights" * 500)
     manifest = newest.manifest()
@@ -68,7 +68,7 @@ def test_prune_keeps_the_newest(folder, keep, left):
     assert sorted(folder.iterdir()) == sorted(checkpoint.path for checkpoint in checkpoints(folder))
 
 
-def test_a_damaged_checkpoint_set_aside_is_kept_but_not_listed(folder):
+def test_quarantined_checkpoints_are_kept_but_not_listed(folder):
     newest = checkpoints(folder)[0]
     (folder / "step-00000500.damaged-1").mkdir()
     assert quarantine(newest).name == "step-00000500.damaged-2"
@@ -88,14 +88,14 @@ def test_a_damaged_checkpoint_set_aside_is_kept_but_not_listed(folder):
         (Manifest(4, 1, "two ranks", "now", {}).to_json(), "says step 4"),
     ],
 )
-def test_a_bad_manifest_is_damage(folder, content, message):
+def test_an_invalid_manifest_counts_as_damage(folder, content, message):
     newest = checkpoints(folder)[0]
     (newest.path / "manifest.json").write_text(content)
     with pytest.raises(DamagedError, match=f"manifest.json {message}"):
         newest.manifest()
 
 
-def test_every_bit_of_a_manifest_counts(folder):
+def test_any_change_of_a_manifest_is_detected(folder):
     newest = checkpoints(folder)[0]
     content = (newest.path / "manifest.json").read_text()
     for old, new in (

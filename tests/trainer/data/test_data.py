@@ -18,7 +18,7 @@ from longspan.trainer.errors import UserError
 END = ByteTokenizer.end_of_document
 
 
-def test_megatron_reads_what_we_build(corpus, texts):
+def test_megatron_reads_our_corpora(corpus, texts):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(corpus)
@@ -30,8 +30,8 @@ def test_megatron_reads_what_we_build(corpus, texts):
     assert record.tokens == record.bytes + record.documents
 
 
-def test_we_read_what_megatron_builds(tmp_path):
-    """Documents of several sequences, an empty one, another dtype, no record."""
+def test_we_read_megatrons_corpora(tmp_path):
+    """The corpus has documents of several sequences, an empty one, another dtype and no record."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix = str(tmp_path / "theirs")
@@ -59,8 +59,8 @@ def test_jsonl_and_folders(tmp_path, capsys):
     (tmp_path / "in" / "z.txt").write_text("three")
     (tmp_path / "in" / ".git").mkdir()
     (tmp_path / "in" / "__pycache__").mkdir()
-    for left_out in (".hidden", ".git/config", "__pycache__/z.pyc", "deep/image.png"):
-        (tmp_path / "in" / left_out).write_bytes(b"no\xff")
+    for ignored_file in (".hidden", ".git/config", "__pycache__/z.pyc", "deep/image.png"):
+        (tmp_path / "in" / ignored_file).write_bytes(b"no\xff")
     record = build_corpus([tmp_path / "in"], ByteTokenizer(), str(tmp_path / "out"))
     corpus = Corpus(str(tmp_path / "out"), 257)
     texts = [
@@ -118,7 +118,7 @@ def test_a_hugging_face_tokenizer(tmp_path, texts):
         ({"a.txt": b"caf\xe9"}, "no document found in"),
     ],
 )
-def test_bad_text_is_named_and_leaves_nothing(tmp_path, files, message):
+def test_invalid_text_is_located_and_leaves_no_files(tmp_path, files, message):
     source = tmp_path / "in"
     source.mkdir()
     for name, content in files.items():
@@ -128,7 +128,7 @@ def test_bad_text_is_named_and_leaves_nothing(tmp_path, files, message):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_file_named_itself_must_be_text(tmp_path):
+def test_a_file_given_by_name_must_be_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"a.txt: not UTF-8 text \(byte 3\)"):
         build_corpus([tmp_path / "a.txt"], ByteTokenizer(), str(tmp_path / "out"))
@@ -143,19 +143,22 @@ def test_an_existing_corpus_is_not_overwritten(corpus):
 
 @pytest.fixture
 def damaged(corpus, tmp_path):
-    """A copy of the small corpus that a test may damage."""
+    """Return the prefix of a copy of the small corpus, which a test may damage."""
     for suffix in ("bin", "idx", "json"):
         (tmp_path / f"copy.{suffix}").write_bytes(Path(f"{corpus}.{suffix}").read_bytes())
     return tmp_path / "copy"
 
 
-def damage(path, how):
-    content = path.read_bytes()
-    path.unlink() if how is None else path.write_bytes(how(content))
+def damage(path, change):
+    """Change the content of a file, or remove it if ``change`` is None."""
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
 
 
 @pytest.mark.parametrize(
-    ("suffix", "how", "message"),
+    ("suffix", "change", "message"),
     [
         ("bin", None, "copy.bin: no such file"),
         ("idx", None, "copy.idx: no such file"),
@@ -178,14 +181,14 @@ def damage(path, how):
         ),
     ],
 )
-def test_damage_is_found_before_anything_is_read(damaged, suffix, how, message):
+def test_damaged_files_are_found_before_any_token_is_read(damaged, suffix, change, message):
     check_corpus(str(damaged), "bytes", 257)
-    damage(damaged.with_suffix(f".{suffix}"), how)
+    damage(damaged.with_suffix(f".{suffix}"), change)
     with pytest.raises(UserError, match=message):
         check_corpus(str(damaged), "bytes", 257)
 
 
-def test_an_id_outside_the_vocabulary_is_named_with_its_offset(damaged):
+def test_a_token_outside_the_vocabulary_is_located(damaged):
     data = damaged.with_suffix(".bin")
     content = bytearray(data.read_bytes())
     content[40:42] = (300).to_bytes(2, "little")
@@ -200,7 +203,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_offset(damaged):
 
 
 @pytest.mark.parametrize(("length", "alignment"), [(64, 1), (64, 8), (32, 32), (256, 4)])
-def test_packing_keeps_every_token_once(corpus, length, alignment, texts):
+def test_packing_holds_every_token_once(corpus, length, alignment, texts):
     packed = PackedCorpus(Corpus(corpus, 257), length, alignment, shuffle_seeds=(7,))
     counted_labels = []
     padding = 0
@@ -229,11 +232,12 @@ def test_packing_keeps_every_token_once(corpus, length, alignment, texts):
     ) == len(expected)
 
 
-def test_a_cut_document_goes_on_where_it_stopped(tmp_path):
+def test_a_cut_document_continues_in_the_next_sample(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(100)))
     build_corpus([tmp_path / "a.txt"], ByteTokenizer(), str(tmp_path / "out"))
     packed = PackedCorpus(Corpus(str(tmp_path / "out"), 257), 64, 8, None)
-    first, second = packed.sample(0), packed.sample(1)
+    first = packed.sample(0)
+    second = packed.sample(1)
     assert first.tokens.tolist() == list(range(64))
     assert first.labels.tolist() == list(range(1, 65))
     assert first.weights.all()
@@ -243,7 +247,7 @@ def test_a_cut_document_goes_on_where_it_stopped(tmp_path):
     assert (first.padding, second.padding) == (0, 27)
 
 
-def test_order_depends_on_seed_and_epoch_alone(corpus):
+def test_order_depends_only_on_seed_and_epoch(corpus):
     def stream(order, epochs=2):
         packed = PackedCorpus(Corpus(corpus, 257), 64, 8, order)
         return [packed.sample(n).tokens.tobytes() for n in range(epochs * packed.samples_per_epoch)]
@@ -273,15 +277,14 @@ def test_a_step_holds_the_same_samples_on_any_number_of_ranks(tiny_recipe, repli
             for batch in Batches(recipe, data, 257, BatchShard(rank, replicas, 0), cpu).step(step)
         ]
         assert len(shared) == 8
-        seen, expected = (
-            {batch.tokens.numpy().tobytes() for batch in batches} for batches in (shared, alone)
-        )
-        assert seen == expected
-        assert len(seen) == 8
+        tokens = {batch.tokens.numpy().tobytes() for batch in shared}
+        expected_tokens = {batch.tokens.numpy().tobytes() for batch in alone}
+        assert tokens == expected_tokens
+        assert len(tokens) == 8
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
+def test_context_parallel_shards_form_the_batch(tiny_recipe, layout):
     from longspan.trainer.data.batches import Batches, BatchShard
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.recipe.file import load_recipe
@@ -293,19 +296,18 @@ def test_context_parallel_ranks_hold_the_parts_of_a_batch(tiny_recipe, layout):
     cpu = torch.device("cpu")
     alone = Batches(load_recipe(str(tiny_recipe)), data, 257, BatchShard(0, 1, 0), cpu)
     ranks = [Batches(recipe, data, 257, BatchShard(0, 1, rank), cpu) for rank in range(3)]
-    for whole, *parts in zip(alone.step(3), *(batches.step(3) for batches in ranks), strict=True):
-        unshard = parts[0].sequence.layout.unshard
+    for whole, *shards in zip(alone.step(3), *(batches.step(3) for batches in ranks), strict=True):
+        unshard = shards[0].sequence.layout.unshard
         for name in ("tokens", "labels", "weights"):
             assert torch.equal(
-                unshard([getattr(part, name) for part in parts]), getattr(whole, name)
+                unshard([getattr(shard, name) for shard in shards]), getattr(whole, name)
             )
-        assert torch.equal(
-            unshard([part.sequence.positions for part in parts]), whole.sequence.positions
-        )
-        assert sum(part.padding for part in parts) == whole.padding
+        positions = unshard([shard.sequence.positions for shard in shards])
+        assert torch.equal(positions, whole.sequence.positions)
+        assert sum(shard.padding for shard in shards) == whole.padding
 
 
-def test_an_epoch_is_laid_out_once(corpus, monkeypatch):
+def test_the_layout_of_an_epoch_is_computed_once(corpus, monkeypatch):
     laid_out = []
     real = PackedCorpus._lay_end_to_end
     monkeypatch.setattr(
@@ -336,7 +338,7 @@ def test_mixture_follows_the_weights(corpus):
     assert (Mixture(packed, [6.0, 3.0, 1.0]).sample(77).tokens == drawn[77].tokens).all()
 
 
-def test_the_embedded_corpus_is_built_once(tmp_path, monkeypatch):
+def test_the_standard_library_corpus_is_built_once(tmp_path, monkeypatch):
     from longspan.trainer.data import stdlib
 
     monkeypatch.setenv("LONGSPAN_CACHE", str(tmp_path))
@@ -351,16 +353,17 @@ def test_the_embedded_corpus_is_built_once(tmp_path, monkeypatch):
     assert json.loads(Path(f"{train}.json").read_text())["tokenizer"] == "bytes"
 
 
-def test_held_out_files_are_not_trained_on():
+def test_training_and_held_out_files_are_disjoint():
     from longspan.trainer.data.stdlib import _source_files
 
-    train, held_out = set(_source_files(False)), set(_source_files(True))
+    train = set(_source_files(False))
+    held_out = set(_source_files(True))
     assert not train & held_out
     assert not any("test" in path.parts for path in train | held_out)
 
 
-def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
-    """From lines that are cut into many chunks, rows of a Parquet file and small files."""
+def test_any_number_of_workers_builds_the_same_corpus(tmp_path, texts, monkeypatch):
+    """The sources are a JSONL file read in many chunks, a Parquet file and small text files."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -372,16 +375,16 @@ def test_any_number_of_workers_builds_the_same(tmp_path, texts, monkeypatch):
     for n, text in enumerate(texts[:5]):
         (source / f"c{n}.txt").write_text(text)
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
-    made = []
+    files_by_workers = []
     for workers in (1, 3):
         record = build_corpus(
             [source], ByteTokenizer(), str(tmp_path / f"{workers}"), workers=workers, key="content"
         )
         assert record.documents == len(texts) + 30 + 5
-        made.append(
+        files_by_workers.append(
             [(tmp_path / f"{workers}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
         )
-    assert made[0] == made[1]
+    assert files_by_workers[0] == files_by_workers[1]
     corpus = Corpus(str(tmp_path / "1"), 257)
     read = [
         ByteTokenizer().decode(corpus.read(d, 0, int(corpus.lengths[d])).tolist())
@@ -400,16 +403,16 @@ def test_a_bad_line_is_numbered_from_the_start_of_its_file(tmp_path, monkeypatch
         build_corpus([tmp_path / "a.jsonl"], ByteTokenizer(), str(tmp_path / "out"))
 
 
-def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path):
+def test_errors_in_parquet_files_are_reported(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 
     parquet.write_table(pa.table({"id": [1, 2], "text": ["a", None]}), tmp_path / "a.parquet")
-    wrong = {
+    error_by_key = {
         "body": "has no column body; its columns are id, text",
         "text": "row 1 of row group 0 has no text",
     }
-    for key, message in wrong.items():
+    for key, message in error_by_key.items():
         with pytest.raises(UserError, match=message):
             build_corpus([tmp_path / "a.parquet"], ByteTokenizer(), str(tmp_path / "out"), key=key)
     (tmp_path / "b.parquet").write_bytes(b"no")
@@ -418,7 +421,7 @@ def test_what_is_wrong_with_a_parquet_file_is_told(tmp_path):
 
 
 def documents_in(sample):
-    """For each document in a sample: its mask, its tokens, and its labels that count."""
+    """Yield, for each document in a sample, its mask, its tokens and its labels with a weight."""
     for number in range(sample.documents.max() + 1):
         inside = sample.documents == number
         num_labels = int((sample.weights[inside] > 0).sum())
@@ -427,7 +430,7 @@ def documents_in(sample):
 
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("length", [64, 256, 1024])
-def test_best_fit_cuts_only_what_is_too_long_and_wastes_little(corpus, alignment, length):
+def test_best_fit_cuts_only_long_documents_and_pads_little(corpus, alignment, length):
     ours = Corpus(corpus, 257)
     packed = BestFitCorpus(ours, length, alignment, (3,))
     concat = PackedCorpus(ours, length, alignment, (3,))
@@ -459,7 +462,7 @@ def test_best_fit_cuts_only_what_is_too_long_and_wastes_little(corpus, alignment
         assert len(labels) == min(num_tokens, len(ids) - 1)
 
 
-def test_buckets_hold_every_token_once_in_sequences_of_one_document(corpus):
+def test_buckets_hold_every_token_once_with_one_document_a_sequence(corpus):
     ours = Corpus(corpus, 257)
     buckets = [BucketCorpus(ours, length, 128, 16, 8, (5,)) for length in (16, 32, 64, 128)]
     covered = [np.zeros(length, int) for length in ours.lengths]
@@ -475,7 +478,7 @@ def test_buckets_hold_every_token_once_in_sequences_of_one_document(corpus):
 
 
 @pytest.mark.parametrize("odds", ["uniform", "grow_p2", "grow_p100", "shrink_p100"])
-def test_a_cycle_of_steps_has_every_length_in_proportion(corpus, odds):
+def test_a_cycle_has_every_length_in_proportion_to_its_tokens(corpus, odds):
     ours = Corpus(corpus, 257)
     steps = BucketSteps([(ours, 1.0)], 128, 16, 4, 8, odds, 50, (1,))
     lengths = [steps.length(step) for step in range(150)]
@@ -489,14 +492,15 @@ def test_a_cycle_of_steps_has_every_length_in_proportion(corpus, odds):
     for length, num_tokens in tokens.items():
         for cycle in (lengths[:50], lengths[50:100]):
             assert abs(cycle.count(length) - 50 * num_tokens / sum(tokens.values())) <= 1
-    first, last = np.mean(lengths[:10]), np.mean(lengths[40:50])
-    assert {
-        "uniform": True,
-        "grow_p2": first < last,
-        "grow_p100": first < last,
-        "shrink_p100": first > last,
-    }[odds]
-    # A step of a length takes the samples after those of the steps before it.
+
+    early_mean = np.mean(lengths[:10])
+    late_mean = np.mean(lengths[40:50])
+    if odds.startswith("grow"):
+        assert early_mean < late_mean
+    elif odds.startswith("shrink"):
+        assert early_mean > late_mean
+
+    # A step takes the samples of its length that follow those of earlier steps.
     steps_of_64 = [step for step in range(150) if lengths[step] == 64]
     seen = [
         steps.sample(step, number).tokens.tolist()

@@ -1,6 +1,6 @@
-"""One rank of a comparison: gradients of step 1, then all steps of a recipe.
+"""Run one rank of a comparison: the gradients of step 1, then all steps of a recipe.
 
-Arguments: RECIPE OUT [section.key=value ...]. Rank 0 writes what it saw to OUT.
+Arguments: RECIPE OUT [section.key=value ...]. Rank 0 writes the results to OUT.
 """
 
 import sys
@@ -39,23 +39,26 @@ def main(recipe_file: str, out: str, *overrides: str) -> None:
             engine.batch_shard,
             engine.device,
         )
-        seen = {"weights": engine.weights(), "gradients": engine.gradients(list(batches.step(0)))}
+        results = {
+            "weights": engine.weights(),
+            "gradients": engine.gradients(list(batches.step(0))),
+        }
         tokens = [
             sum(int(batch.weights.sum()) for batch in batches.step(s))
             for s in range(recipe.training.steps)
         ]
-        seen["steps"] = [
+        results["steps"] = [
             engine.step(list(batches.step(s)), recipe.optimizer.lr)
             for s in range(recipe.training.steps)
         ]
-        seen["evaluations"] = [engine.evaluate(batch) for batch in batches.step(0)]
-        seen["edges"] = edges(
+        results["evaluations"] = [engine.evaluate(batch) for batch in batches.step(0)]
+        results["edges"] = edges(
             batch.sequence for s in range(recipe.training.steps) for batch in batches.step(s)
         )
-        seen["local_tokens"] = [None] * dist.get_world_size()
-        dist.all_gather_object(seen["local_tokens"], tokens)
+        results["local_tokens"] = [None] * dist.get_world_size()
+        dist.all_gather_object(results["local_tokens"], tokens)
         if dist.get_rank() == 0:
-            torch.save(seen, out)
+            torch.save(results, out)
         engine.close()
 
 

@@ -1,4 +1,4 @@
-"""Keys of the DeepSpeed engine that it and the recipe both claim, or that it cannot honor."""
+"""Keys of the DeepSpeed engine that conflict with the recipe or are unsupported."""
 
 import re
 from pathlib import Path
@@ -49,6 +49,6 @@ WORKER = Path(__file__).parents[1] / "run" / "run_worker.py"
         ),
     ],
 )
-def test_conflicts_are_told_before_any_process_starts(tiny_recipe, overrides, message):
+def test_conflicting_keys_are_refused_before_any_process_starts(tiny_recipe, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(tiny_recipe), ["engine.name=deepspeed", *overrides])

@@ -1,4 +1,4 @@
-"""The same model, data and losses however ranks are arranged: real processes against one rank."""
+"""The same model, data and losses in every arrangement of ranks: processes against one rank."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from ..stacks import EXPERTS, LINEAR, LINEAR_MORE, MIXED, MOBA, PATTERNS, SHARED_EXPERT
 
 WORKER = Path(__file__).parent / "parity_worker.py"
-# name: (processes, overrides)
+# Arrangements by name: (processes, overrides).
 PAIRS = {
     "dp": (2, []),
     "tp": (2, ["parallel.tp=2"]),
@@ -86,7 +86,7 @@ MORE_EP = {
 }
 HEADS = {"tp": PAIRS["tp"], "cp-tp": CONTEXT["cp-tp"]}
 STATES = {"tp": PAIRS["tp"], "cp": PAIRS["cp"]}
-FEWER = "training.steps=8"  # eight layers of mixers that are slow on a CPU
+FEWER_STEPS = "training.steps=8"  # for mixers that are slow on a CPU
 MORE_STATES = {"dp": PAIRS["dp"], "pp": PAIRS["pp"], **CONTEXT, **MORE_CONTEXT}
 
 
@@ -106,7 +106,7 @@ def train(ranks, tiny_recipe, tmp_path):
         (["model.tie_word_embeddings=true"], PAIRS),
         pytest.param(["model.tie_word_embeddings=false"], PAIRS, marks=pytest.mark.wide),
         (["model.tie_word_embeddings=true"], CONTEXT),
-        ([FEWER], ZERO),
+        ([FEWER_STEPS], ZERO),
         pytest.param(["model.tie_word_embeddings=false"], MORE_ZERO, marks=pytest.mark.wide),
         pytest.param(
             ["model.tie_word_embeddings=true"],
@@ -120,7 +120,7 @@ def train(ranks, tiny_recipe, tmp_path):
         ),
         (EXPERTS, EP),
         pytest.param(EXPERTS, MORE_EP, marks=pytest.mark.wide),
-        pytest.param([*EXPERTS, FEWER], ZERO, marks=pytest.mark.wide),
+        pytest.param([*EXPERTS, FEWER_STEPS], ZERO, marks=pytest.mark.wide),
         pytest.param(
             SHARED_EXPERT,
             {**EP, **{name: MORE_EP[name] for name in ("sp-cp-ep", "zero-3-sp")}},
@@ -135,7 +135,9 @@ def train(ranks, tiny_recipe, tmp_path):
         ([MIXED], {"cp": PAIRS["cp"]}),
         pytest.param([MIXED], {"cp-4": SCHEDULES["cp-4"], **ZERO}, marks=pytest.mark.wide),
         pytest.param(
-            [*LINEAR, FEWER], {**STATES, **MORE_STATES, **GRID, **SEQUENCE}, marks=pytest.mark.wide
+            [*LINEAR, FEWER_STEPS],
+            {**STATES, **MORE_STATES, **GRID, **SEQUENCE},
+            marks=pytest.mark.wide,
         ),
         pytest.param(
             LINEAR_MORE,
@@ -164,18 +166,18 @@ def train(ranks, tiny_recipe, tmp_path):
     ],
 )
 def test_every_arrangement_trains_the_same_model(train, model, arrangements):
-    alone = train("alone", 1, *model)
+    on_one_rank = train("alone", 1, *model)
     for name, (count, overrides) in arrangements.items():
-        several = train(name, count, *model, *overrides)
-        assert several["weights"].keys() == alone["weights"].keys()
-        for key, weight in alone["weights"].items():
-            assert torch.equal(several["weights"][key], weight), (name, key)
-        for key, gradient in alone["gradients"].items():
-            assert (several["gradients"][key] - gradient).norm() <= 1e-4 * gradient.norm(), (
+        over_ranks = train(name, count, *model, *overrides)
+        assert over_ranks["weights"].keys() == on_one_rank["weights"].keys()
+        for key, weight in on_one_rank["weights"].items():
+            assert torch.equal(over_ranks["weights"][key], weight), (name, key)
+        for key, gradient in on_one_rank["gradients"].items():
+            assert (over_ranks["gradients"][key] - gradient).norm() <= 1e-4 * gradient.norm(), (
                 name,
                 key,
             )
-        for ours, expected in zip(several["steps"], alone["steps"], strict=True):
+        for ours, expected in zip(over_ranks["steps"], on_one_rank["steps"], strict=True):
             assert (ours.tokens, ours.padding) == (expected.tokens, expected.padding)
             assert ours.loss == pytest.approx(expected.loss, rel=1e-5), name
             assert ours.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3), name
@@ -184,18 +186,18 @@ def test_every_arrangement_trains_the_same_model(train, model, arrangements):
             ), name
         sums = [
             (sum(e[0] for e in run["evaluations"]), sum(e[1] for e in run["evaluations"]))
-            for run in (several, alone)
+            for run in (over_ranks, on_one_rank)
         ]
         assert sums[0] == pytest.approx(sums[1], rel=1e-5)
         if "cp" in name:
-            assert min(several["edges"].values()) > 0, (
+            assert min(over_ranks["edges"].values()) > 0, (
                 "documents should start on the edges of shards and inside them"
             )
         if "cp" in name or "dp" in name:
             assert any(
-                len(set(counts)) > 1 for counts in zip(*several["local_tokens"], strict=True)
+                len(set(counts)) > 1 for counts in zip(*over_ranks["local_tokens"], strict=True)
             ), "ranks should differ"
-    assert alone["steps"][-1].loss < 0.9 * alone["steps"][0].loss
+    assert on_one_rank["steps"][-1].loss < 0.9 * on_one_rank["steps"][0].loss
 
 
 def test_bf16_trains_to_nearly_the_same_loss(train):
@@ -206,8 +208,8 @@ def test_bf16_trains_to_nearly_the_same_loss(train):
         assert ours.loss == pytest.approx(expected.loss, rel=2e-2)
 
 
-def test_what_one_rank_raises_ends_all_of_them(ranks, tmp_path):
-    """Whatever it is: the others do not wait for that rank until their connection breaks."""
+def test_an_error_on_one_rank_ends_all_ranks(ranks, tmp_path):
+    """After any exception, the other ranks do not wait until their connection breaks."""
     script = tmp_path / "script.py"
     script.write_text(
         "import torch.distributed as dist\n"
@@ -223,8 +225,9 @@ def test_what_one_rank_raises_ends_all_of_them(ranks, tmp_path):
     assert second.splitlines()[-1] == "ValueError: met here"
 
 
-def test_our_layers_in_a_plain_megatron_script(ranks, tmp_path):
-    script, losses = Path(__file__).parents[3] / "docs" / "plain_megatron.py", {}
+def test_our_layers_work_in_a_plain_megatron_script(ranks, tmp_path):
+    script = Path(__file__).parents[3] / "docs" / "plain_megatron.py"
+    losses = {}
     for count in (1, 2):
         ranks(count, script, tmp_path / f"{count}.pt")
         losses[count] = torch.load(tmp_path / f"{count}.pt")

@@ -1,4 +1,4 @@
-"""What ``longspan eval`` asks and how it counts.
+"""The examples of ``longspan eval`` and how they are scored.
 
 First with models whose answers are known, then with the commands on a run.
 """
@@ -30,7 +30,7 @@ LENGTH = 700
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory, texts):
-    """Bytes, and byte pairs that split numbers and words as they like."""
+    """Return a tokenizer of bytes and one of byte pairs, which may split numbers and words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     pairs = Tokenizer(models.BPE())
@@ -63,23 +63,24 @@ def haystack(tmp_path_factory, texts, tokenizers):
     return make
 
 
-class Copying:
-    """Predicts what followed the last ``seen`` tokens when they last occurred.
+class CopyingModel:
+    """Predict the token that followed the last ``context_length`` tokens when they last occurred.
 
     It looks back at most ``reach`` tokens.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, seen: int, reach: int = 10**9):
-        self.seen, self.reach = seen, reach
+    def __init__(self, context_length: int, reach: int = 10**9):
+        self.context_length = context_length
+        self.reach = reach
 
     def token_losses(self, tokens, labels):
         predicted = torch.full_like(tokens, -1)
         for row, text in enumerate(tokens.tolist()):
             last_occurrence = {}
-            for position in range(self.seen - 1, len(text)):
-                context = tuple(text[position - self.seen + 1 : position + 1])
+            for position in range(self.context_length - 1, len(text)):
+                context = tuple(text[position - self.context_length + 1 : position + 1])
                 earlier = last_occurrence.get(context)
                 if earlier is not None and position - earlier <= self.reach:
                     predicted[row, position] = text[earlier + 1]
@@ -88,8 +89,8 @@ class Copying:
         return torch.where(is_likeliest, 0.1, 5.0), is_likeliest
 
 
-def decoded(haystack, answered):
-    """The text and the answers of an AnsweredText."""
+def decode_answered(haystack, answered):
+    """Return the text and the answers of an AnsweredText."""
     decode = haystack.tokenizer.decode
     answers = [decode([answered.tokens[i] for i in answer]) for answer in answered.answers]
     return decode(answered.tokens), answers
@@ -97,7 +98,7 @@ def decoded(haystack, answered):
 
 @pytest.mark.parametrize("tokenizer_name", ["bytes", "pairs"])
 @pytest.mark.parametrize("task", ["needle", *TASKS])
-def test_what_is_asked_stands_in_the_text(haystack, tokenizer_name, task):
+def test_answers_follow_from_the_text(haystack, tokenizer_name, task):
     hay = haystack(tokenizer_name)
     if task == "needle":
         examples = needle_examples(hay, 5, 1, LENGTH, 0.5)
@@ -106,8 +107,8 @@ def test_what_is_asked_stands_in_the_text(haystack, tokenizer_name, task):
     seen = set()
     for right, wrong in examples:
         assert len(right.tokens) == LENGTH
-        text, answers = decoded(hay, right)
-        wrong_texts = [decoded(hay, text) for text in wrong]
+        text, answers = decode_answered(hay, right)
+        wrong_texts = [decode_answered(hay, text) for text in wrong]
         seen.add(text)
         assert len(answers) == len(wrong_texts) == (4 if task == "multi_query" else 1)
         assert text.endswith(answers[-1])
@@ -138,12 +139,12 @@ def test_what_is_asked_stands_in_the_text(haystack, tokenizer_name, task):
     assert len(seen) == 5
 
 
-def test_a_needle_is_as_deep_as_it_says(haystack):
+def test_needles_lie_at_the_requested_depth(haystack):
     hay = haystack()
     fact_length = len("\nThe number of kuvamu is 53132.\n")
     for depth in (0.0, 0.25, 1.0):
         for right, _ in needle_examples(hay, 8, 0, 1500, depth):
-            text, (answer,) = decoded(hay, right)
+            text, (answer,) = decode_answered(hay, right)
             place = text.index(f"is{answer}.") - (fact_length - 9)
             expected = depth * (1500 - 3 * fact_length)
             assert place == pytest.approx(expected, abs=fact_length + 2), (
@@ -151,9 +152,9 @@ def test_a_needle_is_as_deep_as_it_says(haystack):
             )
 
 
-def test_a_model_that_copies_is_seen_to(haystack):
+def test_a_copying_model_gets_the_expected_scores(haystack):
     hay = haystack()
-    model = Copying(12)
+    model = CopyingModel(12)
     advanced = []
     needles = needle_examples(hay, 30, 0, LENGTH, 0.2)
     score = score_examples(model, needles, LENGTH, advanced.append)
@@ -169,9 +170,9 @@ def test_a_model_that_copies_is_seen_to(haystack):
     assert scores["frequent_words"].exact == 0.0, "it says the example's word"
 
 
-def test_a_model_of_a_short_reach_misses_what_lies_deep(haystack):
+def test_a_model_with_a_short_reach_misses_deep_needles(haystack):
     hay = haystack()
-    model = Copying(12, reach=400)
+    model = CopyingModel(12, reach=400)
     near, far = (
         score_examples(model, needle_examples(hay, 20, 0, 1500, depth), 1500)
         for depth in (1.0, 0.0)
@@ -182,7 +183,7 @@ def test_a_model_of_a_short_reach_misses_what_lies_deep(haystack):
     assert far.loss > 4
 
 
-def test_examples_are_a_pure_function_of_the_seed(haystack):
+def test_examples_depend_only_on_the_seed(haystack):
     hay = haystack()
     once, again, other_seed = (
         list(task_examples(hay, 4, seed, "multi_query", LENGTH)) for seed in (0, 0, 1)
@@ -192,13 +193,13 @@ def test_examples_are_a_pure_function_of_the_seed(haystack):
     assert list(task_examples(hay, 2, 0, "multi_query", LENGTH)) == once[:2]
 
 
-def test_tasks_may_be_called_by_their_earlier_names():
+def test_earlier_task_names_are_accepted():
     assert choose_tasks(["chain", "multi_key"]) == ["variable_tracking", "multi_key"]
     assert choose_tasks(list(EARLIER_NAMES)) == choose_tasks(None) == list(TASKS)
 
 
-class Knowing:
-    """A token with ``n`` visible others before it costs ``8 / (1 + n) + id / 1000`` nats."""
+class ContextCountingModel:
+    """A token after ``n`` visible ones costs ``8 / (1 + n) + id / 1000`` nats."""
 
     device = torch.device("cpu")
 
@@ -210,19 +211,19 @@ class Knowing:
         return (8 / (1 + before) + labels / 1000).float(), None
 
 
-def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
+def test_position_loss_and_the_gain_from_context(tmp_path):
     lengths = [30, 200, 97, 400, 98]
     for i, length in enumerate(lengths):
-        tmp_path.joinpath(f"{i}.txt").write_bytes(
-            bytes((7 * i + j) % 100 + 20 for j in range(length - 1))
-        )  # and its end
+        # One byte less than the length: the end of the document is a token, too.
+        text = bytes((7 * i + j) % 100 + 20 for j in range(length - 1))
+        tmp_path.joinpath(f"{i}.txt").write_bytes(text)
     build_corpus([tmp_path], ByteTokenizer(), str(tmp_path / "held"))
     corpus = Corpus(str(tmp_path / "held"), 257)
     advanced = []
     chosen = choose_documents(corpus, 97, 8)
     assert chosen.tolist() == [1, 3, 4], "one of 97 tokens has 96 labels"
     assert choose_documents(corpus, 97, 2).tolist() == [1, 4]
-    ranges = position_loss(Knowing(), corpus, 97, chosen, advanced.append)
+    ranges = position_loss(ContextCountingModel(), corpus, 97, chosen, advanced.append)
     assert sum(advanced) == 3
     assert [r[:2] for r in ranges] == [(0, 16), (16, 32), (32, 64), (64, 97)]
     texts = np.stack([corpus.read(document, 0, 98) for document in chosen])
@@ -237,7 +238,7 @@ def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
     assert ranges[0].gain is ranges[0].error is None
     assert ranges[1].gain > 0.1
 
-    near = position_loss(Knowing(sees=16), corpus, 97, chosen)
+    near = position_loss(ContextCountingModel(sees=16), corpus, 97, chosen)
     assert near[1].gain > 0.01
     assert [r.gain for r in near[2:]] == pytest.approx([0, 0], abs=1e-6), (
         "nothing that lies farther back than it sees"
@@ -246,14 +247,16 @@ def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
     assert choose_lengths(corpus, None, 97) == [97, 194], "two documents should have them"
     assert choose_lengths(corpus, None, 1000) == [128]
     assert choose_lengths(corpus, [16, 399], 97) == [16, 399]
-    assert position_loss(Knowing(), corpus, 399, choose_documents(corpus, 399, 8))[1].error is None
+    single_document = choose_documents(corpus, 399, 8)
+    ranges = position_loss(ContextCountingModel(), corpus, 399, single_document)
+    assert ranges[1].error is None
     with pytest.raises(
         UserError, match=r"--lengths: 400, but the longest document of .* has 399 labels"
     ):
         choose_lengths(corpus, [400], 97)
 
 
-def test_documents_that_are_empty_end(tmp_path, tokenizers):
+def test_corpora_of_empty_documents_are_refused(tmp_path, tokenizers):
     tmp_path.joinpath("none.jsonl").write_text('{"text": ""}\n' * 3)
     build_corpus([tmp_path / "none.jsonl"], tokenizers["bytes"], str(tmp_path / "none"))
     hay = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
@@ -267,7 +270,7 @@ def test_documents_that_are_empty_end(tmp_path, tokenizers):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, corpus):
-    """The folder of a run that has not learned anything."""
+    """Return the folder of a run whose weights are untrained."""
     from longspan.launch.process import process_group
     from longspan.trainer.checkpoint.run_folder import RunFolder
     from longspan.trainer.engines.build import build_engine
@@ -286,19 +289,20 @@ def run(tmp_path_factory, corpus):
         "training.seq_length=128",
     ]
     recipe = load_recipe("quickstart", [*overrides, f"run_dir={folder / 'run'}"])
-    made = RunFolder(recipe.run_dir)
-    made.begin(recipe, 0, {})
+    run_folder = RunFolder(recipe.run_dir)
+    run_folder.begin(recipe, 0, {})
     with process_group(1):
         engine = build_engine(recipe)
-        made.write_weights(engine.weights(), 0)
+        run_folder.write_weights(engine.weights(), 0)
         engine.close()
-    return made
+    return run_folder
 
 
-def ended(capsys, *arguments) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
+def run_command(capsys, *arguments) -> tuple[int, str, str]:
+    """Return the exit status, stdout and stderr of the command line."""
+    with pytest.raises(SystemExit) as exit_info:
         main([str(argument) for argument in arguments])
-    return stop.value.code, *capsys.readouterr()
+    return exit_info.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +311,7 @@ def ended(capsys, *arguments) -> tuple[int, str, str]:
         ("loss --lengths 64,150", "ranges", "       150  128 .. 150  "),
         ("loss --lengths 16", "ranges", "        16  0 .. 16  "),
         ("needle --lengths 200,256 --depths 2 --examples 3", "settings", "   256   100%  "),
-        (  # by the names that they had before RULER's
+        (  # by their names before those of RULER
             "tasks --tasks several,chain --lengths 700 --examples 3",
             "settings",
             "variable_tracking     700  ",
@@ -319,9 +323,9 @@ def ended(capsys, *arguments) -> tuple[int, str, str]:
         ),
     ],
 )
-def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
+def test_the_commands_write_the_numbers_they_print(capsys, run, command, rows, line):
     name, *options = command.split()
-    status, out, err = ended(capsys, "eval", name, run.path, *options)
+    status, out, err = run_command(capsys, "eval", name, run.path, *options)
     assert status == 0, err
     assert line in out
     report = json.loads(run.evaluation(name).read_text())
@@ -357,19 +361,19 @@ def test_the_commands_write_what_they_print(capsys, run, command, rows, line):
         ("tasks {run} --seed -1", "--seed: must not be negative, got -1"),
     ],
 )
-def test_bad_input_is_one_line(capsys, run, arguments, message):
-    status, _, err = ended(capsys, "eval", *arguments.replace("{run}", str(run.path)).split())
+def test_invalid_options_give_one_line_and_status_2(capsys, run, arguments, message):
+    status, _, err = run_command(capsys, "eval", *arguments.replace("{run}", str(run.path)).split())
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
 
 
-def test_runs_without_held_out_text_are_told(capsys, run, tmp_path):
+def test_runs_without_held_out_text_are_refused(capsys, run, tmp_path):
     content = yaml.safe_load(run.recipe_file.read_text())
     content["data"]["validation"] = None
     tmp_path.joinpath("recipe.yaml").write_text(yaml.safe_dump(content))
     shutil.copy(run.weights, tmp_path)
-    status, _, err = ended(capsys, "eval", "needle", tmp_path)
+    status, _, err = run_command(capsys, "eval", "needle", tmp_path)
     assert (status, err) == (
         2,
         "longspan: data.validation: the run has no held-out text; name some with --data PREFIX\n",

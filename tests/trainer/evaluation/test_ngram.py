@@ -27,14 +27,14 @@ def by_hand(training: list[bytes], held_out: list[bytes]) -> float:
     def probability(context, token):
         if not context:
             return (unigrams[token] + 1) / (unigrams.total() + 257)
-        counts, shorter = follow[context], probability(context[1:], token)
-        return (
-            (counts[token] + len(counts) * shorter) / (counts.total() + len(counts))
-            if counts
-            else shorter
-        )
+        counts = follow[context]
+        shorter = probability(context[1:], token)
+        if not counts:
+            return shorter
+        return (counts[token] + len(counts) * shorter) / (counts.total() + len(counts))
 
-    bits, tokens = 0.0, 0
+    bits = 0.0
+    tokens = 0
     for text in held_out:
         ids = [*text, 256]
         for i in range(1, len(ids)):
@@ -43,7 +43,7 @@ def by_hand(training: list[bytes], held_out: list[bytes]) -> float:
     return bits / tokens
 
 
-def test_against_counting_by_hand(tmp_path):
+def test_parity_with_counting_by_hand(tmp_path):
     texts = {
         "train": [b"the cat sat on the mat", b"a", b"the dog sat", b"on and on and on"],
         "held": [b"the cat and the dog", b"xyz", b"q"],

@@ -6,73 +6,76 @@ import torch.nn.functional as F
 from longspan.trainer.model.loss import cross_entropy_sum, token_losses
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TOKENS, HIDDEN, VOCABULARY, PADDED = 37, 8, 21, 24
+NUM_TOKENS = 37
+HIDDEN = 8
+VOCABULARY = 21
+PADDED = 24
 
 
-def problem(dtype=torch.float64, tokens=TOKENS):
+def make_inputs(dtype=torch.float64, tokens=NUM_TOKENS):
     generator = torch.Generator().manual_seed(0)
-    hidden = (
-        torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64) * 3
-    )  # logits with a std of about 8
+    # Logits with a standard deviation of about 8.
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64) * 3
     weight = torch.randn(PADDED, HIDDEN, generator=generator, dtype=torch.float64)
     labels = torch.randint(VOCABULARY, (tokens,), generator=generator)
     labels[:2] = torch.tensor([0, VOCABULARY - 1])
-    counted = torch.rand(tokens, generator=generator, dtype=torch.float64).round(decimals=1)
-    return hidden.to(dtype), weight.to(dtype), labels, counted.to(dtype)
+    token_weights = torch.rand(tokens, generator=generator, dtype=torch.float64).round(decimals=1)
+    return hidden.to(dtype), weight.to(dtype), labels, token_weights.to(dtype)
 
 
-def plain(upstream, tokens=TOKENS):
-    hidden, weight, labels, counted = problem(tokens=tokens)
-    hidden.requires_grad_(), weight.requires_grad_()
-    loss = (
-        F.cross_entropy((hidden @ weight.T)[:, :VOCABULARY], labels, reduction="none") * counted
-    ).sum()
+def plain_loss(upstream, tokens=NUM_TOKENS):
+    hidden, weight, labels, token_weights = make_inputs(tokens=tokens)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits = (hidden @ weight.T)[:, :VOCABULARY]
+    loss = (F.cross_entropy(logits, labels, reduction="none") * token_weights).sum()
     return loss.detach(), *torch.autograd.grad(loss * upstream, (hidden, weight))
 
 
-def error(ours, expected):
+def max_error(ours, expected):
     return max(
         float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, expected, strict=True)
     )
 
 
-def tiled(upstream, tile, dtype=torch.float64):
-    hidden, weight, labels, counted = problem(dtype)
-    hidden.requires_grad_(), weight.requires_grad_()
-    loss = cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, tile)
+def tiled_loss(upstream, tile, dtype=torch.float64):
+    hidden, weight, labels, token_weights = make_inputs(dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    loss = cross_entropy_sum(hidden, weight, labels, token_weights, None, VOCABULARY, tile)
     return loss.detach(), *torch.autograd.grad(loss * upstream, (hidden, weight))
 
 
 @pytest.mark.parametrize("tile", [1, 8, 36, 37, 1000])
 @pytest.mark.parametrize("upstream", [1.0, 1 / 8])
-def test_it_is_the_plain_loss(tile, upstream):
-    assert error(tiled(upstream, tile), plain(upstream)) < 1e-12
-    assert error(tiled(upstream, tile, torch.float32), plain(upstream)) < 1e-6
-    assert error(tiled(upstream, tile, torch.bfloat16), plain(upstream)) < 2e-2
+def test_value_and_gradients_match_the_plain_loss(tile, upstream):
+    assert max_error(tiled_loss(upstream, tile), plain_loss(upstream)) < 1e-12
+    assert max_error(tiled_loss(upstream, tile, torch.float32), plain_loss(upstream)) < 1e-6
+    assert max_error(tiled_loss(upstream, tile, torch.bfloat16), plain_loss(upstream)) < 2e-2
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_ranks_share_the_vocabulary(threads, ranks):
-    """The last of eight has padding alone."""
+def test_the_vocabulary_may_be_split_over_ranks(threads, ranks):
+    """With eight ranks, the last one has only padding."""
 
     def work(rank, group):
-        hidden, weight, labels, counted = problem()
+        hidden, weight, labels, token_weights = make_inputs()
         hidden.requires_grad_()
-        mine = weight.chunk(ranks)[rank].clone().requires_grad_()
-        loss = cross_entropy_sum(hidden, mine, labels, counted, group, VOCABULARY, 8)
-        return loss.detach(), *torch.autograd.grad(loss / 8, (hidden, mine))
+        local_weight = weight.chunk(ranks)[rank].clone().requires_grad_()
+        loss = cross_entropy_sum(hidden, local_weight, labels, token_weights, group, VOCABULARY, 8)
+        return loss.detach(), *torch.autograd.grad(loss / 8, (hidden, local_weight))
 
     losses, hidden, weights = zip(*threads(ranks, work), strict=True)
     assert all(torch.equal(loss, losses[0]) for loss in losses)
-    assert error((losses[0], sum(hidden), torch.cat(weights)), plain(1 / 8)) < 1e-12
+    assert max_error((losses[0], sum(hidden), torch.cat(weights)), plain_loss(1 / 8)) < 1e-12
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_the_losses_of_tokens_and_which_are_likeliest(threads, ranks):
-    hidden, weight, labels, _ = problem()
+def test_token_losses_and_likeliest_labels(threads, ranks):
+    hidden, weight, labels, _ = make_inputs()
     logits = (hidden @ weight.T)[:, :VOCABULARY]
     labels[10:20] = logits[10:20].argmax(1)
-    hidden[3:6] = 0.0  # all are as likely: the first is said
+    hidden[3:6] = 0.0  # all labels are equally likely: the first one counts as the likeliest
     labels[3:6] = torch.tensor([0, 1, VOCABULARY - 1])
     logits = (hidden @ weight.T)[:, :VOCABULARY]
     for losses, likeliest in threads(
@@ -81,28 +84,28 @@ def test_the_losses_of_tokens_and_which_are_likeliest(threads, ranks):
             hidden, weight.chunk(ranks)[rank], labels, group, VOCABULARY, 8
         ),
     ):
-        assert error([losses], [F.cross_entropy(logits, labels, reduction="none")]) < 1e-12
+        assert max_error([losses], [F.cross_entropy(logits, labels, reduction="none")]) < 1e-12
         assert torch.equal(likeliest, logits.argmax(1) == labels)
         assert likeliest[3:6].tolist() == [True, False, False]
-        assert 11 <= likeliest.sum() < TOKENS
+        assert 11 <= likeliest.sum() < NUM_TOKENS
 
 
-def test_only_what_is_asked_for_is_made():
-    hidden, weight, labels, counted = problem()
-    loss = cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, 8)
+def test_only_the_requested_gradients_are_computed():
+    hidden, weight, labels, token_weights = make_inputs()
+    loss = cross_entropy_sum(hidden, weight, labels, token_weights, None, VOCABULARY, 8)
     assert loss.grad_fn is None
-    assert error([loss], plain(1.0)[:1]) < 1e-12
+    assert max_error([loss], plain_loss(1.0)[:1]) < 1e-12
     for wanted in (0, 1):
         inputs = [hidden.clone(), weight.clone()]
         inputs[wanted].requires_grad_()
         (gradient,) = torch.autograd.grad(
-            cross_entropy_sum(*inputs, labels, counted, None, VOCABULARY, 8), inputs[wanted]
+            cross_entropy_sum(*inputs, labels, token_weights, None, VOCABULARY, 8), inputs[wanted]
         )
-        assert error([gradient], [plain(1.0)[1 + wanted]]) < 1e-12
+        assert max_error([gradient], [plain_loss(1.0)[1 + wanted]]) < 1e-12
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that any result has."""
+class LargestResult(TorchDispatchMode):
+    """Record the size of the largest result of any operation."""
 
     numbers = 0
 
@@ -113,9 +116,10 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_the_logits_are_never_whole():
-    hidden, weight, labels, counted = problem(tokens=4096)
-    hidden.requires_grad_(), weight.requires_grad_()
-    with Largest() as seen:
-        cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, 64).backward()
+def test_no_tensor_holds_all_logits():
+    hidden, weight, labels, token_weights = make_inputs(tokens=4096)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with LargestResult() as seen:
+        cross_entropy_sum(hidden, weight, labels, token_weights, None, VOCABULARY, 64).backward()
     assert seen.numbers == hidden.numel() < 4096 * VOCABULARY

@@ -1,4 +1,4 @@
-"""What long sequences need changes no gradient, and keeps what it says."""
+"""Options that save memory change no gradient, and save the expected bytes."""
 
 import contextlib
 
@@ -26,7 +26,7 @@ OPTIONS = {
 
 @contextlib.contextmanager
 def batches_on(recipe_file, *overrides):
-    """An engine on one process, and the microbatches of its first step."""
+    """Yield an engine on one process and the microbatches of its first step."""
     from longspan.trainer.data.batches import Batches
     from longspan.trainer.data.prepare import prepare_data
     from longspan.trainer.data.tokenizer import recipe_vocab_size
@@ -56,7 +56,7 @@ def batches_on(recipe_file, *overrides):
     ],
     ids=["tiny", "patterns", "linear", "more linear"],
 )
-def test_gradients_are_the_same(tiny_recipe, stack):
+def test_memory_options_do_not_change_gradients(tiny_recipe, stack):
     with batches_on(tiny_recipe, *stack) as (engine, batches):
         expected = engine.gradients(batches)
     for name, options in OPTIONS.items():
@@ -64,7 +64,7 @@ def test_gradients_are_the_same(tiny_recipe, stack):
             gradients = engine.gradients(batches)
         assert gradients.keys() == expected.keys()
         for key, gradient in gradients.items():
-            if "tile" in "".join(options):  # sums of other parts
+            if "tile" in "".join(options):  # sums in another order
                 assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm(), (name, key)
             else:
                 assert torch.equal(gradient, expected[key]), (name, key)
@@ -72,17 +72,18 @@ def test_gradients_are_the_same(tiny_recipe, stack):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_inputs_that_wait_on_the_host_come_back_as_they_were(tiny_recipe):
-    found = []
-    for more in ([], ["memory.offload_inputs=true"]):
-        with batches_on(tiny_recipe, "memory.recompute=full", *more) as (engine, batches):
-            found.append(engine.gradients(batches))
-    for key, expected in found[0].items():
-        assert (found[1][key] - expected).norm() <= 1e-5 * expected.norm(), key
+def test_offloaded_inputs_give_the_same_gradients(tiny_recipe):
+    recompute = "memory.recompute=full"
+    with batches_on(tiny_recipe, recompute) as (engine, batches):
+        expected = engine.gradients(batches)
+    with batches_on(tiny_recipe, recompute, "memory.offload_inputs=true") as (engine, batches):
+        gradients = engine.gradients(batches)
+    for key, gradient in expected.items():
+        assert (gradients[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
 
 
-def kept(recipe_file, *overrides):
-    """Return the bytes that a forward pass keeps besides parameters; each tensor counts once."""
+def saved_bytes(recipe_file, *overrides):
+    """Return the bytes that a forward pass saves besides parameters; each storage counts once."""
     with batches_on(recipe_file, *overrides) as (engine, batches):
         weights = {parameter.data_ptr() for parameter in engine.model.parameters()}
         sizes = {}
@@ -90,10 +91,10 @@ def kept(recipe_file, *overrides):
         def pack(x):
             if x.data_ptr() not in weights:
                 sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-                found.append(x)  # so that no address is used twice
+                alive.append(x)  # so that no address is used twice
             return x
 
-        found = []
+        alive = []
         with saved_tensors_hooks(pack, lambda x: x):
             batch = batches[0]
             engine.model(
@@ -107,26 +108,30 @@ def kept(recipe_file, *overrides):
         return sum(sizes.values())
 
 
-def test_less_is_kept(tiny_recipe):
-    layer = 2 * 96 * 64 * 4  # a hidden state
-    loss = 2 * 96 * 64 * 4 + 384 * 64 * 4  # its gradients, made in the forward pass
-    everything = kept(tiny_recipe)
-    selective = kept(tiny_recipe, "memory.recompute=selective")
-    full = kept(tiny_recipe, "memory.recompute=full")
+def test_recompute_and_tiles_save_fewer_bytes(tiny_recipe):
+    layer = 2 * 96 * 64 * 4  # the hidden state between two layers
+    loss = 2 * 96 * 64 * 4 + 384 * 64 * 4  # the gradients of the loss, computed in forward
+    everything = saved_bytes(tiny_recipe)
+    selective = saved_bytes(tiny_recipe, "memory.recompute=selective")
+    full = saved_bytes(tiny_recipe, "memory.recompute=full")
     assert loss + 4 * layer <= full < loss + 7 * layer
     assert full < selective < 0.6 * everything
-    of_one = kept(tiny_recipe, "memory.recompute=full", "memory.recompute_blocks={full: none}")
-    assert full < of_one < everything
-    assert kept(tiny_recipe, "memory.mlp_tile=16") < 0.8 * everything
+    all_but_one = saved_bytes(
+        tiny_recipe, "memory.recompute=full", "memory.recompute_blocks={full: none}"
+    )
+    assert full < all_but_one < everything
+    assert saved_bytes(tiny_recipe, "memory.mlp_tile=16") < 0.8 * everything
 
 
 def test_offloading_needs_full_recompute(tiny_recipe):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         load_recipe(
             str(tiny_recipe), ["memory.offload_inputs=true", "memory.recompute_blocks={ful: full}"]
         )
-    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(caught.value)
+    assert "memory.recompute_blocks.ful: is not a block (did you mean full?)" in str(
+        error_info.value
+    )
     assert (
         "memory.offload_inputs: block full keeps more than its input (recompute none); set"
-        in str(caught.value)
+        in str(error_info.value)
     )

@@ -1,7 +1,8 @@
-"""Mixtures of experts against their formula, and what a recipe must not ask of them."""
+"""Mixtures of experts against their formula, and recipes that are refused."""
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def swiglu(x, expert):
 
 
 def by_formula(x, mlp, moe):
-    """Every token through its experts, one by one."""
+    """Send every token through its experts, one by one."""
     logits = x @ mlp.router.weight.T
     out = []
     for token, scores in zip(x, logits, strict=True):
@@ -49,9 +50,10 @@ def by_formula(x, mlp, moe):
 
 
 @pytest.mark.parametrize("stack", [EXPERTS, SHARED_EXPERT], ids=["experts", "shared expert"])
-def test_experts_are_what_the_formula_says(tiny_recipe, stack):
+def test_experts_match_the_formula(tiny_recipe, stack):
     with engine_of(tiny_recipe, *stack, "model.initializer_range=0.3") as engine:
-        mlp, moe = engine.model.decoder.layers[1].mlp, engine.recipe.model.moe
+        mlp = engine.model.decoder.layers[1].mlp
+        moe = engine.recipe.model.moe
         assert sum(p.numel() for p in engine.model.parameters()) == parameter_count(
             engine.recipe.model, 257
         )
@@ -71,7 +73,7 @@ def test_experts_are_what_the_formula_says(tiny_recipe, stack):
 
 
 def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
-    """Switch Transformer's: experts times the sum of (share of tokens) x (mean probability)."""
+    """It is Switch Transformer's: experts x sum of (share of tokens) x (mean probability)."""
     with engine_of(tiny_recipe, *EXPERTS) as engine:
         mlp = engine.model.decoder.layers[1].mlp
         x = torch.randn(23, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -96,14 +98,12 @@ def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
 
 
 def _with_router(mlp, weight):
-    class Other:
-        experts, shared_experts = mlp.experts, mlp.shared_experts
-
-        class router:  # noqa: N801
-            pass
-
-    Other.router.weight = weight
-    return Other
+    """Return the MLP's experts with another router weight."""
+    return SimpleNamespace(
+        experts=mlp.experts,
+        shared_experts=mlp.shared_experts,
+        router=SimpleNamespace(weight=weight),
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,6 @@ def _with_router(mlp, weight):
         ),
     ],
 )
-def test_what_cannot_be_is_told_before_any_process_starts(tiny_recipe, overrides, message):
+def test_invalid_recipes_are_refused_before_any_process_starts(tiny_recipe, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(tiny_recipe), [*EXPERTS, *overrides])

@@ -1,5 +1,6 @@
-"""What a layer leaves behind and costs, by hand for the tiny recipe: width 64 in 4 heads of 16,
-2 KV heads, 96 tokens.
+"""The state and FLOPs of a layer, against sums by hand for the tiny recipe.
+
+Its width is 64 in 4 heads of 16, with 2 KV heads and 96 tokens.
 """
 
 import pytest
@@ -49,25 +50,30 @@ def model(tiny_recipe):
 
 
 @pytest.mark.parametrize(("block", "sizes"), SIZES.items())
-def test_state_and_cost_of_a_layer(model, block, sizes):
+def test_state_bytes_and_flops_of_a_layer(model, block, sizes):
     state, flops = sizes
-    made = model(block)
-    assert state_bytes(made, 96, 3) == state
-    assert state_bytes(made, 96, 3, element=2) == state / 2
-    assert flops_per_token(made, 96, 3) == pytest.approx(flops, rel=1e-12)
-    assert state_bytes(made, 96) == sum(state_bytes(made, 96, layer) for layer in range(4))
-    later, grows = state_bytes(made, 192, 3), "full" in block or "s2" in block
-    assert (later > state) == grows, "a window, a state and a convolution stay as they are"
-    assert grows or later == state
+    changed_model = model(block)
+    assert state_bytes(changed_model, 96, 3) == state
+    assert state_bytes(changed_model, 96, 3, element=2) == state / 2
+    assert flops_per_token(changed_model, 96, 3) == pytest.approx(flops, rel=1e-12)
+    assert state_bytes(changed_model, 96) == sum(
+        state_bytes(changed_model, 96, layer) for layer in range(4)
+    )
+    later_state = state_bytes(changed_model, 192, 3)
+    grows = "full" in block or "s2" in block
+    assert (later_state > state) == grows, "a window, a state and a convolution stay as they are"
+    assert grows or later_state == state
 
 
-def test_the_arithmetic_of_a_step_is_the_textbooks(tiny_recipe):
-    """A dense model costs ``6 N`` without the input embedding, and 12 layers x width x T for
-    attention, half of it with causality; a window costs what it shows.
+def test_training_flops_match_the_textbook(tiny_recipe):
+    """A token costs ``6 N`` without the input embedding, plus attention: 12 layers x width x T.
+
+    Causality halves the cost of attention; a window costs only the keys it shows.
     """
     dense = "model.layers={blocks: {full: {mixer: full}}, pattern: [full]}"
     model = load_recipe(str(tiny_recipe), [dense]).model
-    norms, embedding = (2 * 4 + 1) * 64, 384 * 64
+    norms = (2 * 4 + 1) * 64
+    embedding = 384 * 64
     matrices = (
         parameter_count(model, 257) - norms - embedding * (1 if model.tie_word_embeddings else 2)
     )
@@ -79,6 +85,6 @@ def test_the_arithmetic_of_a_step_is_the_textbooks(tiny_recipe):
         "model.layers={blocks: {full: {mixer: full}, near: {mixer: window, window: 8}}, "
         "pattern: [full, near, near, near]}"
     )
-    shown = sum(min(8, place + 1) for place in range(length)) / length
+    visible_keys = sum(min(8, position + 1) for position in range(length)) / length
     near = training_flops(load_recipe(str(tiny_recipe), [mixed]).model, length, 257)["near"]
-    assert near == pytest.approx(3 * (6 * matrices / 4 + 12 * 64 * shown))
+    assert near == pytest.approx(3 * (6 * matrices / 4 + 12 * 64 * visible_keys))

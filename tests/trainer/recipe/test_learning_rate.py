@@ -10,19 +10,19 @@ def rates(steps, **schedule):
 
 
 def test_cosine():
-    found = rates(110, name="cosine", warmup_steps=10, min_lr_factor=0.1)
-    assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert found[59] == pytest.approx(0.2 + 1.8 * 0.5)
-    assert found[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in pairwise(found[10:]))
+    lrs = rates(110, name="cosine", warmup_steps=10, min_lr_factor=0.1)
+    assert lrs[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert lrs[59] == pytest.approx(0.2 + 1.8 * 0.5)
+    assert lrs[-1] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(lrs[10:]))
 
 
 def test_wsd():
-    found = rates(100, name="wsd", warmup_steps=4, decay_ratio=0.2, min_lr_factor=0.0)
-    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert set(found[4:80]) == {2.0}
-    assert found[89] == pytest.approx(1.0)
-    assert found[-1] == 0.0
+    lrs = rates(100, name="wsd", warmup_steps=4, decay_ratio=0.2, min_lr_factor=0.0)
+    assert lrs[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert set(lrs[4:80]) == {2.0}
+    assert lrs[89] == pytest.approx(1.0)
+    assert lrs[-1] == 0.0
 
 
 def test_a_run_shorter_than_its_warmup():

@@ -11,9 +11,9 @@ from longspan.trainer.recipe.stages import Stages
 
 
 def problems(recipe, *overrides) -> list[str]:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         load_recipe(str(recipe), list(overrides))
-    return str(caught.value).splitlines()
+    return str(error_info.value).splitlines()
 
 
 @pytest.mark.parametrize("path", shipped_recipes(), ids=lambda path: path.stem)
@@ -21,15 +21,15 @@ def test_shipped_recipes_are_valid_and_described(path):
     assert load_recipe(str(path)).description
 
 
-def test_a_resolved_recipe_loads_as_itself(tiny_recipe, tmp_path):
+def test_a_resolved_recipe_loads_unchanged(tiny_recipe, tmp_path):
     recipe = load_recipe(str(tiny_recipe))
-    again = tmp_path / "again.yaml"
-    again.write_text(to_yaml(recipe))
-    assert load_recipe(str(again)) == recipe
+    reloaded = tmp_path / "again.yaml"
+    reloaded.write_text(to_yaml(recipe))
+    assert load_recipe(str(reloaded)) == recipe
 
 
-def test_all_problems_are_told_at_once(tiny_recipe):
-    found = problems(
+def test_all_problems_are_reported_at_once(tiny_recipe):
+    lines = problems(
         tiny_recipe,
         "training.stpes=3",
         "model.hidden_size=wide",
@@ -44,25 +44,25 @@ def test_all_problems_are_told_at_once(tiny_recipe):
         "parallel.tp": "3 does not divide model.num_attention_heads 4",
     }
     for key, reason in expected.items():
-        assert any(line.startswith(f"tiny.yaml: {key}: ") and reason in line for line in found), key
-    assert {line.split(": ")[1] for line in found} == expected.keys()
+        assert any(line.startswith(f"tiny.yaml: {key}: ") and reason in line for line in lines), key
+    assert {line.split(": ")[1] for line in lines} == expected.keys()
 
 
-def test_combinations_are_told_beside_unknown_keys(tiny_recipe):
-    found = problems(tiny_recipe, "training.stpes=3", "parallel.pp=3", "launch.processes=3")
-    assert any("training.stpes: unknown key" in line for line in found)
-    assert any("parallel.pp: 3 does not divide model.num_hidden_layers 4" in line for line in found)
+def test_combinations_are_checked_beside_unknown_keys(tiny_recipe):
+    lines = problems(tiny_recipe, "training.stpes=3", "parallel.pp=3", "launch.processes=3")
+    assert any("training.stpes: unknown key" in line for line in lines)
+    assert any("parallel.pp: 3 does not divide model.num_hidden_layers 4" in line for line in lines)
 
 
-def test_a_faulty_required_key_hides_no_other_problem(tiny_recipe):
-    found = problems(
+def test_an_invalid_required_key_hides_no_other_problem(tiny_recipe):
+    lines = problems(
         tiny_recipe,
         "training.steps=x",
         "model.num_attention_heads=x",
         "parallel.pp=3",
         "launch.processes=3",
     )
-    keys = [line.split(": ")[1] for line in found]
+    keys = [line.split(": ")[1] for line in lines]
     assert sorted(keys) == ["model.num_attention_heads", "parallel.pp", "training.steps"]
     pattern = "model.layers.blocks.full={mixer: pattern}"
     assert [
@@ -250,21 +250,17 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
     ],
 )
 def test_each_problem_names_its_key(tiny_recipe, override, message):
-    assert any(
-        message in line
-        for line in problems(
-            tiny_recipe,
-            *override.split(" ", 1) if "=" in override.partition(" ")[2] else [override],
-        )
-    )
+    _, _, second = override.partition(" ")
+    overrides = override.split(" ", 1) if "=" in second else [override]
+    assert any(message in line for line in problems(tiny_recipe, *overrides))
 
 
 @pytest.mark.parametrize("override", ["training.steps", "=3", "training.steps.x=3", "run_dir={"])
-def test_bad_overrides(tiny_recipe, override):
+def test_invalid_overrides_are_refused(tiny_recipe, override):
     assert override.split("=")[0].split(".")[0] in problems(tiny_recipe, override)[0]
 
 
-def test_yaml_has_no_traps(tiny_recipe):
+def test_yaml_scalars_are_not_misread(tiny_recipe):
     recipe = load_recipe(
         str(tiny_recipe),
         ["optimizer.lr=1e-3", "run_dir=no", "metrics.wandb=true", "description=12:30"],
@@ -285,14 +281,14 @@ def test_duplicate_keys_are_refused_with_their_line(tiny_recipe):
     ]
 
 
-def test_broken_yaml_and_wrong_shape(tiny_recipe):
+def test_broken_yaml_and_lists_are_refused(tiny_recipe):
     tiny_recipe.write_text("a: [1\nb: 2\n")
     assert f"{tiny_recipe}:2:" in problems(tiny_recipe)[0]
     tiny_recipe.write_text("- 1\n")
     assert "a recipe is a mapping of sections, this is list" in problems(tiny_recipe)[0]
 
 
-def test_an_unknown_recipe_is_told_with_the_known_ones():
+def test_an_unknown_recipe_gives_a_suggestion():
     (line,) = problems("quikstart")
     assert "did you mean quickstart?" in line
 
@@ -308,7 +304,8 @@ def test_base_is_inherited_key_by_key(tiny_recipe, tmp_path):
             }
         )
     )
-    recipe, base = load_recipe(str(child)), load_recipe(str(tiny_recipe))
+    recipe = load_recipe(str(child))
+    base = load_recipe(str(tiny_recipe))
     assert recipe.training.steps == 7
     assert recipe.training.seq_length == base.training.seq_length
     assert list(recipe.model.layers.blocks) == ["full", "linear"]
@@ -329,7 +326,7 @@ def test_a_shipped_recipe_can_be_a_base(tmp_path):
     assert load_recipe(str(child)).model == load_recipe(str(SHIPPED / "quickstart.yaml")).model
 
 
-def test_a_base_that_is_its_own_ancestor(tmp_path):
+def test_a_base_must_not_be_its_own_ancestor(tmp_path):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     assert "its own ancestor" in problems(tmp_path / "a.yaml")[0]
@@ -348,14 +345,15 @@ def test_a_base_that_is_its_own_ancestor(tmp_path):
         ("{mixer: pattern, pattern: 'Stripes(8, 2) | Window(9)'}", False),
     ],
 )
-def test_gaps_between_stripes_are_warned_of(tiny_recipe, block, gaps):
+def test_gaps_between_stripes_give_a_warning(tiny_recipe, block, gaps):
     from longspan.trainer.run.report import recipe_warnings
 
-    told = list(
+    warnings = list(
         recipe_warnings(load_recipe(str(tiny_recipe), [f"model.layers.blocks.full={block}"]))
     )
     assert [
-        "model.layers.blocks.full: the stripes of 2 KV heads leave gaps" in line for line in told
+        "model.layers.blocks.full: the stripes of 2 KV heads leave gaps" in line
+        for line in warnings
     ] == [True] * gaps
 
 
@@ -367,7 +365,7 @@ def test_documents_are_aligned_to_the_patterns_in_use(tiny_recipe):
     assert model.model_copy(update={"num_hidden_layers": 3}).document_alignment == 8
 
 
-def test_recipes_need_no_torch(tiny_recipe):
+def test_loading_a_recipe_imports_no_torch(tiny_recipe):
     code = (
         "import sys; from longspan.trainer.recipe.file import load_recipe;"
         f"load_recipe({str(tiny_recipe)!r}); assert 'torch' not in sys.modules"
@@ -380,16 +378,18 @@ STAGES = """stages=[
     {from_step: 12, optimizer: {lr: 5e-4}, lr_scheduler: {name: wsd, warmup_steps: 2}}]"""
 
 
-def test_stages_add_up(tiny_recipe):
+def test_stages_accumulate_their_changes(tiny_recipe):
     recipe = load_recipe(str(tiny_recipe), [STAGES])
     assert recipe.stage_starts == [0, 6, 12]
     stages = map(recipe.at_step, (0, 5, 6, 11, 12, 19))
-    shapes = [(now.training.seq_length, now.model.rope_theta, now.optimizer.lr) for now in stages]
+    shapes = [
+        (stage.training.seq_length, stage.model.rope_theta, stage.optimizer.lr) for stage in stages
+    ]
     assert shapes == [*[(96, 1e4, 1e-3)] * 2, *[(192, 5e4, 1e-3)] * 2, *[(192, 5e4, 5e-4)] * 2]
     by_step = [Stages(recipe).at(step) for step in range(20)]
     rates = [stage.learning_rate(step) for step, stage in enumerate(by_step)]
     plain = load_recipe(str(tiny_recipe), [])
-    # The run's schedule goes on to where a stage has its own: its cosine ends there.
+    # The schedule of the run ends where a stage sets its own.
     assert rates[:12] == [learning_rate(step, 12, 1e-3, plain.lr_scheduler) for step in range(12)]
     assert rates[12:] == [
         learning_rate(step, 8, 5e-4, recipe.stages[1].lr_scheduler) for step in range(8)
@@ -418,7 +418,7 @@ def test_stages_add_up(tiny_recipe):
         ),
     ],
 )
-def test_a_stage_that_cannot_be_is_named(tiny_recipe, stages, message):
+def test_invalid_stages_are_refused_by_key(tiny_recipe, stages, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(tiny_recipe), [f"stages={stages}"])
 
@@ -436,6 +436,6 @@ def test_a_stage_that_cannot_be_is_named(tiny_recipe, stages, message):
         ),
     ],
 )
-def test_buckets_that_cannot_be_are_told(tiny_recipe, overrides, message):
+def test_invalid_buckets_are_refused(tiny_recipe, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(tiny_recipe), ["data.packing=buckets", *overrides])

@@ -1,7 +1,7 @@
-"""One rank of a real run, with faults on the way.
+"""Run one rank of a real run, with faults at chosen steps.
 
-Arguments: RECIPE [FAULT=STEP ...] [section.key=value ...]. Every step's loss, bit by bit, and a
-hash of the tokens that all ranks saw go to RUN/seen.txt.
+Arguments: RECIPE [FAULT=STEP ...] [section.key=value ...]. Every step's exact loss and a hash of
+the tokens of all ranks are written to RUN/seen.txt.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from torch.distributed.checkpoint import filesystem
 
 RECIPE, *ARGUMENTS = sys.argv[1:]
 RANK = int(os.environ["RANK"])
-NAMED = [(argument, *argument.partition("=")[::2]) for argument in ARGUMENTS]
-FAULTS = {name: int(step) for _, name, step in NAMED if "." not in name and name != "stages"}
+PARSED = [(argument, *argument.partition("=")[::2]) for argument in ARGUMENTS]
+FAULTS = {name: int(step) for _, name, step in PARSED if "." not in name and name != "stages"}
 if "engine.name=deepspeed" in ARGUMENTS:
     from longspan.trainer.engines.deepspeed import DeepSpeedEngine as Engine
 else:
     from longspan.trainer.engines.megatron import MegatronEngine as Engine
-OVERRIDES = [argument for argument, name, _ in NAMED if name not in FAULTS]
+OVERRIDES = [argument for argument, name, _ in PARSED if name not in FAULTS]
 
 
 def die() -> None:
@@ -34,28 +34,32 @@ def die() -> None:
 
 
 def limit_files(size: int) -> None:
-    """Let no file of this process grow beyond that: what a full disk does, for any user."""
+    """Limit the size of this process's files, which acts like a full disk for any user."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def tokens_hash(engine: Engine, batches) -> str:
-    """Hash the global batch, put together from all ranks' shards in the order of its samples."""
+    """Hash the global batch, assembled from all ranks' shards in the order of its samples."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(
         gathered, (engine.batch_shard, [(batch.tokens, batch.sequence.layout) for batch in batches])
     )
-    seen_by = {(shard.data_rank, shard.context_rank): seen for shard, seen in gathered}
+    batches_by_rank = {
+        (shard.data_rank, shard.context_rank): local_batches for shard, local_batches in gathered
+    }
     digest = hashlib.sha256()
     layout = batches[0].sequence.layout
     for i in range(len(batches)):
         for data_rank in range(engine.batch_shard.data_ranks):
-            whole = layout.unshard([seen_by[data_rank, rank][i][0] for rank in range(layout.ranks)])
+            whole = layout.unshard(
+                [batches_by_rank[data_rank, rank][i][0] for rank in range(layout.ranks)]
+            )
             digest.update(whole.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 class Progress:
-    """How far the run is."""
+    """The last step that was begun."""
 
     step = 0
 
@@ -67,41 +71,41 @@ real_prune = checkpointer.prune
 real_write_item = filesystem._write_item
 
 
-def begin_faults(engine: Engine, now: int):
-    """Do what FAULTS says of this step; return a hook to remove after it, if there is one."""
-    if now in (FAULTS.get("disk-full"), FAULTS.get("kill")):
-        # A save must be through before, on a slow machine as well.
+def begin_faults(engine: Engine, step_number: int):
+    """Cause the FAULTS of this step; return a hook to remove after it, if there is one."""
+    if step_number in (FAULTS.get("disk-full"), FAULTS.get("kill")):
+        # Wait for a running save, which must finish first on a slow machine as well.
         while list(Path(engine.recipe.run_dir, "checkpoints").glob("*.partial")):
             time.sleep(0.01)
-    if now == FAULTS.get("disk-full"):
+    if step_number == FAULTS.get("disk-full"):
         limit_files(FAULTS.get("bytes", 0))
-    if now == FAULTS.get("disk-free"):
+    if step_number == FAULTS.get("disk-free"):
         limit_files(resource.RLIM_INFINITY)
 
     is_last_rank = dist.get_world_size() - 1 == RANK
-    if now == FAULTS.get("kill") and is_last_rank:
-        # Gradients are ready, the update is not.
+    if step_number == FAULTS.get("kill") and is_last_rank:
+        # Die between the gradients and the update.
         engine._optimizer.step_with_ready_grads = die
     for name, number in (("term", signal.SIGTERM), ("usr1", signal.SIGUSR1)):
-        if now == FAULTS.get(name) and is_last_rank:
+        if step_number == FAULTS.get(name) and is_last_rank:
             os.kill(os.getpid(), number)
-    if now == FAULTS.get("stop-file") and RANK == 0:
+    if step_number == FAULTS.get("stop-file") and RANK == 0:
         Path(engine.recipe.run_dir, "STOP").touch()
 
     first_nan = FAULTS.get("nan-loss", 0)
-    if now in range(first_nan, first_nan + FAULTS.get("times", 1)) and RANK == 1:
+    if step_number in range(first_nan, first_nan + FAULTS.get("times", 1)) and RANK == 1:
         return engine.model.decoder.layers[0].register_forward_hook(
             lambda layer, inputs, out: (out[0] * torch.nan, out[1])
         )
-    if now == FAULTS.get("inf-gradient") and RANK == 1:
+    if step_number == FAULTS.get("inf-gradient") and RANK == 1:
         parameter = next(engine.model.parameters())
         return parameter.register_hook(lambda gradient: gradient * torch.inf)
     return None
 
 
 def step(self, batches, lr):
-    now = Progress.step = Progress.step + 1
-    hook = begin_faults(self, now)
+    step_number = Progress.step = Progress.step + 1
+    hook = begin_faults(self, step_number)
     checks_state = "nan-loss" in FAULTS or "inf-gradient" in FAULTS
     before = fingerprint(self) if checks_state else None
     tokens = tokens_hash(self, batches)
@@ -116,13 +120,13 @@ def step(self, batches, lr):
         limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         limit_files(resource.RLIM_INFINITY)
         with Path(self.recipe.run_dir, "seen.txt").open("a") as file:
-            file.write(f"{now} {result.loss.hex()} {tokens}\n")
+            file.write(f"{step_number} {result.loss.hex()} {tokens}\n")
         limit_files(limit)
     return result
 
 
 def fingerprint(engine: Engine) -> str:
-    """Hash this rank's weights, moments and what the model computes with, bit by bit."""
+    """Hash this rank's weights and moments, and the parameters that the model computes with."""
     digest = hashlib.sha256()
     for name, shards in engine.state().items():
         if not name.startswith("rng."):
@@ -142,7 +146,7 @@ def restore(self, *arguments):
 
 
 def sha256(path: Path) -> str:
-    # Files are written, the manifest is not.
+    # The files are written, but not the manifest.
     if path.parent.name == f"step-{FAULTS.get('kill-in-save', 0):08}.partial":
         die()
     return real_sha256(path)
@@ -150,7 +154,7 @@ def sha256(path: Path) -> str:
 
 def write_item(transforms, stream, *rest):
     written = real_write_item(transforms, stream, *rest)
-    # A file is begun, and not all is in it.
+    # The file is written in part.
     if Progress.step >= FAULTS.get("kill-in-write", sys.maxsize):
         stream.flush()
         die()

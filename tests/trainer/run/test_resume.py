@@ -1,4 +1,4 @@
-"""Real runs that are killed, stopped, damaged and resumed, against one that was left alone."""
+"""Real runs that are killed, stopped, damaged and resumed, against an undisturbed one."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from ..stacks import EXPERTS, LINEAR, LINEAR_MORE
 
 WORKER = Path(__file__).parent / "run_worker.py"
 OPTIONS = ["checkpoint.interval=4", "checkpoint.keep_latest_k=2", "training.steps=14"]
-PAIR = ["parallel.cp=2", *OPTIONS]
+TWO_RANKS = ["parallel.cp=2", *OPTIONS]
 
 
 def wide(value):
@@ -27,8 +27,8 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def go(ranks, tiny_recipe):
-    """``go(count, *faults and overrides)``: one start of the run; what the ranks wrote."""
+def run_ranks(ranks, tiny_recipe):
+    """``run_ranks(count, *faults_and_overrides)``: start the run and return the ranks' outputs."""
 
     def start(count, *arguments, status=0):
         return ranks(
@@ -39,40 +39,40 @@ def go(ranks, tiny_recipe):
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """What the first test that needs it makes, and the others use."""
+def shared_files(tmp_path_factory):
+    """Return a store for results that the first test computes and others reuse."""
     return {"folder": tmp_path_factory.mktemp("made")}
 
 
 @pytest.fixture
-def expected(made, go, run):
-    """What an undisturbed run on two ranks sees: step -> (loss in hex, hash of its tokens)."""
-    if "expected" not in made:
-        go(2, *PAIR)
-        made["expected"] = seen(run)
+def expected(shared_files, run_ranks, run):
+    """Return the steps of an undisturbed run: step -> (loss in hex, hash of tokens)."""
+    if "expected" not in shared_files:
+        run_ranks(2, *TWO_RANKS)
+        shared_files["expected"] = recorded_steps(run)
         shutil.rmtree(run)
-    return made["expected"]
+    return shared_files["expected"]
 
 
 @pytest.fixture
-def stopped(made, go, run, expected):
-    """Such a run that was stopped after step 10, with checkpoints of steps 8 and 10."""
-    kept = made["folder"] / "stopped"
+def stopped(shared_files, run_ranks, run, expected):
+    """Return the folder of such a run stopped after step 10, with checkpoints of steps 8 and 10."""
+    kept = shared_files["folder"] / "stopped"
     if not kept.exists():
-        go(2, "stop-file=10", *PAIR, status=75)
+        run_ranks(2, "stop-file=10", *TWO_RANKS, status=75)
         run.rename(kept)
     return shutil.copytree(kept, run)
 
 
-def seen(run):
-    """The last account of every step: those after the checkpoint are taken again."""
+def recorded_steps(run):
+    """Return the last record of every step; those after a checkpoint may be repeated."""
     return {
         int(step): (loss, tokens)
         for step, loss, tokens in map(str.split, (run / "seen.txt").read_text().splitlines())
     }
 
 
-def whole_steps(longspan, run):
+def whole_checkpoints(longspan, run):
     listed = longspan("status", run).stdout
     return [int(step) for step in re.findall(r"^(\d+) .* whole$", listed, re.MULTILINE)]
 
@@ -80,17 +80,17 @@ def whole_steps(longspan, run):
 @pytest.mark.parametrize(
     "fault", ["kill=7", "kill-in-write=8", wide("kill-in-save=8"), wide("kill-before-prune=8")]
 )
-def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
-    go(2, fault, *PAIR, status=None)
-    assert len(seen(run)) < 14
+def test_a_killed_run_resumes_bit_by_bit(run_ranks, run, longspan, expected, fault):
+    run_ranks(2, fault, *TWO_RANKS, status=None)
+    assert len(recorded_steps(run)) < 14
     leftovers = list((run / "checkpoints").glob("*.partial"))
     assert bool(leftovers) == (fault in ("kill-in-save=8", "kill-in-write=8"))
-    whole = whole_steps(longspan, run)
+    whole = whole_checkpoints(longspan, run)
     assert whole == ([8, 4] if fault == "kill-before-prune=8" else [4])
-    written = go(2, *PAIR)
+    written = run_ranks(2, *TWO_RANKS)
     assert f"resuming from step {whole[0]}" in written[0][0]
-    assert seen(run) == expected
-    assert whole_steps(longspan, run) == [14, 12]
+    assert recorded_steps(run) == expected
+    assert whole_checkpoints(longspan, run) == [14, 12]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-00000012",
         "step-00000014",
@@ -133,8 +133,8 @@ WIDE_DAMAGE = ["deleted", "empty manifest", "metadata", "changed manifest", "no 
 
 
 @pytest.mark.parametrize("kind", ["truncated", "one bit", *map(wide, WIDE_DAMAGE)])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    go, longspan, stopped, expected, kind
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
+    run_ranks, longspan, stopped, expected, kind
 ):
     name, damage, message = DAMAGE[kind]
     newest = stopped / "checkpoints" / "step-00000010"
@@ -143,20 +143,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert re.search(rf"^10 .*{re.escape(name)}:? {message}", listed.stdout, re.MULTILINE), (
         listed.stdout
     )
-    assert whole_steps(longspan, stopped) == [8]
-    first, second = go(2, *PAIR)
+    assert whole_checkpoints(longspan, stopped) == [8]
+    first, second = run_ranks(2, *TWO_RANKS)
     assert re.search(rf"warning: {newest}: {re.escape(name)}:? {message}", first[0]), first[0]
     assert "set aside as step-00000010.damaged-1, resuming from step 8" in first[0]
     assert "warning" not in second[0]
-    assert seen(stopped) == expected
+    assert recorded_steps(stopped) == expected
 
 
 @pytest.mark.wide
-def test_without_a_whole_checkpoint_nothing_is_lost(go, stopped):
+def test_without_a_whole_checkpoint_the_run_stops_and_keeps_its_files(run_ranks, stopped):
     for checkpoint in (stopped / "checkpoints").iterdir():
         flip_a_bit(checkpoint / "__0_0.distcp")
     before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
-    first, _ = go(2, *PAIR, status=2)
+    first, _ = run_ranks(2, *TWO_RANKS, status=2)
     assert (
         "checkpoints: holds no whole checkpoint; remove the folder to train from step 0" in first[1]
     )
@@ -164,8 +164,8 @@ def test_without_a_whole_checkpoint_nothing_is_lost(go, stopped):
     assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
 
 
-def test_other_ranks_go_on_with_the_same_tokens_and_losses(go, run, expected):
-    """Four ranks, then two, then one, then two of other kinds, each resuming the one before."""
+def test_other_arrangements_resume_with_the_same_tokens_and_losses(run_ranks, run, expected):
+    """Four ranks, then two, one, and two in other arrangements, each resuming the previous run."""
     arrangements = [
         (4, "parallel.cp=2"),
         (2, "parallel.pp=2"),
@@ -173,24 +173,26 @@ def test_other_ranks_go_on_with_the_same_tokens_and_losses(go, run, expected):
         (2, "parallel.tp=2"),
         (2, "parallel.cp=2"),
     ]
-    for part, (count, *overrides) in enumerate(arrangements):
-        stop, status = ([f"stop-file={2 * part + 2}"], 75) if part < 4 else ([], 0)
-        go(count, *stop, *overrides, *OPTIONS, status=status)
-    ours = seen(run)
+    for index, (count, *overrides) in enumerate(arrangements):
+        if index < 4:
+            run_ranks(count, f"stop-file={2 * index + 2}", *overrides, *OPTIONS, status=75)
+        else:
+            run_ranks(count, *overrides, *OPTIONS)
+    ours = recorded_steps(run)
     assert [tokens for _, tokens in ours.values()] == [tokens for _, tokens in expected.values()]
     for step, (loss, _) in expected.items():
         assert float.fromhex(ours[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step
 
 
 @pytest.mark.wide
-def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
+def test_tied_embeddings_in_bf16_resume_bit_by_bit(run_ranks, run):
     options = ["parallel.pp=2", "training.dtype=bfloat16", "training.steps=6"]
-    go(2, *options)
-    alone = seen(run)
+    run_ranks(2, *options)
+    undisturbed = recorded_steps(run)
     shutil.rmtree(run)
-    go(2, "stop-file=3", *options, status=75)
-    go(2, *options)
-    assert seen(run) == alone
+    run_ranks(2, "stop-file=3", *options, status=75)
+    run_ranks(2, *options)
+    assert recorded_steps(run) == undisturbed
 
 
 @pytest.mark.wide
@@ -203,32 +205,32 @@ def test_tied_embeddings_and_bf16_go_on_bit_by_bit(go, run):
     ],
     ids=["linear", "more linear", "experts"],
 )
-def test_mixers_and_experts_go_on_bit_by_bit_and_on_other_ranks(
-    go, run, stack, arrangement, others
+def test_mixers_and_experts_resume_bit_by_bit_and_on_other_ranks(
+    run_ranks, run, stack, arrangement, others
 ):
     options = [*stack, "training.steps=6"]
-    go(2, *arrangement, *options)
-    alone = seen(run)
+    run_ranks(2, *arrangement, *options)
+    undisturbed = recorded_steps(run)
     shutil.rmtree(run)
-    go(2, *arrangement, "stop-file=3", *options, status=75)
+    run_ranks(2, *arrangement, "stop-file=3", *options, status=75)
     stopped = shutil.copytree(run, run.with_name("stopped"))
-    go(2, *arrangement, *options)
-    assert seen(run) == alone
+    run_ranks(2, *arrangement, *options)
+    assert recorded_steps(run) == undisturbed
     assert ("train/balance_loss" in (run / "metrics.jsonl").read_text()) == (stack is EXPERTS)
     shutil.rmtree(run)
     stopped.rename(run)
-    go(2, *others, *options)
-    for step, (loss, tokens) in alone.items():
-        assert seen(run)[step][1] == tokens
-        assert float.fromhex(seen(run)[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), (
-            step
-        )
+    run_ranks(2, *others, *options)
+    for step, (loss, tokens) in undisturbed.items():
+        assert recorded_steps(run)[step][1] == tokens
+        assert float.fromhex(recorded_steps(run)[step][0]) == pytest.approx(
+            float.fromhex(loss), rel=1e-5
+        ), step
 
 
 def zero(stage, *offloaded):
     zero = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
     return [
-        *PAIR,
+        *TWO_RANKS,
         "engine.name=deepspeed",
         f"engine.zero_stage={stage}",
         f"engine.config.zero_optimization={json.dumps(zero)}",
@@ -241,18 +243,18 @@ def zero(stage, *offloaded):
     ids=[*map(str, range(4)), "2, offload", "3, offload"],
 )
 @pytest.mark.wide
-def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, engine):
-    go(2, *engine)
-    alone = seen(run)
+def test_zero_resumes_bit_by_bit_and_under_megatron(run_ranks, run, expected, engine):
+    run_ranks(2, *engine)
+    undisturbed = recorded_steps(run)
     shutil.rmtree(run)
-    go(2, "stop-file=6", *engine, status=75)
+    run_ranks(2, "stop-file=6", *engine, status=75)
     stopped = shutil.copytree(run, run.with_name("stopped"))
-    go(2, *engine)
-    assert seen(run) == alone
+    run_ranks(2, *engine)
+    assert recorded_steps(run) == undisturbed
     shutil.rmtree(run)
     stopped.rename(run)
-    go(2, *PAIR)  # by Megatron
-    for other in (alone, seen(run)):
+    run_ranks(2, *TWO_RANKS)  # by Megatron
+    for other in (undisturbed, recorded_steps(run)):
         for step, (loss, tokens) in expected.items():
             assert other[step][1] == tokens
             assert float.fromhex(other[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), (
@@ -263,34 +265,34 @@ def test_zero_goes_on_bit_by_bit_and_moves_between_engines(go, run, expected, en
 @pytest.mark.wide
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("fault", ["nan-loss=6", "inf-gradient=6"])
-def test_zero_makes_no_update_that_is_not_finite(go, run, stage, fault):
+def test_zero_skips_nonfinite_updates(run_ranks, run, stage, fault):
     """The worker compares all weights and moments before and after."""
-    first, _ = go(2, fault, *zero(stage), "training.on_nonfinite=skip")
+    first, _ = run_ranks(2, fault, *zero(stage), "training.on_nonfinite=skip")
     assert first[0].count("skipped, without an update") == 1
 
 
-def test_a_run_of_megatron_goes_on_under_zero(go, stopped, expected):
-    go(2, *zero(2))
+def test_a_megatron_run_resumes_under_zero(run_ranks, stopped, expected):
+    run_ranks(2, *zero(2))
     for step, (loss, tokens) in expected.items():
-        assert seen(stopped)[step][1] == tokens
-        assert float.fromhex(seen(stopped)[step][0]) == pytest.approx(
+        assert recorded_steps(stopped)[step][1] == tokens
+        assert float.fromhex(recorded_steps(stopped)[step][0]) == pytest.approx(
             float.fromhex(loss), rel=1e-5
         ), step
 
 
 @pytest.mark.parametrize("request_to_stop", ["term=6", wide("usr1=6")])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    go, run, longspan, expected, request_to_stop
+    run_ranks, run, longspan, expected, request_to_stop
 ):
-    first, _ = go(2, request_to_stop, *PAIR, status=75)
+    first, _ = run_ranks(2, request_to_stop, *TWO_RANKS, status=75)
     assert "stopped after step 6 of 14, as asked; the same command resumes from there" in first[0]
-    assert whole_steps(longspan, run) == [6, 4]
-    go(2, *PAIR)
-    assert seen(run) == expected
+    assert whole_checkpoints(longspan, run) == [6, 4]
+    run_ranks(2, *TWO_RANKS)
+    assert recorded_steps(run) == expected
 
 
-def test_a_full_disk_stops_no_training(go, run, longspan, expected):
-    first, _ = go(2, "disk-full=7", "disk-free=10", *PAIR, "metrics.log_interval=1")
+def test_training_continues_on_a_full_disk(run_ranks, run, longspan, expected):
+    first, _ = run_ranks(2, "disk-full=7", "disk-free=10", *TWO_RANKS, "metrics.log_interval=1")
     assert (
         first[0].count(
             f"ALERT: {run / 'metrics.jsonl'} cannot be written: File too large; training continues"
@@ -316,75 +318,75 @@ def test_a_full_disk_stops_no_training(go, run, longspan, expected):
     alert = "ALERT: the checkpoint of step 8 could not be written: rank "
     assert alert in first[0]
     assert re.search(r"\(the disk has [0-9,]+ MiB left\); step 4 is the last", first[0])
-    assert whole_steps(longspan, run) == [14, 12]
+    assert whole_checkpoints(longspan, run) == [14, 12]
     assert not list((run / "checkpoints").glob("*.partial"))
-    assert seen(run) == expected
+    assert recorded_steps(run) == expected
 
 
 @pytest.mark.wide
-def test_old_checkpoints_that_cannot_be_removed_are_told(go, run, longspan):
-    first, _ = go(2, "no-removal=1", *PAIR)
+def test_checkpoints_that_cannot_be_removed_give_an_alert(run_ranks, run, longspan):
+    first, _ = run_ranks(2, "no-removal=1", *TWO_RANKS)
     assert first[0].count("ALERT: old checkpoints cannot be removed: not permitted") >= 2
-    assert whole_steps(longspan, run) == [14, 12, 8, 4]
+    assert whole_checkpoints(longspan, run) == [14, 12, 8, 4]
 
 
 @pytest.mark.wide
-def test_a_full_disk_at_a_stop_is_an_error_and_leaves_the_last_checkpoint(go, run, longspan):
-    first, _ = go(2, "disk-full=5", "stop-file=6", *PAIR, status=2)
+def test_a_full_disk_at_a_stop_is_an_error_and_keeps_the_last_checkpoint(run_ranks, run, longspan):
+    first, _ = run_ranks(2, "disk-full=5", "stop-file=6", *TWO_RANKS, status=2)
     assert "checkpoints: step 6 is not saved: rank " in first[1]
-    assert whole_steps(longspan, run) == [4]
+    assert whole_checkpoints(longspan, run) == [4]
 
 
 @pytest.mark.wide
-def test_a_step_that_is_not_finite_is_told_on_a_full_disk_too(go, run, longspan):
-    first, _ = go(2, "disk-full=6", "nan-loss=6", *PAIR, status=3)
+def test_a_nonfinite_step_is_reported_on_a_full_disk_too(run_ranks, run, longspan):
+    first, _ = run_ranks(2, "disk-full=6", "nan-loss=6", *TWO_RANKS, status=3)
     assert re.search("step 6: loss nan .* the batch could not be written", first[1])
     assert "checkpoints: step 5 is not saved: rank " in first[1]
-    assert whole_steps(longspan, run) == [4]
+    assert whole_checkpoints(longspan, run) == [4]
 
 
 @pytest.mark.parametrize("fault", ["nan-loss=6", wide("inf-gradient=6")])
-def test_a_step_that_is_not_finite_stops_the_run_before_the_update(
-    go, run, longspan, expected, fault
+def test_a_nonfinite_step_stops_the_run_before_the_update(
+    run_ranks, run, longspan, expected, fault
 ):
     from safetensors.torch import load_file
 
-    first, second = go(2, fault, *PAIR, status=3)
+    first, second = run_ranks(2, fault, *TWO_RANKS, status=3)
     assert re.search(
         "step 6: loss .* and gradient norm (nan|inf); no update was made; the batch is in", first[1]
     )
     assert "longspan" not in second[1]
-    assert whole_steps(longspan, run) == [5, 4]
+    assert whole_checkpoints(longspan, run) == [5, 4]
     dumped = [
         load_file(run / "nonfinite" / "step-00000006" / f"rank-{rank}.safetensors")
         for rank in range(2)
     ]
     assert {tuple(batches["0.tokens"].shape) for batches in dumped} == {(1, 48)}
-    go(2, *PAIR)  # without the fault
-    assert seen(run) == expected
+    run_ranks(2, *TWO_RANKS)  # without the fault
+    assert recorded_steps(run) == expected
 
 
 @pytest.mark.wide
-def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(go, run):
-    skip = [*PAIR, "training.on_nonfinite=skip", "training.max_skipped_steps=2"]
-    first, _ = go(2, "nan-loss=6", "times=2", *skip)
+def test_nonfinite_steps_can_be_skipped_up_to_a_limit(run_ranks, run):
+    skip = [*TWO_RANKS, "training.on_nonfinite=skip", "training.max_skipped_steps=2"]
+    first, _ = run_ranks(2, "nan-loss=6", "times=2", *skip)
     assert first[0].count("skipped, without an update") == 2
-    losses = {step: float.fromhex(loss) for step, (loss, _) in seen(run).items()}
+    losses = {step: float.fromhex(loss) for step, (loss, _) in recorded_steps(run).items()}
     assert [step for step, loss in losses.items() if loss != loss] == [6, 7]
     shutil.rmtree(run)
-    first, _ = go(2, "nan-loss=6", "times=3", *skip, status=3)
+    first, _ = run_ranks(2, "nan-loss=6", "times=3", *skip, status=3)
     assert "step 8: loss nan" in first[1]
     assert "3 steps in a row, training.max_skipped_steps is 2" in first[1]
 
 
-def test_a_finished_run_says_so_and_more_steps_continue_it(go, run, tiny_recipe):
+def test_a_finished_run_continues_with_more_steps(run_ranks, run, tiny_recipe):
     steady = ["lr_scheduler.name=wsd", "lr_scheduler.decay_ratio=0.0", "training.steps=4"]
-    go(1, *steady)
-    first = go(1, *steady)[0]
+    run_ranks(1, *steady)
+    first = run_ranks(1, *steady)[0]
     assert "all 4 steps are done; raise training.steps" in first[0]
-    assert len(seen(run)) == 4
-    go(1, *steady[:2], "training.steps=6")
-    assert list(seen(run)) == [1, 2, 3, 4, 5, 6]
+    assert len(recorded_steps(run)) == 4
+    run_ranks(1, *steady[:2], "training.steps=6")
+    assert list(recorded_steps(run)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -402,23 +404,21 @@ def test_a_finished_run_says_so_and_more_steps_continue_it(go, run, tiny_recipe)
         (["training.steps=9"], ["training.steps: 9, but the run in {} has done 10; raise it"]),
     ],
 )
-def test_another_recipe_is_refused_with_its_keys(
-    longspan, tiny_recipe, stopped, overrides, messages
-):
+def test_changed_keys_are_refused_by_name(longspan, tiny_recipe, stopped, overrides, messages):
     before = {
         path: path.stat().st_mtime_ns
         for path in stopped.rglob("*")
         if path.is_file() and path.name != "lock"
     }
-    done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR, *overrides)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == len(messages), done.stderr
+    completed = longspan("train", tiny_recipe, "launch.processes=2", *TWO_RANKS, *overrides)
+    assert completed.returncode == 2
+    assert len(completed.stderr.splitlines()) == len(messages), completed.stderr
     for message in messages:
-        assert message.format(stopped) in done.stderr
+        assert message.format(stopped) in completed.stderr
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_stage_may_be_added_that_is_still_to_come(stopped, tiny_recipe):
+def test_a_future_stage_may_be_added(stopped, tiny_recipe):
     folder = RunFolder(stopped)
 
     def with_stage(step):
@@ -426,7 +426,7 @@ def test_a_stage_may_be_added_that_is_still_to_come(stopped, tiny_recipe):
             str(tiny_recipe),
             [
                 "launch.processes=2",
-                *PAIR,
+                *TWO_RANKS,
                 f"stages=[{{from_step: {step}, optimizer: {{lr: 1e-4}}}}]",
             ],
         )
@@ -436,7 +436,7 @@ def test_a_stage_may_be_added_that_is_still_to_come(stopped, tiny_recipe):
         folder.require_usable(with_stage(9))
 
 
-def test_a_microbatch_stays_where_experts_are_balanced_over_it(tiny_recipe):
+def test_the_microbatch_size_of_balanced_experts_must_not_change(tiny_recipe):
     def recipe(*overrides):
         return load_recipe(str(tiny_recipe), [*EXPERTS, *overrides])
 
@@ -449,11 +449,11 @@ def test_a_microbatch_stays_where_experts_are_balanced_over_it(tiny_recipe):
         folder.require_usable(recipe("training.micro_batch_size=2"))
 
 
-def test_another_corpus_under_the_same_name_is_refused(go, stopped, corpus):
+def test_a_changed_corpus_is_refused(run_ranks, stopped, corpus):
     began_with = json.loads((stopped / "data.json").read_text())
     assert list(began_with) == [corpus]
     (stopped / "data.json").write_text(json.dumps({corpus: "another-" + began_with[corpus]}))
-    first, _ = go(2, *PAIR, status=2)
+    first, _ = run_ranks(2, *TWO_RANKS, status=2)
     assert f"data: {corpus}: is not what the run in {stopped} began with" in first[1]
 
 
@@ -462,13 +462,13 @@ def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stoppe
 
     file = stopped / "checkpoints" / "step-00000010" / "manifest.json"
     file.write_text(Manifest(10, 1, "other ranks", "later", {}, version=99).to_json())
-    done = longspan("train", tiny_recipe, "launch.processes=2", *PAIR)
-    assert done.returncode == 2
+    completed = longspan("train", tiny_recipe, "launch.processes=2", *TWO_RANKS)
+    assert completed.returncode == 2
     assert (
         "step-00000010: was written by a newer longspan (format 99, "
-        "this one reads up to 1); upgrade" in done.stderr
+        "this one reads up to 1); upgrade" in completed.stderr
     )
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in completed.stderr
     assert file.exists()
 
 
@@ -493,20 +493,20 @@ BUCKETS = [
         wide([STAGES, "parallel.cp=1"]),
     ],
 )
-def test_stages_and_packings_go_on_bit_by_bit_and_are_the_same_on_other_ranks(go, run, options):
+def test_stages_and_packings_resume_bit_by_bit_and_on_other_ranks(run_ranks, run, options):
     options = [*OPTIONS, "training.steps=10", *options]
     pair = options if "parallel.cp=1" in options else [*options, "parallel.cp=2"]
-    first = go(2, *pair)[0]
+    first = run_ranks(2, *pair)[0]
     assert (
         "step 6: a stage of 2 sequences of 192 tokens a step, rope_theta 50000" in first[0]
     ) == (STAGES in options)
-    whole = seen(run)
+    whole = recorded_steps(run)
     shutil.rmtree(run)
-    go(2, "stop-file=7", *pair, status=75)
-    go(2, *pair)
-    assert seen(run) == whole
+    run_ranks(2, "stop-file=7", *pair, status=75)
+    run_ranks(2, *pair)
+    assert recorded_steps(run) == whole
     shutil.rmtree(run)
-    go(1, *[option for option in options if not option.startswith("parallel")])
-    for step, (loss, tokens) in seen(run).items():
+    run_ranks(1, *[option for option in options if not option.startswith("parallel")])
+    for step, (loss, tokens) in recorded_steps(run).items():
         assert whole[step][1] == tokens
         assert float.fromhex(whole[step][0]) == pytest.approx(float.fromhex(loss), rel=1e-5), step

@@ -1,4 +1,4 @@
-"""A rank that stands still: the others tell which it is, and the run ends."""
+"""A hanging rank: the others report which it is, and the run ends."""
 
 import json
 import os
@@ -13,19 +13,19 @@ import pytest
 
 
 def _ranks(parent: int) -> dict[int, int]:
-    """Processes of the ranks that it has started, by rank."""
-    found = {}
+    """Return the processes of the ranks that ``parent`` has started, by rank."""
+    pid_by_rank = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if f"PPid:\t{parent}\n" in (entry / "status").read_text():
                 rank = re.search(rb"(?:^|\0)RANK=(\d+)", (entry / "environ").read_bytes())
-                found[int(rank[1])] = int(entry.name)
+                pid_by_rank[int(rank[1])] = int(entry.name)
         except (OSError, TypeError):
             continue
-    return found
+    return pid_by_rank
 
 
-def test_ranks_are_told_by_where_they_are():
+def test_reports_are_grouped_by_what_ranks_are_doing():
     from longspan.trainer.run.watchdog import _describe, _RankReport
 
     reports = [
@@ -42,7 +42,7 @@ def test_ranks_are_told_by_where_they_are():
 
 
 @pytest.mark.wide
-def test_a_rank_that_stands_still_is_named(tiny_recipe, tmp_path):
+def test_a_hanging_rank_is_reported_and_ends_the_run(tiny_recipe, tmp_path):
     options = [
         "launch.processes=2",
         "parallel.cp=2",
