@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from ..layers.base import Block, Momentum, Positive, Section
 from ..layers.registry import AnyBlock
 from .engine_config import AnyEngine, MegatronConfig
+from .extension import WhenExtended
 from .learning_rate import LRSchedulerConfig
 
 
@@ -175,6 +176,11 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     steps: Positive
     """Number of weight updates in the whole run."""
+    lr_when_extended: WhenExtended = "hold"
+    """What the learning rate does when steps of a run that has begun is raised. hold: the schedule
+    ends where it would have, and the other steps keep the rate of its end. rewarm: a schedule like
+    the first begins, with its warmup. stretch: the schedule of the larger number of steps, at once;
+    after the end of a schedule, the rate jumps up."""
     seq_length: Positive
     """Tokens in a sequence, over all context-parallel ranks."""
     micro_batch_size: Positive = 1
