@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 from ...trainer.errors import UserError
+from ..options import user_path
 from ..process import process_group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="OUT")
-    parser.add_argument("run_dir", metavar="RUN[@STEP]")
+    parser.add_argument("folder", type=user_path, metavar="OUT")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN[@STEP]")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from ..options import user_path
 from ..table import Column, table
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
 
 
 def _use(folder: "RunFolder") -> str:

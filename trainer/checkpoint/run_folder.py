@@ -30,7 +30,8 @@ class RunFolder:
     """The files of a run, and the rules for starting another one among them.
 
     ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
-    ``extensions.json`` if ``training.steps`` was raised since the run began, ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
+    ``extensions.json`` if ``training.steps`` was raised since the run began, ``checkpoints/``,
+    ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
 
     ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """

@@ -88,6 +88,8 @@ def _key(loc: tuple) -> str:
     """
     if loc[:3] == ("model", "layers", "blocks"):  # and then a block's name and its kind
         loc = (*loc[:4], *loc[5:])
+    if loc[-1] == "[key]":  # a name in a mapping, which is its key
+        loc = loc[:-1]
     if loc[0] == "engine":
         loc = (*loc[:1], *loc[2:])
     return ".".join(map(str, loc))
@@ -102,6 +104,8 @@ def _reason(item: Any) -> str:
             return f"unknown key{suggestion}; known here: {', '.join(known)}"
         case "missing":
             return "is required"
+        case "value_error":
+            return f"{item['ctx']['error']}, got {item['input']!r}"
         case "union_tag_invalid":
             tag = item["ctx"]["tag"]
             kinds = item["ctx"]["expected_tags"].replace("'", "")

@@ -7,8 +7,9 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError, suggest
+from ..paths import expand_path
 from .check import check_recipe
-from .schema import Recipe
+from .schema import FOR_A_FILE, Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
 # PyYAML raises the last three for a value that does not fit its explicit tag, as in `!!int x`.
@@ -82,7 +83,11 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
-    for candidate in ((beside or Path()) / name, SHIPPED / name, SHIPPED / f"{name}.yaml"):
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise UserError(f"recipe {name}: {error}") from None
+    for candidate in ((beside or Path()) / path, SHIPPED / path, SHIPPED / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
     shipped = [str(path.relative_to(SHIPPED).with_suffix("")) for path in shipped_recipes()]
@@ -101,7 +106,8 @@ def shipped_recipes() -> list[Path]:
 
 def to_yaml(recipe: Recipe) -> str:
     """Return YAML that loads as the same recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    content = recipe.model_dump(mode="json", context=FOR_A_FILE)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def _with_bases(path: Path, descendants: tuple[Path, ...]) -> dict:
@@ -129,6 +135,8 @@ def _with_bases(path: Path, descendants: tuple[Path, ...]) -> dict:
 def _read(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(), _StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

@@ -4,15 +4,37 @@ Nothing here imports torch: a recipe is checked before any process starts. The s
 are the text of ``docs/recipe-keys.md``.
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    field_validator,
+)
 
 from ..layers.base import Block, Momentum, Positive, Section
 from ..layers.registry import AnyBlock
+from ..paths import escape_path, expand_path
 from .engine_config import AnyEngine, MegatronConfig
 from .extension import WhenExtended
 from .learning_rate import LRSchedulerConfig
+
+FOR_A_FILE = "for a file"
+"""Context of a dump that goes to a recipe file, where paths are written so that they are read as
+they are.
+"""
+
+
+def _path_for_dump(path: str, info: SerializationInfo) -> str:
+    return escape_path(path) if info.context == FOR_A_FILE else path
+
+
+UserPath = Annotated[str, AfterValidator(expand_path), PlainSerializer(_path_for_dump)]
+"""A path in which ``~`` and variables are replaced when the recipe is read."""
 
 
 class LayersConfig(Section):
@@ -157,20 +179,33 @@ class BucketsConfig(Section):
 class DataConfig(Section):
     """Text, as ``sources``, or a task whose examples are generated: exactly one of them."""
 
-    sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    sources: (
+        Annotated[dict[UserPath, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None
+    ) = None
     """Prefixes of .bin/.idx pairs, or the built-in corpus python-stdlib, with their weights in the
     mixture."""
     mqar: MQARConfig | None = None
     """The recall task."""
-    validation: str | None = None
+    validation: UserPath | None = None
     """Prefix of held-out data; python-stdlib has its own."""
-    tokenizer: str = "bytes"
+    tokenizer: UserPath = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
     packing: Literal["concat", "best_fit", "buckets"] = "concat"
     """How documents become sequences. concat: end to end, cut where a sequence ends. best_fit: only
     documents longer than a sequence are cut. buckets: one document per sequence, in several
     lengths."""
     buckets: BucketsConfig = BucketsConfig()
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _refuse_one_source_twice(cls, sources: Any) -> Any:
+        """Refuse names that are the same once expanded: one weight would be lost."""
+        names = sources if isinstance(sources, dict) else {}
+        counts = Counter(expand_path(name) for name in names if isinstance(name, str))
+        for name, count in counts.items():
+            if count > 1:
+                raise ValueError(f"names {name} {count} times; add up the weights")
+        return sources
 
 
 class TrainingConfig(Section):
@@ -273,7 +308,7 @@ class MemoryConfig(Section):
 class InitialConfig(Section):
     """Initial weights from a Hugging Face model."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[UserPath, Field(min_length=1)]
     """Folder of the model."""
     new: list[str] = Field(default_factory=list)
     """Parameters that the folder lacks and that begin as the seed says: their names, or patterns
@@ -378,8 +413,9 @@ def _path_as_section(value: Any) -> Any:
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
-    run_dir: Annotated[str, Field(min_length=1)]
-    """Folder of the run: recipe, metrics, checkpoints, weights, plots."""
+    run_dir: Annotated[UserPath, Field(min_length=1)]
+    """Folder of the run: recipe, metrics, checkpoints, weights, plots. In this path and in all
+    others, ~ and variables like $SCRATCH are replaced when the recipe is read."""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

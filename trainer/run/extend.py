@@ -38,7 +38,7 @@ def extended_run(folder: RunFolder, recipe: Recipe, steps_done: int) -> Extended
     extensions = list(recorded)
     if recipe.training.steps > old_steps:
         extensions.append(Extension(steps_done, old_steps, recipe.training.lr_when_extended))
-    elif extensions:  # the newest one does what the recipe says now
+    elif extensions and steps_done < old_steps:  # the newest one does what the recipe says now
         newest = extensions[-1]
         extensions[-1] = newest._replace(learning_rate=recipe.training.lr_when_extended)
 
@@ -46,7 +46,9 @@ def extended_run(folder: RunFolder, recipe: Recipe, steps_done: int) -> Extended
     if changed is None or recipe.training.steps == steps_done:
         return ExtendedRun(extensions)
     rate_before = Stages(old_recipe, recorded).learning_rate(steps_done - 1)
-    return ExtendedRun(extensions, f"{changed}; {_rates(recipe, extensions, steps_done, rate_before)}")
+    return ExtendedRun(
+        extensions, f"{changed}; {_rates(recipe, extensions, steps_done, rate_before)}"
+    )
 
 
 def _changed_key(old: Recipe, new: Recipe, has_extensions: bool) -> str | None:
