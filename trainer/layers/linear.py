@@ -51,6 +51,7 @@ class LinearAttentionBlock(Block):
             dims = design.key_dim
             reason = f"{dims} is odd, but is rotated in pairs; use {dims + 1}"
             raise InvalidField("key_head_dim", reason)
+        _check_normed_dims(design)
         return design
 
     def _head_dims(self, width: int, heads: int) -> tuple[int, int]:
@@ -131,6 +132,22 @@ class LinearAttentionBlock(Block):
             log = FIXED[design.decay](design.heads, layer, model.num_hidden_layers)
             log_decay = log.tolist()
         return {"kind": "linear", **asdict(design), "log_decay": log_decay}
+
+
+def _check_normed_dims(design: LinearDesign) -> None:
+    """Raise InvalidField if a norm is over a single number: it would leave only its sign."""
+    normed_values = {
+        "none": 0,
+        "head": design.value_dim,
+        "key_head": design.group * design.value_dim,
+        "all": design.width,
+    }
+    if normed_values[design.norm] == 1:
+        reason = "1 leaves only the sign of each value after the mixer's norm; use 2 or more"
+        raise InvalidField("value_head_dim", reason)
+    if design.feature_map == "l2" and design.key_dim == 1:
+        reason = "1 leaves only the sign of keys, which have unit length; use 2 or more"
+        raise InvalidField("key_head_dim", reason)
 
 
 def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> int:
