@@ -109,7 +109,8 @@ def _check_labels(
     elif is_outside.any():
         token = int(is_outside.nonzero()[0])
         raise ValueError(
-            f"labels: {int(labels[token])}, of token {token}, is not in 0 .. {vocab_size - 1}; {fix}"
+            f"labels: {int(labels[token])}, of token {token}, is not in 0 .. {vocab_size - 1}; "
+            f"{fix}"
         )
 
 

@@ -33,7 +33,9 @@ def _path_for_dump(path: str, info: SerializationInfo) -> str:
     return escape_path(path) if info.context == FOR_A_FILE else path
 
 
-UserPath = Annotated[str, AfterValidator(expand_path), PlainSerializer(_path_for_dump)]
+UserPath = Annotated[
+    str, Field(min_length=1), AfterValidator(expand_path), PlainSerializer(_path_for_dump)
+]
 """A path in which ``~`` and variables are replaced when the recipe is read."""
 
 
@@ -308,7 +310,7 @@ class MemoryConfig(Section):
 class InitialConfig(Section):
     """Initial weights from a Hugging Face model."""
 
-    path: Annotated[UserPath, Field(min_length=1)]
+    path: UserPath
     """Folder of the model."""
     new: list[str] = Field(default_factory=list)
     """Parameters that the folder lacks and that begin as the seed says: their names, or patterns
@@ -413,7 +415,7 @@ def _path_as_section(value: Any) -> Any:
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
-    run_dir: Annotated[UserPath, Field(min_length=1)]
+    run_dir: UserPath
     """Folder of the run: recipe, metrics, checkpoints, weights, plots. In this path and in all
     others, ~ and variables like $SCRATCH are replaced when the recipe is read."""
     model: ModelConfig

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ..checkpoint.run_folder import RunFolder
 from ..errors import UserError
 from ..recipe.schema import Recipe
+from .display import print_line
 
 
 class Destination(Protocol):
@@ -64,10 +65,9 @@ class MetricsLog:
                 destination.write(step, metrics)
             except Exception as error:  # packages of others, with errors of their own
                 if destination.name not in self._failed:
-                    print(
+                    print_line(
                         f"ALERT: {destination.name} cannot be written: {_one_line(error)}; "
-                        "training continues",
-                        flush=True,
+                        "training continues"
                     )
                 self._failed.add(destination.name)
             else:
@@ -81,7 +81,7 @@ class MetricsLog:
             try:
                 destination.close(succeeded=error_type is None)
             except Exception as error:
-                print(f"ALERT: {destination.name} cannot be closed: {_one_line(error)}", flush=True)
+                print_line(f"ALERT: {destination.name} cannot be closed: {_one_line(error)}")
 
 
 class JsonLines:
