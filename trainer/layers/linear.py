@@ -11,6 +11,7 @@ from ...attention.errors import InvalidField
 from .base import (
     Block,
     ContextSplit,
+    HeadCount,
     MixerContext,
     ModelSizes,
     Natural,
@@ -24,7 +25,7 @@ from .linear_design import LinearDesign
 class LinearAttentionBlock(Block):
     """Keys that all kinds of linear attention share."""
 
-    num_heads: Positive | None = None
+    num_heads: HeadCount | None = None
     """Number of heads; defaults to num_attention_heads. Unless head dims are given, more heads have
     fewer dims each: the width, num_attention_heads * head_dim, stays."""
     key_head_dim: Positive | None = None
@@ -316,7 +317,7 @@ class Mamba2Block(_ConvolvedBlock):
     mixer: Literal["mamba2"]
     key_head_dim: Positive | None = 128
     """Size of the state."""
-    num_key_heads: Positive = 1
+    num_key_heads: HeadCount = 1
     """Number of groups of heads that share queries and keys; tensor parallelism splits no group."""
 
     @property
@@ -370,7 +371,7 @@ class GatedDeltaNetBlock(_DeltaBlock):
     """
 
     mixer: Literal["gated_deltanet"]
-    num_key_heads: Positive | None = None
+    num_key_heads: HeadCount | None = None
     """Number of key heads; defaults to num_heads. Several heads may share one (Qwen3-Next)."""
 
     @property

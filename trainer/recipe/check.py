@@ -1,5 +1,6 @@
 """All that is wrong with a recipe at once: each problem with its key, a reason and a fix."""
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,9 +10,15 @@ from .combinations import combination_problems
 from .problem import Problem
 from .schema import Recipe
 
+_INSTANCE = re.compile(
+    r"valid dictionary(?: or (?:instance of \w+|object to extract fields from))?"
+)
+"""Pydantic's word for a mapping."""
+
 # For required keys that are faulty. Both are divisible by whatever a recipe divides by; a problem
 # that is not the same with either one speaks of a number that the recipe does not have.
 _STAND_INS = (2**16 * 3**3 * 5 * 7, 2**17 * 3**3 * 5 * 7)
+_DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep")
 _STAND_IN_ROUNDS = 3  # a stand-in for a section shows that its keys are missing, and so on
 
 
@@ -59,6 +66,11 @@ def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -
     ``stand_in`` if they are required.
     """
     content = _without(content, faulty)
+    if stand_in == _STAND_INS[-1]:
+        # Unlike the default, 1, so that no problem is said to come from a degree that is faulty.
+        for degree in faulty.intersection(_DEGREES):
+            section, name = degree.split(".")
+            content[section][name] = 2
     for _ in range(_STAND_IN_ROUNDS):
         try:
             return list(combination_problems(Recipe.model_validate(content)))
@@ -115,7 +127,7 @@ def _reason(item: Any) -> str:
             key = _discriminator(item)
             example = {"mixer": "full", "name": "deepspeed"}[key]
             return f"needs a {key}, as in {{{key}: {example}}}"
-    reason = item["msg"].removeprefix("Input ")
+    reason = _INSTANCE.sub("mapping", item["msg"].removeprefix("Input "))
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 
 

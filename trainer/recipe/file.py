@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,8 +13,15 @@ from .check import check_recipe
 from .schema import FOR_A_FILE, Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# PyYAML raises the last three for a value that does not fit its explicit tag, as in `!!int x`.
-_YAML_ERRORS = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
+# PyYAML raises ValueError and the two after it for a value that does not fit its tag: `!!int x`.
+_YAML_ERRORS = (
+    yaml.YAMLError,
+    UnicodeDecodeError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -30,6 +38,17 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise yaml.MarkedYAMLError(
+                problem="half of a surrogate pair is no character", problem_mark=node.start_mark
+            )
+        return value
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 _FLOAT = (
@@ -140,12 +159,18 @@ def _read(path: Path) -> dict:
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise UserError(f"{path}{position}: {problem}") from None
+        raise UserError(f"{path}{position}: {_yaml_problem(error)}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {kind}")
     return content
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong with some YAML, on one line."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -172,8 +197,7 @@ def _apply_override(content: dict, override: str) -> None:
     try:
         value = yaml.load(text, _StrictLoader)
     except _YAML_ERRORS as error:
-        problem = getattr(error, "problem", error)
-        raise UserError(f"{key}: {text!r} is not YAML: {problem}") from None
+        raise UserError(f"{key}: {text!r} is not YAML: {_yaml_problem(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})

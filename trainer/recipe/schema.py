@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from ..layers.base import Block, Momentum, Positive, Section
+from ..layers.base import Block, HeadCount, LayerCount, Momentum, Positive, RankCount, Section
 from ..layers.registry import AnyBlock
 from ..paths import escape_path, expand_path
 from .engine_config import AnyEngine, MegatronConfig
@@ -82,11 +82,11 @@ class MoEConfig(Section):
 class ModelConfig(Section):
     hidden_size: Positive
     """Width of the residual stream."""
-    num_hidden_layers: Positive
+    num_hidden_layers: LayerCount
     """Number of layers, each a mixer and an MLP."""
-    num_attention_heads: Positive
+    num_attention_heads: HeadCount
     """Number of query heads."""
-    num_key_value_heads: Positive | None = None
+    num_key_value_heads: HeadCount | None = None
     """Number of key and value heads, which groups of query heads share; defaults to
     num_attention_heads."""
     head_dim: Positive | None = None
@@ -252,13 +252,13 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    tp: Positive = 1
+    tp: RankCount = 1
     """Tensor parallel: ranks that split heads and MLP columns."""
-    pp: Positive = 1
+    pp: RankCount = 1
     """Pipeline parallel: ranks that split layers."""
-    cp: Positive = 1
+    cp: RankCount = 1
     """Context parallel: ranks that split the tokens of a sequence."""
-    ep: Positive = 1
+    ep: RankCount = 1
     """Expert parallel: ranks that split experts; apart from these they hold other sequences or
     other tokens."""
     sequence_parallel: bool = False
@@ -352,7 +352,7 @@ class MetricsConfig(Section):
 
 
 class LaunchConfig(Section):
-    processes: Positive = 1
+    processes: RankCount = 1
     """Processes to start on this machine; under torchrun, all that it has started."""
     threads: Positive | None = None
     """CPU threads per process; defaults to the cores divided by the processes."""
