@@ -234,7 +234,7 @@ def command_names(commands: dict = COMMANDS) -> list[list[str]]:
     return names
 
 
-STARTS_AT_ONCE = [["doctor"], ["bench", "mqar"], ["bench", "train"], ["bench", "memory"]]
+STARTS_AT_ONCE = {"doctor", "bench", "recipes"}
 """Commands that need nothing to begin their work, which takes long."""
 OPTIONS = [
     *("--out", "-o", "--lengths", "--examples", "--seed", "--data", "--documents", "--tokenizer"),
@@ -282,7 +282,7 @@ def run_command(arguments: list[str]) -> int:
 def test_command_lines(examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    names = [name for name in command_names() if name not in STARTS_AT_ONCE]
+    names = [name for name in command_names() if name[0] not in STARTS_AT_ONCE]
     words = st.sampled_from([*OPTIONS, *ARGUMENTS]) | st.text(
         st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5
     )

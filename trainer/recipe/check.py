@@ -19,7 +19,8 @@ _INSTANCE = re.compile(
 # that is not the same with either one speaks of a number that the recipe does not have.
 _STAND_INS = (2**16 * 3**3 * 5 * 7, 2**17 * 3**3 * 5 * 7)
 _DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep")
-_STAND_IN_ROUNDS = 3  # a stand-in for a section shows that its keys are missing, and so on
+# A stand-in for a section shows that its keys are missing, and that these have limits.
+_STAND_IN_ROUNDS = 4
 
 
 def check_recipe(content: dict, source: str) -> Recipe:
@@ -69,8 +70,8 @@ def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -
     if stand_in == _STAND_INS[-1]:
         # Unlike the default, 1, so that no problem is said to come from a degree that is faulty.
         for degree in faulty.intersection(_DEGREES):
-            section, name = degree.split(".")
-            content[section][name] = 2
+            section_name, name = degree.split(".")
+            content[section_name][name] = 2
     for _ in range(_STAND_IN_ROUNDS):
         try:
             return list(combination_problems(Recipe.model_validate(content)))
@@ -80,9 +81,17 @@ def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -
                 *parents, last = key.split(".")
                 section = _section_at(content, parents)
                 if key in faulty and section is not None:
-                    is_text = item["type"] == "string_type"
-                    section[last] = str(stand_in) if is_text else stand_in
+                    section[last] = _stand_in_of_type(item, stand_in)
     return []
+
+
+def _stand_in_of_type(item: Any, stand_in: int) -> str | int:
+    """Return ``stand_in`` as pydantic's error wants it: as text, or within a limit."""
+    if item["type"] == "string_type":
+        return str(stand_in)
+    if item["type"] == "less_than_equal":
+        return item["ctx"]["le"] // (1 if stand_in == _STAND_INS[0] else 2)
+    return stand_in
 
 
 def _section_at(content: Any, path: list[str]) -> dict | None:
