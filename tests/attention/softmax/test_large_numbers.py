@@ -106,9 +106,9 @@ def numbers_made(pattern):
 @pytest.mark.parametrize("n", LARGE)
 def test_their_cost_follows_the_document(name, n):
     pattern, same = patterns(n)[name]
-    # Masks of first tokens come on top, at most one for the documents' own pairs.
-    masks = 3 * HEADS * TOKENS * TOKENS // DOCUMENTS
-    assert numbers_made(pattern) <= 2 * numbers_made(same) + masks
+    # First tokens and a band are two pieces with masks, where a causal document is one without.
+    # Padding each document to the first tokens would make 100 times as many.
+    assert numbers_made(pattern) <= 4 * numbers_made(same)
 
 
 @pytest.mark.parametrize("name", patterns(1 << 15))
