@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..trainer.errors import UserError
+from ..trainer.paths import expand_path
 
 Number = TypeVar("Number", int, float)
+
+
+def user_path(text: str) -> str:
+    """Return the path that an argument names; the ``type`` of all arguments that are paths."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
@@ -22,7 +31,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
 def add_out_folder(parser: argparse.ArgumentParser, files: str) -> None:
     """Add ``--out``, the folder of a benchmark's ``files``; see :func:`out_folder`."""
     parser.add_argument(
-        "--out", default="bench", metavar="FOLDER", help=f"folder for {files} (default bench)"
+        "--out",
+        type=user_path,
+        default="bench",
+        metavar="FOLDER",
+        help=f"folder for {files} (default bench)",
     )
 
 
@@ -38,14 +51,17 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluated_text(parser: argparse.ArgumentParser) -> None:
     """Add the run, and the text that it is asked about, to an ``eval`` command."""
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
     parser.add_argument(
         "--lengths",
         metavar="T,T",
         help="tokens (default: as trained, and twice and four times as many if the text allows)",
     )
     parser.add_argument(
-        "--data", metavar="PREFIX", help="corpus of the text (default: the run's held-out text)"
+        "--data",
+        type=user_path,
+        metavar="PREFIX",
+        help="corpus of the text (default: the run's held-out text)",
     )
 
 

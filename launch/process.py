@@ -1,7 +1,9 @@
 """What a process of longspan needs around it: an exit status, a process group, threads, memory."""
 
 import ctypes
+import errno
 import os
+import signal
 import sys
 import time
 import warnings
@@ -20,20 +22,36 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command, and return its exit status (0 for None) or that of the error that ended it.
 
     The problems of a ``UserError`` are printed to stderr, one a line; of a ``SilentRankError``
-    nothing is printed, since another rank has the message. Other errors pass, and end Python with a
-    traceback and status 1.
+    nothing is printed, since another rank has the message. A file that cannot be read or written is
+    a problem as well. Other errors pass, and end Python with a traceback and status 1.
     """
     try:
         return command() or 0
     except SilentRankError as error:
         return error.exit_status
     except UserError as error:
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        lines = [f"longspan: {rank}{line}\n" for line in str(error).splitlines()]
-        print("".join(lines), file=sys.stderr, end="", flush=True)  # at once: ranks share stderr
+        _print_problems(str(error))
         return error.exit_status
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that SIGINT ended
+    except BrokenPipeError:  # the output goes to `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _FULL_DISK and error.filename is None:
+            raise
+        _print_problems(f"{error.filename or 'the disk'}: {error.strerror}")
+        return UserError.exit_status
+
+
+_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def _print_problems(message: str) -> None:
+    """Print one line for each problem to stderr."""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    lines = [f"longspan: {rank}{line}\n" for line in message.splitlines()]
+    print("".join(lines), file=sys.stderr, end="", flush=True)  # at once: ranks share stderr
 
 
 def under_torchrun() -> bool:

@@ -50,7 +50,7 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     folder.require_usable(recipe)
     # A request to stop from before this run. Under torchrun it stays: the ranks may be restarted
     # ones of a run.
-    folder.stop_file.unlink(missing_ok=True)
+    folder.remove_stop_file()
     _prepare(recipe, folder)
     if recipe.launch.processes > 1:
         return _start_ranks(recipe, name, overrides)
@@ -117,14 +117,21 @@ def _train_rank(recipe: Recipe) -> int:
         with rank_group.raise_on_all():
             data = _prepare(recipe, folder) if is_first else prepare_data(recipe)
             if is_first:
-                stack.enter_context(folder.lock())
+                has_lock = stack.enter_context(folder.lock())
+                if not has_lock:
+                    print(
+                        f"warning: run_dir: {folder.path} is on a file system without locks; "
+                        "make sure that no other run uses it",
+                        flush=True,
+                    )
         finished = train_loop(recipe, data, rank_group)
 
     if not finished:
         # To torchrun any status but 0 is a failure, after which it would restart the ranks.
         return 0 if "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
     if is_first:
-        _report(recipe, data, folder)
+        # The folder as it is now: the one above has read the recipe of the start before.
+        _report(recipe, data, RunFolder(recipe.run_dir))
     return 0
 
 
@@ -155,6 +162,18 @@ def _print_dry_run(recipe: Recipe) -> None:
         f"x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}"
     )
     print(f"longspan export  {describe_target(ModelToExport.of_recipe(recipe))}")
+    if notice := _extension_notice(recipe):
+        print(notice)
+
+
+def _extension_notice(recipe: Recipe) -> str | None:
+    """Return what becomes of the learning rate of the recipe's run if its steps are changed now."""
+    from ..trainer.run.extend import extended_run
+
+    folder = RunFolder(recipe.run_dir)
+    with contextlib.suppress(UserError):  # a folder that training itself would refuse
+        return extended_run(folder, recipe, folder.newest_step()).notice
+    return None
 
 
 def _report(recipe: Recipe, data: PreparedData, folder: RunFolder) -> None:

@@ -115,18 +115,27 @@ class ClosedFormPattern(Pattern):
     def from_head(self, first: int) -> Self:
         return self  # in most patterns all heads see the same
 
+    def in_document(self, batch_rows: slice, start: int, stop: int) -> Pattern:
+        return self.within(stop - start)
+
+    def within(self, length: int) -> Within:
+        """Return the pattern for documents of up to ``length`` tokens; see :meth:`Rule.within`."""
+        return Within(self, length)
+
     def mask(self, query_positions: Any, key_positions: Any, num_kv_heads: int) -> Tensor:
         import torch
 
         queries = torch.as_tensor(query_positions)[:, None]
         keys = torch.as_tensor(key_positions)
+        length = int(queries.max()) + 1 if len(queries) else 1
         masks = []
         for head in range(num_kv_heads):
-            masks.append(union_masks(rule.mask(queries, keys) for rule in self.rules(head)))
+            rules = [rule.within(length) for rule in self.rules(head)]
+            masks.append(union_masks(rule.mask(queries, keys) for rule in rules))
         return torch.stack(masks)  # [num_kv_heads, queries, keys]
 
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
-        rules = self.rules(head)
+        rules = [rule.within(query_stop) for rule in self.rules(head)]
         bands = [rule for rule in rules if rule.is_band]
         other_rules = [rule for rule in rules if not rule.is_band]
         band_start = min((rule.first_key(query_start) for rule in bands), default=query_stop)
@@ -144,7 +153,7 @@ class ClosedFormPattern(Pattern):
         return tuple(needed)
 
     def visible_keys(self, length: int, head: int) -> np.ndarray:
-        rules = self.rules(head)
+        rules = [rule.within(length) for rule in self.rules(head)]
         # Under all rules that are not relative the queries that see a key are consecutive, from the
         # key itself on. So the number of keys that a query sees is a sum of begins minus ends.
         keys = np.arange(length)
@@ -163,12 +172,32 @@ class ClosedFormPattern(Pattern):
         unlimited = [rule for rule in all_rules if rule.reach is None and rule.stop is None]
         # A relative rule shows other keys to each query.
         fixed = [rule for rule in unlimited if not (rule.relative and rule.step > 1)]
-        if sum(1 / rule.step for rule in fixed) < 1:
+        return _cover_everything(sorted(fixed, key=lambda rule: rule.step))
+
+
+def _cover_everything(fixed_rules: list[Rule]) -> bool:
+    """Return whether each position is in a stripe of some rule, of those with short steps first.
+
+    What a rule leaves uncovered is kept as positions modulo the period of the rules so far; it ends
+    as soon as the other rules are too few to cover that, before any period gets long.
+    """
+    if not fixed_rules:
+        return False
+    unit = math.gcd(*(rule.block for rule in fixed_rules))
+    period = 1  # in units
+    uncovered = np.zeros(1, np.int64)
+    shares = [1 / rule.step for rule in fixed_rules]
+    for number, rule in enumerate(fixed_rules):
+        if sum(shares[number:]) < (1 - 1e-9) * len(uncovered) / period:
             return False
-        period = math.lcm(*(rule.block * rule.step for rule in fixed))
-        keys = np.arange(period)
-        covered = union_masks(keys // rule.block % rule.step == rule.residue for rule in fixed)
-        return bool(covered.all())
+        size = rule.block // unit
+        longer_period = math.lcm(period, size * rule.step)
+        repeated = np.arange(0, longer_period, period)[:, None] + uncovered
+        uncovered = repeated[repeated // size % rule.step != rule.residue]
+        period = longer_period
+        if not len(uncovered):
+            return True
+    return False
 
 
 def _query_ends(fixed_rules: list[Rule], keys: np.ndarray) -> np.ndarray:
@@ -204,6 +233,33 @@ def _relative_changes(relative: list[Rule], keys: np.ndarray, query_end: np.ndar
         change += np.bincount(first[sees], minlength=length + 1)
         change -= np.bincount(last[sees], minlength=length + 1)
     return change
+
+
+@dataclass(frozen=True, repr=False)
+class Within(ClosedFormPattern):
+    """A pattern for documents of up to ``length`` tokens."""
+
+    pattern: ClosedFormPattern
+    length: int
+
+    @property
+    def alignment(self) -> int:
+        return self.pattern.alignment
+
+    def check(self, num_kv_heads: int, length: int) -> None:
+        self.pattern.check(num_kv_heads, length)
+
+    def from_head(self, first: int) -> Self:
+        return replace(self, pattern=self.pattern.from_head(first))
+
+    def spread(self, num_kv_heads: int) -> Self:
+        return replace(self, pattern=self.pattern.spread(num_kv_heads))
+
+    def rules(self, head: int) -> tuple[Rule, ...]:
+        return tuple(rule.within(self.length) for rule in self.pattern.rules(head))
+
+    def __repr__(self) -> str:
+        return repr(self.pattern)
 
 
 @dataclass(frozen=True, repr=False)

@@ -29,12 +29,13 @@ def parse_pattern(text: str) -> ClosedFormPattern:
         ValueError: saying what is wrong with the text, in one line.
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        value = _evaluate(ast.parse(text.strip(), mode="eval").body)
     except SyntaxError:
         raise ValueError(
             f"{text!r} is not a pattern; write one like S2(64, 16, 16) | Sinks(4)"
         ) from None
-    value = _evaluate(tree)
+    except (RecursionError, MemoryError):  # the latter is what the parser raises
+        raise ValueError(f"{text[:60]!r}... has too many parts, or is nested too deeply") from None
     if not isinstance(value, ClosedFormPattern):
         raise ValueError(f"{text!r} is not a pattern; known: {', '.join(PATTERNS)}")
     return value

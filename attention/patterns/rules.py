@@ -6,7 +6,7 @@ recipe stays fast.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
@@ -101,6 +101,21 @@ class Rule:
         if self.reach is None:
             return 0
         return max(0, (query // self.block - self.reach + 1) * self.block)
+
+    def within(self, length: int) -> "Rule":
+        """Return a rule that shows the same in documents of up to ``length`` tokens, with numbers
+        no larger than these: what depends on a number costs no more than the document.
+        """
+        num_blocks = -(-length // self.block)
+        # Of such stripes at most the first is in the document: in its place, or in the block after.
+        has_one_stripe = self.step > num_blocks + 1
+        return replace(
+            self,
+            reach=None if self.reach is None else min(self.reach, num_blocks + 1),
+            stop=None if self.stop is None else min(self.stop, length),
+            step=num_blocks + 1 if has_one_stripe else self.step,
+            residue=min(self.residue, num_blocks) if has_one_stripe else self.residue,
+        )
 
     def reach_tokens(self, length: int) -> int:
         """Return how many tokens the reach spans, at most ``length``."""

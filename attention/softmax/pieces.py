@@ -34,6 +34,9 @@ _MIN_BAND_QUERIES = 64
 _NARROW_BAND = 2048
 """A band of up to this many tokens is one masked call; the middle of a wider one needs no mask."""
 
+_FIRST_TOKENS_BLOCK = 64
+"""Keys in a block where the first tokens are more than the keys of a tile."""
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -105,6 +108,8 @@ def key_block_size(groups: list[HeadGroup], keys: Blocks) -> int:
     if not sizes:
         # Only first tokens. Otherwise their edge may fall inside a block, which then gets a mask.
         sizes = [rule.stop for rule in far_rules if rule.stop]
+        if gcd(*sizes) > len(keys):  # keys are padded to whole blocks
+            return _FIRST_TOKENS_BLOCK
     return gcd(*sizes) or 1
 
 

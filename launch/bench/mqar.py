@@ -22,6 +22,7 @@ from pathlib import Path
 from ...trainer.checkpoint.run_folder import RunFolder
 from ...trainer.errors import STOPPED, NonFiniteError, UserError
 from ...trainer.evaluation.mqar_settings import default_settings, trained_settings
+from ...trainer.paths import escape_path
 from ...trainer.progress import track
 from ...trainer.recipe.file import SHIPPED, find_recipe, load_recipe, shipped_recipes
 from ...trainer.recipe.schema import Recipe
@@ -111,7 +112,7 @@ def _trials(options: Namespace) -> list[Trial]:
             overrides.append(f"training.steps={options.steps}")
         steps = load_recipe(str(path), overrides).training.steps
         folder = Path(options.work) / path.stem / f"lr-{lr:g}-seed-{seed}-steps-{steps}"
-        overrides.append(f"run_dir={json.dumps(str(folder))}")
+        overrides.append(f"run_dir={json.dumps(escape_path(str(folder)))}")
 
         trial = Trial(path, lr, seed, tuple(overrides), load_recipe(str(path), overrides))
         _wait_until_free(trial.folder)

@@ -15,6 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ...trainer.errors import UserError
+from ...trainer.paths import escape_path
 from ...trainer.progress import track
 from ..options import counts, out_folder
 from ..process import process_group, under_torchrun
@@ -49,7 +50,7 @@ def bench_parallel(options: Namespace) -> int:
     out_folder(options)
     sizes = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(settings).items()]
     command = [sys.executable, "-u", "-m", "longspan", "bench", "parallel", *sizes]
-    return run_ranks([*command, "--out", options.out], settings.ranks, threads=1)
+    return run_ranks([*command, "--out", escape_path(options.out)], settings.ranks, threads=1)
 
 
 def _measure_as_rank(settings: ParallelSettings, out: Path) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..options import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--work",
+        type=user_path,
         default="runs/mqar",
         metavar="FOLDER",
         help="folder of the runs (default %(default)s)",
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # The default is this repository's own page: outside of a clone, give --out.
     parser.add_argument(
         "--out",
+        type=user_path,
         default="docs/mqar",
         metavar="PREFIX",
         help="writes PREFIX.json, .md, .png (default %(default)s)",

@@ -5,13 +5,20 @@ import os
 from pathlib import Path
 
 from ...trainer.errors import UserError
+from ..options import user_path
 from ..process import process_group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="OUT", help="a folder that longspan export wrote")
+    parser.add_argument(
+        "folder",
+        type=user_path,
+        metavar="OUT",
+        help="a folder that longspan export wrote",
+    )
     parser.add_argument(
         "run_dir",
+        type=user_path,
         metavar="RUN[@STEP]",
         help="the run that it was exported from; without @STEP, its newest checkpoint",
     )

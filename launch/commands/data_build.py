@@ -4,13 +4,15 @@ import argparse
 import os
 from pathlib import Path
 
+from ..options import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Tokenize text files, .jsonl and .parquet files, and folders of them, to the .bin/.idx "
         "format of Megatron."
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE")
+    parser.add_argument("sources", type=user_path, nargs="+", metavar="SOURCE")
     parser.add_argument(
         "--key",
         default="text",
@@ -24,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes (default: all cores)",
     )
     parser.add_argument(
-        "--tokenizer", default="bytes", help="bytes (default), or the path of a tokenizer.json"
+        "--tokenizer",
+        type=user_path,
+        default="bytes",
+        help="bytes (default), or the path of a tokenizer.json",
     )
     parser.add_argument(
         "--out",
+        type=user_path,
         required=True,
         metavar="PREFIX",
         help="writes PREFIX.bin, PREFIX.idx and PREFIX.json",

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from ...trainer.versions import version_of
+from ..options import user_path
 from ..process import host_memory
 from ..ranks import run_ranks
 from ..table import Column, table
@@ -31,7 +32,11 @@ _DISK_BYTES = 64 * 2**20  # that are written to the disk to measure it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--folder", default="runs", metavar="DIR", help="where runs are kept (default runs)"
+        "--folder",
+        type=user_path,
+        default="runs",
+        metavar="DIR",
+        help="where runs are kept (default runs)",
     )
 
 

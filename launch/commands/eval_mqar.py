@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..options import add_examples, numbers
+from ..options import add_examples, numbers, user_path
 from ..table import table
 
 
@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Measure the accuracy of a run with data.mqar in the recall task, at trained and longer "
         "lengths."
     )
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
     parser.add_argument(
         "--lengths",
         metavar="T,T",

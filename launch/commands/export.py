@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from ..options import user_path
 from ..process import process_group
 
 
@@ -15,10 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "run_dir",
+        type=user_path,
         metavar="RUN[@STEP]",
         help="a run's folder; without @STEP, its newest checkpoint",
     )
-    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument("out", type=user_path, metavar="OUT", help="folder to create")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

@@ -3,11 +3,12 @@
 import argparse
 import os
 
+from ..options import user_path
 from ..process import process_group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
     parser.add_argument("--prompt", default="import ")
     parser.add_argument(
         "--tokens", type=int, default=256, help="most tokens to generate (default 256)"

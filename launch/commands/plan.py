@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...trainer.errors import UserError, suggest
-from ..options import add_recipe_arguments
+from ..options import add_recipe_arguments, user_path
 from ..table import table
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--out",
+        type=user_path,
         default="plan.png",
         metavar="PNG",
         help="plot of bytes received against ranks (default %(default)s)",

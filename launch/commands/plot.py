@@ -2,9 +2,11 @@
 
 import argparse
 
+from ..options import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
 
 
 def run(options: argparse.Namespace) -> None:

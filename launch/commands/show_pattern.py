@@ -2,6 +2,8 @@
 
 import argparse
 
+from ..options import user_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -10,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "pattern", metavar="EXPR|RECIPE", help="such as 'S2(64, 16, 16) | Sinks(4)', or a recipe"
     )
-    parser.add_argument("-o", "--out", required=True, metavar="PNG", help="file to draw to")
+    parser.add_argument(
+        "-o", "--out", type=user_path, required=True, metavar="PNG", help="file to draw to"
+    )
     parser.add_argument(
         "--heads", type=int, metavar="N", help="KV heads (default 4; a recipe has its own)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...trainer.errors import UserError
-from ..options import add_recipe_arguments
+from ..options import add_recipe_arguments, user_path
 
 if TYPE_CHECKING:
     from ...trainer.recipe.schema import Recipe
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
+        type=user_path,
         metavar="FILE",
         help="script to write (default: slurm/train.sbatch in the run's folder)",
     )

@@ -1,12 +1,25 @@
 """``longspan status``: show how far a run is, and which of its checkpoints are whole."""
 
 import argparse
+from typing import TYPE_CHECKING
 
+from ..options import user_path
 from ..table import Column, table
+
+if TYPE_CHECKING:
+    from ...trainer.checkpoint.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN")
+    parser.add_argument("run_dir", type=user_path, metavar="RUN")
+
+
+def _use(folder: "RunFolder") -> str:
+    """Return whether a run holds the folder, for people."""
+    in_use = folder.in_use()
+    if in_use is None:
+        return f"last used by {folder.user} (its file system has no locks)"
+    return f"running: {folder.user}" if in_use else "not running"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -15,15 +28,15 @@ def run(options: argparse.Namespace) -> None:
     from ...trainer.checkpoint.run_folder import RunFolder
 
     folder = RunFolder(options.run_dir)
-    records = folder.read_metrics() if folder.metrics.is_file() else []
+    records = folder.read_metrics()
     last_step = records[-1]["step"] if records else 0
-    user = f"running: {folder.user}" if folder.in_use() else "not running"
-    print(f"{folder.path}: step {last_step} of {folder.recipe.training.steps}, {user}")
+    print(f"{folder.path}: step {last_step} of {folder.recipe.training.steps}, {_use(folder)}")
 
     rows = [("step", "saved at", "by", "size", "state")]
     for checkpoint, manifest, damage in describe(folder.checkpoints):
         try:
-            size = sum(file.stat().st_size for file in checkpoint.path.iterdir())
+            files = list(checkpoint.path.iterdir()) if checkpoint.path.is_dir() else []
+            size = sum(file.stat().st_size for file in files)
         except FileNotFoundError:  # a run has removed it meanwhile
             continue
         rows.append(

@@ -138,6 +138,7 @@ def make_plan(
     if pattern is not None:
         all_rules = [rule for head in range(num_kv_heads) for rule in pattern.rules(head)]
         own_pattern = pattern.from_head(first_kv_head) if first_kv_head else pattern
+        own_pattern = own_pattern.within(layout.length)
     spec = AttentionSpec(
         layout=layout.grouped(group_size),
         pattern=own_pattern,

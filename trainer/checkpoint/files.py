@@ -9,6 +9,7 @@ read and which :func:`clean_up` removes at the next start; after it, a whole che
 renames the folder to ``.partial`` first, so one that is cut short looks like an unfinished save.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -154,9 +155,16 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a save or a removal that was cut short has left."""
+    """Remove what a save or a removal that was cut short has left, and whatever has such a name.
+
+    What cannot be removed stays: a checkpoint is what its manifest says.
+    """
     for leftover in folder.glob("step-*.partial"):
-        shutil.rmtree(leftover)
+        with contextlib.suppress(OSError):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def quarantine(checkpoint: Checkpoint) -> Path:

@@ -1,15 +1,12 @@
 """The lock of a run folder: one run at a time writes there."""
 
 import contextlib
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-
-class LockedError(Exception):
-    """Another process holds the lock."""
+from ..file_locks import LockedError, NoLocksError, lock_file
 
 
 class FolderLock:
@@ -19,34 +16,44 @@ class FolderLock:
         self._file = file
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self) -> Iterator[bool]:
         """Hold the lock; its file names this process.
+
+        Yields:
+            Whether it is held: not on a file system that has no locks.
 
         Raises:
             LockedError: another process holds it.
         """
         with self._file.open("a+") as file:
+            has_lock = True
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LockedError from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
+                lock_file(file)
+            except NoLocksError:
+                has_lock = False
+            with contextlib.suppress(OSError):  # a full disk: the name is only for messages
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            yield has_lock
 
     @property
     def holder(self) -> str:
         """The process that holds the lock, or held it last."""
-        return self._file.read_text() or "another process"
+        try:
+            return self._file.read_text(errors="replace") or "another process"
+        except OSError:
+            return "another process"
 
-    def is_held(self) -> bool:
-        """Return whether a process holds the lock."""
-        if not self._file.exists():
+    def is_held(self) -> bool | None:
+        """Return whether a process holds the lock, or None if the file system cannot tell."""
+        if not self._file.is_file():
             return False
         with self._file.open() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
+                lock_file(file, shared=True)
+            except LockedError:
                 return True
+            except NoLocksError:
+                return None
         return False

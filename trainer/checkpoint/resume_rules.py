@@ -10,6 +10,7 @@ _MAY_CHANGE = (
     "description",
     "run_dir",
     "training.steps",
+    "training.lr_when_extended",
     "training.micro_batch_size",
     "training.on_nonfinite",
     "training.max_skipped_steps",

@@ -5,18 +5,20 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ..errors import UserError
+from ..file_locks import LockedError
+from ..recipe.extension import Extension, WhenExtended
 from ..recipe.file import load_recipe, to_yaml
 from ..recipe.schema import Recipe
 from ..versions import version_of
 from .atomic import replace_file
 from .files import checkpoints
-from .lock import FolderLock, LockedError
+from .lock import FolderLock
 from .resume_rules import forbidden_changes
 from .weights_file import weights_step, write_weights
 
@@ -28,7 +30,8 @@ class RunFolder:
     """The files of a run, and the rules for starting another one among them.
 
     ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
-    ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
+    ``extensions.json`` if ``training.steps`` was raised since the run began, ``checkpoints/``,
+    ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
 
     ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """
@@ -43,6 +46,7 @@ class RunFolder:
         self.nonfinite = self.path / "nonfinite"
         self.stop_file = self.path / "STOP"
         self._data_file = self.path / "data.json"
+        self._extensions_file = self.path / "extensions.json"
         self._lock = FolderLock(self.path / "lock")
 
     def require_usable(self, recipe: Recipe) -> None:
@@ -66,9 +70,7 @@ class RunFolder:
                 "choose another run_dir"
             ) from None
 
-        steps_done = max(
-            (checkpoint.step for checkpoint in checkpoints(self.checkpoints)), default=0
-        )
+        steps_done = self.newest_step()
         problems = [
             f"{key}: is {new!r}, but the run in {self.path} has {old!r}; "
             "set it back, or choose another run_dir"
@@ -93,7 +95,7 @@ class RunFolder:
             return
         try:
             old_fingerprints = dict(json.loads(self._data_file.read_text()))
-        except (ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             raise UserError(
                 f"{self._data_file}: is damaged; remove it if the data is the same"
             ) from None
@@ -102,45 +104,111 @@ class RunFolder:
                 changed = f"data: {name}: is not what the run in {self.path} began with"
                 raise UserError(f"{changed}; restore it, or choose another run_dir")
 
+    def newest_step(self) -> int:
+        """Return the step of the newest checkpoint, or 0 if there is none."""
+        return max((checkpoint.step for checkpoint in checkpoints(self.checkpoints)), default=0)
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[bool]:
         """Hold the folder for one run.
 
+        Yields:
+            Whether it is held: on a file system without locks, other runs are not kept out.
+
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or it cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._lock.hold())
+                self.path.mkdir(parents=True, exist_ok=True)
+                is_held = stack.enter_context(self._lock.hold())
             except LockedError:
                 raise UserError(
                     f"run_dir: {self.path} is in use by {self.user}; "
                     "wait for it, or choose another run_dir"
                 ) from None
-            yield
+            except OSError as error:
+                raise self._not_writable(error) from None
+            yield is_held
 
     @property
     def user(self) -> str:
         """The process that holds the folder, or held it last."""
         return self._lock.holder
 
-    def in_use(self) -> bool:
-        """Return whether a run holds the folder."""
+    def in_use(self) -> bool | None:
+        """Return whether a run holds the folder, or None if the file system cannot tell."""
         return self._lock.is_held()
 
-    def begin(self, recipe: Recipe, step: int, fingerprints: dict[str, str]) -> None:
+    def extensions(self) -> list[Extension]:
+        """Return what has raised ``training.steps`` since the run began, in order.
+
+        Raises:
+            UserError: the file that says so is damaged.
+        """
+        if not self._extensions_file.exists():
+            return []
+        try:
+            entries = json.loads(self._extensions_file.read_text())
+            return [_extension(**entry) for entry in entries]
+        except (OSError, ValueError, TypeError, RecursionError):
+            raise UserError(
+                f"{self._extensions_file}: is damaged; without it, the learning rate is that of a "
+                "run that always had as many steps: remove the file if that is right"
+            ) from None
+
+    def remove_stop_file(self) -> bool:
+        """Remove the file that asks a run to stop; return whether it was there.
+
+        Raises:
+            UserError: it cannot be removed.
+        """
+        try:
+            self.stop_file.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise UserError(
+                f"{self.stop_file}: asks the run to stop and cannot be removed: {error.strerror}; "
+                "remove it yourself"
+            ) from None
+        return True
+
+    def begin(
+        self,
+        recipe: Recipe,
+        step: int,
+        fingerprints: dict[str, str],
+        extensions: Sequence[Extension] = (),
+    ) -> None:
         """Write what describes a run from ``step`` on: recipe, data and versions.
 
         Metrics of later steps are removed, because these steps are about to be made again. The
         ``fingerprints`` of the data are for :meth:`require_same_data`.
+
+        Raises:
+            UserError: the files cannot be written.
         """
-        self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._begin(recipe, step, fingerprints, extensions)
+        except OSError as error:
+            raise self._not_writable(error) from None
+
+    def _begin(
+        self,
+        recipe: Recipe,
+        step: int,
+        fingerprints: dict[str, str],
+        extensions: Sequence[Extension],
+    ) -> None:
         self.checkpoints.mkdir(exist_ok=True)
+        if extensions:  # before the recipe, from whose steps the next start knows the newest one
+            entries = [extension._asdict() for extension in extensions]
+            replace_file(self._extensions_file, json.dumps(entries, indent=1))
         replace_file(self.recipe_file, to_yaml(recipe))
         replace_file(self._data_file, json.dumps(fingerprints, indent=1))
         replace_file(self.path / "versions.txt", _versions())
-        if self.metrics.exists():
+        if self.metrics.is_file():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
@@ -156,19 +224,20 @@ class RunFolder:
         return load_recipe(str(self.recipe_file))
 
     def read_metrics(self) -> list[dict]:
-        """Return the records of ``metrics.jsonl``.
+        """Return the records of ``metrics.jsonl``; none if there is no such file.
 
-        Lines that a full disk or a killed run cut short are left out.
-
-        Raises:
-            UserError: there are none.
+        Lines that a full disk or a killed run cut short are passed over, and whatever else is no
+        record: a step and numbers.
         """
         if not self.metrics.is_file():
-            raise UserError(f"{self.metrics}: no such file; the run has logged nothing yet")
+            return []
         records = []
-        for line in self.metrics.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+        for line in self.metrics.read_text(errors="replace").splitlines():
+            # Deeply nested brackets are a RecursionError.
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if _is_record(record):
+                    records.append(record)
         return records
 
     def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
@@ -204,11 +273,26 @@ class RunFolder:
             raise UserError(f"{file}: cannot be written")
 
     def write_evaluation(self, name: str, report: dict) -> None:
-        """Write what an evaluation of the run's weights found."""
+        """Write what an evaluation of the run's weights found.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         file = self.evaluation(name)
-        file.parent.mkdir(exist_ok=True)
         content = {"step": self.weights_step(), **report}
-        replace_file(file, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        try:
+            file.parent.mkdir(exist_ok=True)
+            replace_file(file, text)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written: {error.strerror}") from None
+
+    def _not_writable(self, error: OSError) -> UserError:
+        reason = error.strerror or error
+        return UserError(
+            f"run_dir: {error.filename or self.path} cannot be written: {reason}; "
+            "free some space if the disk is full, or choose another run_dir"
+        )
 
     def _require_writable(self) -> None:
         nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
@@ -216,6 +300,23 @@ class RunFolder:
             raise UserError(
                 f"run_dir: {self.path} cannot be made or written; choose another run_dir"
             )
+
+
+def _extension(at_step: int, old_steps: int, learning_rate: WhenExtended) -> Extension:
+    """Return an extension as its file has it, or raise ValueError if there can be none such."""
+    is_possible = 0 < at_step <= old_steps and learning_rate in get_args(WhenExtended)
+    if not is_possible:
+        raise ValueError
+    return Extension(at_step, old_steps, learning_rate)
+
+
+def _is_record(value: object) -> bool:
+    """Return whether a line's value has what a record of metrics has: a step, and numbers."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    if not 0 <= value["step"] < 2**63:
+        return False
+    return all(type(number) in (int, float) for number in value.values())
 
 
 def _versions() -> str:

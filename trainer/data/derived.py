@@ -3,7 +3,6 @@
 from functools import cached_property
 
 from ..recipe.schema import Recipe
-from ..recipe.stages import Stages
 from .tokenizer import recipe_vocab_size
 
 
@@ -21,8 +20,3 @@ class DerivedRecipe:
     def vocab_size(self) -> int:
         """Number of token ids that the model knows, before padding."""
         return recipe_vocab_size(self.recipe)
-
-    @cached_property
-    def stages(self) -> Stages:
-        """The recipe in force at every step, and its learning rate."""
-        return Stages(self.recipe)

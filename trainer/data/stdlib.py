@@ -3,13 +3,14 @@
 It is real text with structure at long range, on every machine that can run this program.
 """
 
-import fcntl
+import contextlib
 import os
 import platform
 import sysconfig
 import zlib
 from pathlib import Path
 
+from ..file_locks import NoLocksError, lock_file
 from .build import build_corpus
 from .corpus_files import corpus_files
 from .tokenizer import Tokenizer
@@ -31,9 +32,13 @@ def python_stdlib(tokenizer: Tokenizer) -> tuple[str, str]:
     identity = f"{tokenizer.identity.replace(':', '-')[:24]}-{platform.python_version()}-v1"
     training = str(cache / f"{PYTHON_STDLIB}-{identity}-train")
     held_out = str(cache / f"{PYTHON_STDLIB}-{identity}-held-out")
+    if _is_built(training) and _is_built(held_out):
+        return training, held_out
     with cache.joinpath("lock").open("w") as lock:
-        # Two first runs, or two nodes that share a home folder, build it once.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Two first runs, or two nodes that share a home folder, build it once; without locks, each
+        # of them does.
+        with contextlib.suppress(NoLocksError):
+            lock_file(lock, wait=True)
         _build_if_missing(training, "train", tokenizer)
         _build_if_missing(held_out, "held-out", tokenizer)
     return training, held_out
@@ -46,8 +51,12 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "longspan").expanduser()
 
 
+def _is_built(prefix: str) -> bool:
+    return all(path.exists() for path in corpus_files(prefix))
+
+
 def _build_if_missing(prefix: str, split: str, tokenizer: Tokenizer) -> None:
-    if all(path.exists() for path in corpus_files(prefix)):
+    if _is_built(prefix):
         return
     for partial in corpus_files(prefix):
         partial.unlink(missing_ok=True)

@@ -25,6 +25,8 @@ MAX_LOSS_ERROR, MAX_GRADIENT_ERROR = 1e-6, 1e-4
 STACK = "all together"
 """The name of the case with one layer of each block."""
 _MIN_TOKENS = 256
+_MAX_TOKENS = 2**16
+"""Patterns that reach further than this and than the recipe's sequences are shown in part."""
 
 
 def shrink(recipe: Recipe, cp: int) -> Recipe:
@@ -62,7 +64,8 @@ def _telling_length(recipe: Recipe, cp: int) -> int:
     model = recipe.model
     lengths = [block.telling_length(model.kv_heads) for block in model.stack]
     unit = 4 * cp * model.document_alignment
-    return -(-max(_MIN_TOKENS, *lengths) // unit) * unit
+    longest = max(_MAX_TOKENS, recipe.training.seq_length)
+    return -(-min(longest, max(_MIN_TOKENS, *lengths)) // unit) * unit
 
 
 def _with_least_channels(content: dict, recipe: Recipe) -> Recipe:

@@ -16,6 +16,10 @@ from ...attention.patterns import Pattern, Rule, Selector
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
+# Far more than any model has, and few enough to look at each of them.
+LayerCount = Annotated[int, Field(gt=0, le=10_000)]
+HeadCount = Annotated[int, Field(gt=0, le=65_536)]
+RankCount = Annotated[int, Field(gt=0, le=1_048_576)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Scales = Annotated[tuple[float, float], Field(strict=False)]  # YAML has lists, no tuples

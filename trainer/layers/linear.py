@@ -11,6 +11,7 @@ from ...attention.errors import InvalidField
 from .base import (
     Block,
     ContextSplit,
+    HeadCount,
     MixerContext,
     ModelSizes,
     Natural,
@@ -24,7 +25,7 @@ from .linear_design import LinearDesign
 class LinearAttentionBlock(Block):
     """Keys that all kinds of linear attention share."""
 
-    num_heads: Positive | None = None
+    num_heads: HeadCount | None = None
     """Number of heads; defaults to num_attention_heads. Unless head dims are given, more heads have
     fewer dims each: the width, num_attention_heads * head_dim, stays."""
     key_head_dim: Positive | None = None
@@ -51,6 +52,7 @@ class LinearAttentionBlock(Block):
             dims = design.key_dim
             reason = f"{dims} is odd, but is rotated in pairs; use {dims + 1}"
             raise InvalidField("key_head_dim", reason)
+        _check_normed_dims(design)
         return design
 
     def _head_dims(self, width: int, heads: int) -> tuple[int, int]:
@@ -132,6 +134,22 @@ class LinearAttentionBlock(Block):
             log = FIXED[design.decay](design.heads, layer, model.num_hidden_layers)
             log_decay = log.tolist()
         return {"kind": "linear", **asdict(design), "log_decay": log_decay}
+
+
+def _check_normed_dims(design: LinearDesign) -> None:
+    """Raise InvalidField if a norm is over a single number: it would leave only its sign."""
+    normed_values = {
+        "none": 0,
+        "head": design.value_dim,
+        "key_head": design.group * design.value_dim,
+        "all": design.width,
+    }
+    if normed_values[design.norm] == 1:
+        reason = "1 leaves only the sign of each value after the mixer's norm; use 2 or more"
+        raise InvalidField("value_head_dim", reason)
+    if design.feature_map == "l2" and design.key_dim == 1:
+        reason = "1 leaves only the sign of keys, which have unit length; use 2 or more"
+        raise InvalidField("key_head_dim", reason)
 
 
 def _default_dim(key: str, share: tuple[int, int], width: int, heads: int) -> int:
@@ -300,7 +318,7 @@ class Mamba2Block(_ConvolvedBlock):
     mixer: Literal["mamba2"]
     key_head_dim: Positive | None = 128
     """Size of the state."""
-    num_key_heads: Positive = 1
+    num_key_heads: HeadCount = 1
     """Number of groups of heads that share queries and keys; tensor parallelism splits no group."""
 
     @property
@@ -354,7 +372,7 @@ class GatedDeltaNetBlock(_DeltaBlock):
     """
 
     mixer: Literal["gated_deltanet"]
-    num_key_heads: Positive | None = None
+    num_key_heads: HeadCount | None = None
     """Number of key heads; defaults to num_heads. Several heads may share one (Qwen3-Next)."""
 
     @property

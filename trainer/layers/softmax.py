@@ -36,6 +36,9 @@ from .base import (
 )
 from .softmax_design import SoftmaxDesign
 
+_LONGEST = 1 << 40
+"""Tokens that no document has: larger numbers of an exported pattern would not fit an int64."""
+
 
 class SoftmaxBlock(Block):
     """Softmax attention with grouped queries, under a pattern."""
@@ -133,6 +136,9 @@ class SoftmaxBlock(Block):
                 f"rotates {rotary_dims:g} of {model.kv_channels} dims; it must be an even number"
             )
             yield InvalidField("rotary_fraction", reason)
+        if self.norms_each_head and model.kv_channels == 1:
+            reason = "of heads of one dim leaves only its sign; use a larger head_dim, or no norm"
+            yield InvalidField("qk_norm", reason)
 
     def _pattern_problems(self, num_kv_heads: int) -> Iterator[InvalidField]:
         try:
@@ -160,7 +166,8 @@ class ClosedFormBlock(SoftmaxBlock):
         pattern = self.attention_pattern(model.kv_heads)
         count = 0
         for head in range(model.kv_heads):
-            periods = [rule.block * rule.step for rule in pattern.rules(head) if rule.relative]
+            rules = [rule.within(length) for rule in pattern.rules(head)]
+            periods = [rule.block * rule.step for rule in rules if rule.relative]
             query_stop = length + max(periods, default=0)
             for blocks in pattern.need(length - 1, query_stop, head):
                 count += int((blocks.positions() < length).sum())
@@ -189,7 +196,7 @@ class ClosedFormBlock(SoftmaxBlock):
     def exported(self, model: ModelSizes, layer: int) -> dict[str, Any]:
         pattern = self.attention_pattern(model.kv_heads)
         rules = [
-            [list(asdict(rule).values()) for rule in pattern.rules(head)]
+            [list(asdict(rule.within(_LONGEST)).values()) for rule in pattern.rules(head)]
             for head in range(model.kv_heads)
         ]
         design = self.design(model)

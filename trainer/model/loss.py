@@ -31,7 +31,8 @@ def cross_entropy_sum(
         hidden: ``[tokens, hidden]``, the same on every rank of ``group``; its gradient here is that
             of this rank's part of the vocabulary.
         weight: this rank's rows ``[local vocabulary, hidden]``; ranks hold consecutive rows.
-        labels: int64 ``[tokens]``, ids of the whole vocabulary.
+        labels: int64 ``[tokens]``, ids of the whole vocabulary. Those of tokens with weight 0 may
+            be anything, like -100.
         token_weights: ``[tokens]``; not differentiated.
         group: the ranks that share the vocabulary; None for one.
         vocab_size: rows of the whole vocabulary that are not padding; None for all.
@@ -39,7 +40,12 @@ def cross_entropy_sum(
 
     Returns:
         A scalar, fp32 (fp64 for fp64), the same on every rank of ``group``.
+
+    Raises:
+        ValueError: a token has no label, or one that is not in the vocabulary, and a weight. On
+            CUDA this is an assertion of the device, so as not to wait for it.
     """
+    _check_labels(hidden, weight, labels, token_weights, group, vocab_size)
     if not torch.is_grad_enabled():
         # autograd would still ask for the gradients of tensors that require one
         hidden = hidden.detach()
@@ -63,8 +69,9 @@ def token_losses(
     """Return ``-log softmax(hidden @ weight.T)[labels]`` of each token, in nats, and whether its
     label is the likeliest id; both ``[tokens]``, without gradients.
 
-    The arguments are those of :func:`cross_entropy_sum`.
+    The arguments are those of :func:`cross_entropy_sum`, but all labels must be in the vocabulary.
     """
+    _check_labels(hidden, weight, labels, None, group, vocab_size)
     first_row, num_real = _local_vocabulary(weight, group, vocab_size)
     dtype = _accumulation_dtype(hidden)
     losses = []
@@ -76,6 +83,37 @@ def token_losses(
         losses.append(part.losses)
         is_likeliest.append(likeliest == labels[part.tokens])
     return torch.cat(losses), torch.cat(is_likeliest)
+
+
+def _check_labels(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+) -> None:
+    """Raise ValueError unless every token that counts has a label of the vocabulary."""
+    num_tokens = len(hidden)
+    for name, tensor in {"labels": labels, "token_weights": token_weights}.items():
+        if tensor is not None and tensor.shape != (num_tokens,):
+            raise ValueError(
+                f"{name} must be one for each of the {num_tokens} tokens, got {tuple(tensor.shape)}"
+            )
+    if vocab_size is None:
+        vocab_size = weight.shape[0] * (group.size() if group else 1)
+    is_outside = (labels < 0) | (labels >= vocab_size)
+    if token_weights is not None:
+        is_outside &= token_weights != 0
+    fix = "give tokens without a label the weight 0"
+    if labels.is_cuda:
+        torch._assert_async(~is_outside.any(), f"a label is not in 0 .. {vocab_size - 1}; {fix}")
+    elif is_outside.any():
+        token = int(is_outside.nonzero()[0])
+        raise ValueError(
+            f"labels: {int(labels[token])}, of token {token}, is not in 0 .. {vocab_size - 1}; "
+            f"{fix}"
+        )
 
 
 def _likeliest_ids(tile: "_Tile", first_row: int, num_real: int) -> Tensor:

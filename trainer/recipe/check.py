@@ -1,5 +1,6 @@
 """All that is wrong with a recipe at once: each problem with its key, a reason and a fix."""
 
+import re
 from typing import Any
 
 from pydantic import ValidationError
@@ -9,10 +10,17 @@ from .combinations import combination_problems
 from .problem import Problem
 from .schema import Recipe
 
+_INSTANCE = re.compile(
+    r"valid dictionary(?: or (?:instance of \w+|object to extract fields from))?"
+)
+"""Pydantic's word for a mapping."""
+
 # For required keys that are faulty. Both are divisible by whatever a recipe divides by; a problem
 # that is not the same with either one speaks of a number that the recipe does not have.
 _STAND_INS = (2**16 * 3**3 * 5 * 7, 2**17 * 3**3 * 5 * 7)
-_STAND_IN_ROUNDS = 3  # a stand-in for a section shows that its keys are missing, and so on
+_DEGREES = ("parallel.tp", "parallel.pp", "parallel.cp", "parallel.ep")
+# A stand-in for a section shows that its keys are missing, and that these have limits.
+_STAND_IN_ROUNDS = 4
 
 
 def check_recipe(content: dict, source: str) -> Recipe:
@@ -59,6 +67,11 @@ def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -
     ``stand_in`` if they are required.
     """
     content = _without(content, faulty)
+    if stand_in == _STAND_INS[-1]:
+        # Unlike the default, 1, so that no problem is said to come from a degree that is faulty.
+        for degree in faulty.intersection(_DEGREES):
+            section_name, name = degree.split(".")
+            content[section_name][name] = 2
     for _ in range(_STAND_IN_ROUNDS):
         try:
             return list(combination_problems(Recipe.model_validate(content)))
@@ -68,9 +81,17 @@ def _combination_problems_with(content: dict, faulty: set[str], stand_in: int) -
                 *parents, last = key.split(".")
                 section = _section_at(content, parents)
                 if key in faulty and section is not None:
-                    is_text = item["type"] == "string_type"
-                    section[last] = str(stand_in) if is_text else stand_in
+                    section[last] = _stand_in_of_type(item, stand_in)
     return []
+
+
+def _stand_in_of_type(item: Any, stand_in: int) -> str | int:
+    """Return ``stand_in`` as pydantic's error wants it: as text, or within a limit."""
+    if item["type"] == "string_type":
+        return str(stand_in)
+    if item["type"] == "less_than_equal":
+        return item["ctx"]["le"] // (1 if stand_in == _STAND_INS[0] else 2)
+    return stand_in
 
 
 def _section_at(content: Any, path: list[str]) -> dict | None:
@@ -88,6 +109,8 @@ def _key(loc: tuple) -> str:
     """
     if loc[:3] == ("model", "layers", "blocks"):  # and then a block's name and its kind
         loc = (*loc[:4], *loc[5:])
+    if loc[-1] == "[key]":  # a name in a mapping, which is its key
+        loc = loc[:-1]
     if loc[0] == "engine":
         loc = (*loc[:1], *loc[2:])
     return ".".join(map(str, loc))
@@ -102,6 +125,8 @@ def _reason(item: Any) -> str:
             return f"unknown key{suggestion}; known here: {', '.join(known)}"
         case "missing":
             return "is required"
+        case "value_error":
+            return f"{item['ctx']['error']}, got {item['input']!r}"
         case "union_tag_invalid":
             tag = item["ctx"]["tag"]
             kinds = item["ctx"]["expected_tags"].replace("'", "")
@@ -111,7 +136,7 @@ def _reason(item: Any) -> str:
             key = _discriminator(item)
             example = {"mixer": "full", "name": "deepspeed"}[key]
             return f"needs a {key}, as in {{{key}: {example}}}"
-    reason = item["msg"].removeprefix("Input ")
+    reason = _INSTANCE.sub("mapping", item["msg"].removeprefix("Input "))
     return f"{reason[0].lower()}{reason[1:]}, got {item['input']!r}"
 
 

@@ -33,6 +33,8 @@ def _model_problems(model: ModelConfig) -> Problems:
         for problem in block.problems(model):
             yield Problem(f"{key}.{problem.field}", problem.reason)
 
+    if model.hidden_size == 1:
+        yield Problem("model.hidden_size", "1 leaves only its sign after a norm; use 2 or more")
     heads, kv_heads = model.num_attention_heads, model.kv_heads
     if model.head_dim is None and model.hidden_size % heads:
         reason = f"{heads} does not divide hidden_size {model.hidden_size}; set head_dim"
@@ -269,6 +271,12 @@ def _moe_problems(moe: MoEConfig, used: bool) -> Problems:
         yield Problem("model.moe", "is used by no block; set mlp: moe in one, or remove it")
     if moe.num_experts_per_tok > moe.num_experts:
         reason = f"{moe.num_experts_per_tok} is more than the {moe.num_experts} experts"
+        yield Problem("model.moe.num_experts_per_tok", reason)
+    if moe.num_experts_per_tok == 1 and moe.norm_topk_prob:
+        reason = (
+            "1 with norm_topk_prob makes the weight of a token's one expert always 1, from which "
+            "the router learns nothing; set model.moe.norm_topk_prob to false, or use 2 or more"
+        )
         yield Problem("model.moe.num_experts_per_tok", reason)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
         reason = "has no expert to gate; set model.moe.shared_expert_intermediate_size"

@@ -3,16 +3,25 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ..errors import UserError, suggest
+from ..paths import expand_path
 from .check import check_recipe
-from .schema import Recipe
+from .schema import FOR_A_FILE, Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# PyYAML raises the last three for a value that does not fit its explicit tag, as in `!!int x`.
-_YAML_ERRORS = (yaml.YAMLError, UnicodeDecodeError, ValueError, AttributeError, TypeError)
+# PyYAML raises ValueError and the two after it for a value that does not fit its tag: `!!int x`.
+_YAML_ERRORS = (
+    yaml.YAMLError,
+    UnicodeDecodeError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -29,6 +38,17 @@ class _StrictLoader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise yaml.MarkedYAMLError(
+                problem="half of a surrogate pair is no character", problem_mark=node.start_mark
+            )
+        return value
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 _FLOAT = (
@@ -82,7 +102,11 @@ def find_recipe(name: str, beside: Path | None = None) -> Path:
     Raises:
         UserError: there is none.
     """
-    for candidate in ((beside or Path()) / name, SHIPPED / name, SHIPPED / f"{name}.yaml"):
+    try:
+        path = expand_path(name)
+    except ValueError as error:
+        raise UserError(f"recipe {name}: {error}") from None
+    for candidate in ((beside or Path()) / path, SHIPPED / path, SHIPPED / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
     shipped = [str(path.relative_to(SHIPPED).with_suffix("")) for path in shipped_recipes()]
@@ -101,7 +125,8 @@ def shipped_recipes() -> list[Path]:
 
 def to_yaml(recipe: Recipe) -> str:
     """Return YAML that loads as the same recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    content = recipe.model_dump(mode="json", context=FOR_A_FILE)
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 def _with_bases(path: Path, descendants: tuple[Path, ...]) -> dict:
@@ -129,15 +154,23 @@ def _with_bases(path: Path, descendants: tuple[Path, ...]) -> dict:
 def _read(path: Path) -> dict:
     try:
         content = yaml.load(path.read_text(), _StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except _YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise UserError(f"{path}{position}: {problem}") from None
+        raise UserError(f"{path}{position}: {_yaml_problem(error)}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise UserError(f"{path}: a recipe is a mapping of sections, this is {kind}")
     return content
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Return what is wrong with some YAML, on one line."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def _merge(base: dict, over: dict) -> dict:
@@ -164,8 +197,7 @@ def _apply_override(content: dict, override: str) -> None:
     try:
         value = yaml.load(text, _StrictLoader)
     except _YAML_ERRORS as error:
-        problem = getattr(error, "problem", error)
-        raise UserError(f"{key}: {text!r} is not YAML: {problem}") from None
+        raise UserError(f"{key}: {text!r} is not YAML: {_yaml_problem(error)}") from None
     *parents, last = key.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})

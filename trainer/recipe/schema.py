@@ -4,14 +4,39 @@ Nothing here imports torch: a recipe is checked before any process starts. The s
 are the text of ``docs/recipe-keys.md``.
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    SerializationInfo,
+    field_validator,
+)
 
-from ..layers.base import Block, Momentum, Positive, Section
+from ..layers.base import Block, HeadCount, LayerCount, Momentum, Positive, RankCount, Section
 from ..layers.registry import AnyBlock
+from ..paths import escape_path, expand_path
 from .engine_config import AnyEngine, MegatronConfig
+from .extension import WhenExtended
 from .learning_rate import LRSchedulerConfig
+
+FOR_A_FILE = "for a file"
+"""Context of a dump that goes to a recipe file, where paths are written so that they are read as
+they are.
+"""
+
+
+def _path_for_dump(path: str, info: SerializationInfo) -> str:
+    return escape_path(path) if info.context == FOR_A_FILE else path
+
+
+UserPath = Annotated[
+    str, Field(min_length=1), AfterValidator(expand_path), PlainSerializer(_path_for_dump)
+]
+"""A path in which ``~`` and variables are replaced when the recipe is read."""
 
 
 class LayersConfig(Section):
@@ -57,11 +82,11 @@ class MoEConfig(Section):
 class ModelConfig(Section):
     hidden_size: Positive
     """Width of the residual stream."""
-    num_hidden_layers: Positive
+    num_hidden_layers: LayerCount
     """Number of layers, each a mixer and an MLP."""
-    num_attention_heads: Positive
+    num_attention_heads: HeadCount
     """Number of query heads."""
-    num_key_value_heads: Positive | None = None
+    num_key_value_heads: HeadCount | None = None
     """Number of key and value heads, which groups of query heads share; defaults to
     num_attention_heads."""
     head_dim: Positive | None = None
@@ -156,14 +181,16 @@ class BucketsConfig(Section):
 class DataConfig(Section):
     """Text, as ``sources``, or a task whose examples are generated: exactly one of them."""
 
-    sources: Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+    sources: (
+        Annotated[dict[UserPath, Annotated[float, Field(gt=0)]], Field(min_length=1)] | None
+    ) = None
     """Prefixes of .bin/.idx pairs, or the built-in corpus python-stdlib, with their weights in the
     mixture."""
     mqar: MQARConfig | None = None
     """The recall task."""
-    validation: str | None = None
+    validation: UserPath | None = None
     """Prefix of held-out data; python-stdlib has its own."""
-    tokenizer: str = "bytes"
+    tokenizer: UserPath = "bytes"
     """bytes, or the path of a Hugging Face tokenizer.json."""
     packing: Literal["concat", "best_fit", "buckets"] = "concat"
     """How documents become sequences. concat: end to end, cut where a sequence ends. best_fit: only
@@ -171,10 +198,26 @@ class DataConfig(Section):
     lengths."""
     buckets: BucketsConfig = BucketsConfig()
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _refuse_one_source_twice(cls, sources: Any) -> Any:
+        """Refuse names that are the same once expanded: one weight would be lost."""
+        names = sources if isinstance(sources, dict) else {}
+        counts = Counter(expand_path(name) for name in names if isinstance(name, str))
+        for name, count in counts.items():
+            if count > 1:
+                raise ValueError(f"names {name} {count} times; add up the weights")
+        return sources
+
 
 class TrainingConfig(Section):
     steps: Positive
     """Number of weight updates in the whole run."""
+    lr_when_extended: WhenExtended = "hold"
+    """What the learning rate does when steps of a run that has begun is raised. hold: the schedule
+    ends where it would have, and the other steps keep the rate of its end. rewarm: a schedule like
+    the first begins, with its warmup. stretch: the schedule of the larger number of steps, at once;
+    after the end of a schedule, the rate jumps up."""
     seq_length: Positive
     """Tokens in a sequence, over all context-parallel ranks."""
     micro_batch_size: Positive = 1
@@ -209,13 +252,13 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    tp: Positive = 1
+    tp: RankCount = 1
     """Tensor parallel: ranks that split heads and MLP columns."""
-    pp: Positive = 1
+    pp: RankCount = 1
     """Pipeline parallel: ranks that split layers."""
-    cp: Positive = 1
+    cp: RankCount = 1
     """Context parallel: ranks that split the tokens of a sequence."""
-    ep: Positive = 1
+    ep: RankCount = 1
     """Expert parallel: ranks that split experts; apart from these they hold other sequences or
     other tokens."""
     sequence_parallel: bool = False
@@ -268,7 +311,7 @@ class MemoryConfig(Section):
 class InitialConfig(Section):
     """Initial weights from a Hugging Face model."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: UserPath
     """Folder of the model."""
     new: list[str] = Field(default_factory=list)
     """Parameters that the folder lacks and that begin as the seed says: their names, or patterns
@@ -310,7 +353,7 @@ class MetricsConfig(Section):
 
 
 class LaunchConfig(Section):
-    processes: Positive = 1
+    processes: RankCount = 1
     """Processes to start on this machine; under torchrun, all that it has started."""
     threads: Positive | None = None
     """CPU threads per process; defaults to the cores divided by the processes."""
@@ -373,8 +416,9 @@ def _path_as_section(value: Any) -> Any:
 class Recipe(Section):
     description: str = ""
     """One line, shown by `longspan recipes`."""
-    run_dir: Annotated[str, Field(min_length=1)]
-    """Folder of the run: recipe, metrics, checkpoints, weights, plots."""
+    run_dir: UserPath
+    """Folder of the run: recipe, metrics, checkpoints, weights, plots. In this path and in all
+    others, ~ and variables like $SCRATCH are replaced when the recipe is read."""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

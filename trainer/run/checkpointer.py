@@ -270,10 +270,11 @@ class Checkpointer:
 def _set_aside(damage: dict[Checkpoint, str], step: int, say: Callable[[str], None]) -> None:
     """Rename damaged checkpoints, given with their damage; that of ``step`` is used instead."""
     for checkpoint, reason in damage.items():
-        aside = quarantine(checkpoint).name
-        say(
-            f"warning: {checkpoint.path}: {reason}; set aside as {aside}, resuming from step {step}"
-        )
+        try:
+            aside = f"set aside as {quarantine(checkpoint).name}"
+        except OSError as error:
+            aside = f"cannot be set aside ({error.strerror})"
+        say(f"warning: {checkpoint.path}: {reason}; {aside}, resuming from step {step}")
 
 
 def _first_failure(failed: CheckpointException) -> str:

@@ -1,5 +1,6 @@
 """What a person sees of a run: a live bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -51,7 +52,16 @@ class Display:
         if self._bar:
             self._bar.say(line)
         else:
-            print(line, flush=True)
+            print_line(line)
+
+
+def print_line(line: str) -> None:
+    """Print a line at once.
+
+    Nothing is raised if the output has no place left, or nobody to read it: a run goes on.
+    """
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 class _Bar:

@@ -17,12 +17,12 @@ from ..huggingface.initial import load_initial
 from ..predict.flops import training_flops
 from ..ranks import RankGroup
 from ..recipe.schema import Recipe
-from ..recipe.stages import Stage
+from ..recipe.stages import Stage, Stages
 from .checkpointer import Checkpointer, SaveOutcome
 from .evaluation import agreed_batches, bits_per_byte, evaluate
+from .extend import ExtendedRun, extended_run
 from .nonfinite import NonFinitePolicy
 from .performance import PerformanceMeter
-from .plot import plot_loss
 from .report import Report, train_metrics
 from .stop import StopRequest
 from .watchdog import Watchdog
@@ -78,12 +78,17 @@ def _start(
         initial_lines = load_initial(engine, recipe, ranks)
     steps_done = manifest.step if manifest else 0
 
-    if ranks.is_first:
-        folder.begin(recipe, steps_done, data.fingerprints)
+    extended = ExtendedRun([])
+    with ranks.raise_on_all():
+        if ranks.is_first:
+            extended = extended_run(folder, recipe, steps_done)
+            folder.begin(recipe, steps_done, data.fingerprints, extended.extensions)
+    extended = ranks.broadcast(extended)
     report = resources.enter_context(Report(recipe, folder, steps_done, ranks.is_first))
-    report.start(engine, initial_lines)
+    report.start(engine, initial_lines, extended.notice)
     return Trainer(
         derived=derived,
+        stages=Stages(recipe, extended.extensions),
         data=data,
         ranks=ranks,
         folder=folder,
@@ -117,6 +122,7 @@ class Trainer:
     """One rank's side of a run: what lives as long as the run, and what a step does with it."""
 
     derived: DerivedRecipe
+    stages: Stages
     data: PreparedData
     ranks: RankGroup
     folder: RunFolder
@@ -142,7 +148,7 @@ class Trainer:
 
     def enter_stage(self, step: int) -> None:
         """Change to the stage that begins with this step, or in which a run is resumed."""
-        stage = self.derived.stages.at(step - 1)
+        stage = self.stages.at(step - 1)
         is_first_step = step == self.steps_done + 1
         if step - 1 != stage.start and not is_first_step:
             return
@@ -235,7 +241,7 @@ class Trainer:
             with self.ranks.raise_on_all():
                 if weights is not None:
                     self.folder.write_weights(weights, steps)
-                    plot_loss(self.folder)
+            self.report.plot()
 
     def _is_last(self, step: int) -> bool:
         return step == self.recipe.training.steps
@@ -305,6 +311,8 @@ class Trainer:
         """Remove the file that asks the run to stop, on rank 0; return whether it was there."""
         if not self.ranks.is_first:
             return False
-        was_there = self.folder.stop_file.exists()
-        self.folder.stop_file.unlink(missing_ok=True)
-        return was_there
+        try:
+            return self.folder.remove_stop_file()
+        except UserError as error:
+            self.report.say(f"ALERT: {error}")
+            return True

@@ -1,7 +1,9 @@
 """Pictures of a run."""
 
+import io
 from pathlib import Path
 
+from ..checkpoint.atomic import replace_file
 from ..checkpoint.run_folder import RunFolder
 from ..errors import UserError
 
@@ -13,13 +15,15 @@ def plot_loss(folder: RunFolder) -> Path:
     """Draw the training and held-out losses of a run to ``plots/loss.png``; return that path.
 
     Raises:
-        UserError: no loss has been logged yet.
+        UserError: no loss has been logged yet, or the picture cannot be written.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if not folder.metrics.is_file():
+        raise UserError(f"{folder.metrics}: no such file; the run has logged nothing yet")
     records = folder.read_metrics()
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
 
@@ -36,7 +40,11 @@ def plot_loss(folder: RunFolder) -> Path:
         raise UserError(f"{folder.metrics}: holds no losses yet")
 
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=folder.path.name)
-    with_bits = [record for record in records if "eval/bits_per_byte" in record]
+    with_bits = [
+        record
+        for record in records
+        if "eval/bits_per_byte" in record and record.get("eval/loss", 0) > 0
+    ]
     if with_bits:
         bits_per_nat = with_bits[-1]["eval/bits_per_byte"] / with_bits[-1]["eval/loss"]
         right_axis = axes.secondary_yaxis(
@@ -46,9 +54,14 @@ def plot_loss(folder: RunFolder) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
 
-    folder.loss_plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder.loss_plot, dpi=130)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130)
     plt.close(figure)
+    try:
+        folder.loss_plot.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(folder.loss_plot, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{folder.loss_plot}: cannot be written: {error.strerror}") from None
     return folder.loss_plot
 
 

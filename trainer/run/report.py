@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from ..checkpoint.run_folder import RunFolder
 from ..engines.engine import Engine, StepResult
+from ..errors import UserError
 from ..predict.communication import choices
 from ..recipe.schema import Recipe
 from ..recipe.stages import Stage
 from .checkpointer import SaveOutcome
 from .display import Display
 from .metrics import MetricsLog
+from .plot import plot_loss
 
 
 class Report:
@@ -35,7 +37,9 @@ class Report:
             return self
         log_interval = self._recipe.metrics.log_interval
         with contextlib.ExitStack() as resources:
-            self._log = resources.enter_context(MetricsLog(self._folder, self._recipe))
+            self._log = resources.enter_context(
+                MetricsLog(self._folder, self._recipe, self._steps_done)
+            )
             self._display = resources.enter_context(
                 Display(self._steps, log_interval, self._steps_done)
             )
@@ -55,11 +59,12 @@ class Report:
         if self._log:
             self._log.log(step, metrics)
 
-    def start(self, engine: Engine, initial_lines: list[str]) -> None:
+    def start(self, engine: Engine, initial_lines: list[str], extension: str | None) -> None:
         """Say what is about to be trained, and warn of what looks like a mistake.
 
-        ``initial_lines`` describe the weights that the run begins with, if they come from
-        elsewhere.
+        Args:
+            initial_lines: about the weights that the run begins with, if they come from elsewhere.
+            extension: about a learning rate that was planned otherwise before, if there is one.
         """
         if not self._is_first:  # choices() computes a plan for every schedule
             return
@@ -74,6 +79,8 @@ class Report:
             self.say(f"all {self._steps} steps are done; raise training.steps")
         elif self._steps_done:
             self.say(f"resuming from step {self._steps_done}")
+        if extension:
+            self.say(extension)
         if self._recipe.parallel.cp > 1:
             for choice in choices(self._recipe, engine.dtype.itemsize):
                 self.say(str(choice))
@@ -122,6 +129,15 @@ class Report:
         self.record(step, {"checkpoint/save_s": outcome.seconds})
         if outcome.warning:
             self.say(f"ALERT: {outcome.warning}")
+
+    def plot(self) -> None:
+        """Draw the loss curve; a picture that cannot be drawn stops nothing."""
+        if not self._is_first:
+            return
+        try:
+            plot_loss(self._folder)
+        except UserError as error:
+            self.say(f"ALERT: {error}; `longspan plot {self._folder.path}` draws it later")
 
     def stopped(self, step: int, by_stop_file: bool) -> None:
         """Say that the run stops after a step because it was asked to."""

@@ -1,5 +1,9 @@
 """Checkpoints as files. How ranks save and restore them is tested in test_resume.py."""
 
+import errno
+import fcntl
+import os
+
 import pytest
 from longspan.trainer.checkpoint.files import (
     DamagedError,
@@ -13,6 +17,7 @@ from longspan.trainer.checkpoint.files import (
     quarantine,
     sha256,
 )
+from longspan.trainer.checkpoint.run_folder import RunFolder
 from longspan.trainer.errors import UserError
 
 
@@ -118,3 +123,47 @@ def test_a_newer_format_is_refused(folder):
         UserError, match=r"step-00000500: was written by a newer longspan \(format 2"
     ):
         newest.manifest()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link to a folder", "broken link"])
+def test_leftovers_of_any_kind_are_removed(tmp_path, kind):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    leftover = folder / "step-00000020.partial"
+    if kind == "file":
+        leftover.touch()
+    elif kind == "folder":
+        leftover.mkdir()
+        (leftover / "__0_0.distcp").touch()
+    else:
+        target = elsewhere if kind == "link to a folder" else tmp_path / "nowhere"
+        leftover.symlink_to(target)
+    clean_up(folder)
+    assert not list(folder.iterdir())
+    assert (elsewhere / "precious").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_all_the_same(tmp_path, monkeypatch, number):
+    def no_flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock() as is_held:
+        assert is_held is False
+        assert folder.in_use() is None
+        assert folder.user.startswith(f"process {os.getpid()} on ")
+
+
+def test_a_lock_keeps_others_out(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock() as is_held:
+        assert is_held is True
+        assert folder.in_use() is True
+        with pytest.raises(UserError, match="is in use by process"), folder.lock():
+            pass
+    assert folder.in_use() is False

@@ -1,5 +1,7 @@
 """The tiled loss, against ``torch.nn.functional.cross_entropy`` in fp64: value and gradients."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,3 +125,48 @@ def test_no_tensor_holds_all_logits():
     with LargestResult() as seen:
         cross_entropy_sum(hidden, weight, labels, token_weights, None, VOCABULARY, 64).backward()
     assert seen.numbers == hidden.numel() < 4096 * VOCABULARY
+
+
+@pytest.mark.parametrize("label", [VOCABULARY, PADDED, 10**9, -1, -100])
+@pytest.mark.parametrize("losses", [cross_entropy_sum, token_losses])
+def test_a_label_outside_of_the_vocabulary_is_refused(label, losses):
+    hidden, weight, labels, counted = problem()
+    labels[5] = label
+    weights = [counted.clamp(min=0.5)] if losses is cross_entropy_sum else []
+    message = f"labels: {label}, of token 5, is not in 0 .. {VOCABULARY - 1}; give tokens"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        losses(hidden, weight, labels, *weights, None, VOCABULARY, 8)
+    # A vocabulary without padding ends with the matrix.
+    if label >= PADDED or label < 0:
+        with pytest.raises(ValueError, match=rf"is not in 0 \.\. {PADDED - 1}"):
+            losses(hidden, weight, labels, *weights)
+
+
+def test_a_label_without_weight_may_be_anything():
+    hidden, weight, labels, counted = problem()
+    counted[5] = 0.0
+    expected = cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, 8)
+    labels[5] = -100
+    assert cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, 8) == expected
+
+
+def test_ranks_refuse_a_label_of_none_of_them(threads):
+    def work(rank, group):
+        hidden, weight, labels, counted = problem()
+        labels[5] = PADDED
+        local = weight.chunk(2)[rank].contiguous()
+        with pytest.raises(ValueError, match="labels: 24, of token 5, is not in 0"):
+            cross_entropy_sum(hidden, local, labels, counted + 1, group, None, 8)
+
+    threads(2, work)
+
+
+@pytest.mark.parametrize("name", ["labels", "token_weights"])
+def test_labels_and_weights_are_one_for_each_token(name):
+    hidden, weight, labels, counted = problem()
+    if name == "labels":
+        labels = labels[:1]
+    else:
+        counted = counted[:1]
+    with pytest.raises(ValueError, match=f"{name} must be one for each of the {TOKENS} tokens"):
+        cross_entropy_sum(hidden, weight, labels, counted)

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -204,6 +205,27 @@ def test_strings_that_look_like_numbers_survive_a_round_trip(tiny_recipe, tmp_pa
             "launch.processes=2 parallel={cp: 2, schedules: {full: heads 3 x ring}}",
             "schedules.full: heads 3 x ring cannot do model.layers.blocks.full: "
             "2 ranks do not split into groups of 3",
+        ),
+        (
+            "model.layers.blocks.full={mixer: retention, value_head_dim: 1}",
+            "full.value_head_dim: 1 leaves only the sign of each value after the mixer's norm",
+        ),
+        (
+            "model.layers.blocks.full={mixer: mamba2, num_key_heads: 4, value_head_dim: 1}",
+            "full.value_head_dim: 1 leaves only the sign",
+        ),
+        (
+            "model.layers.blocks.full={mixer: lightning, num_heads: 1, value_head_dim: 1}",
+            "full.value_head_dim: 1 leaves only the sign",
+        ),
+        (
+            "model.layers.blocks.full={mixer: deltanet, key_head_dim: 1}",
+            "full.key_head_dim: 1 leaves only the sign of keys",
+        ),
+        (
+            "model.head_dim=1 model.layers.blocks.full="
+            "{mixer: full, qk_norm: true, rotary_fraction: 0.0}",
+            "full.qk_norm: of heads of one dim leaves only its sign",
         ),
         ("model.num_attention_heads=5", "does not divide num_attention_heads 5"),
         ("model.num_attention_heads=6", "6 does not divide hidden_size 64"),
@@ -439,3 +461,22 @@ def test_invalid_stages_are_refused_by_key(tiny_recipe, stages, message):
 def test_invalid_buckets_are_refused(tiny_recipe, overrides, message):
     with pytest.raises(UserError, match=re.escape(message)):
         load_recipe(str(tiny_recipe), ["data.packing=buckets", *overrides])
+
+
+def test_a_single_expert_per_token_needs_its_weight(tiny_recipe):
+    def load(**keys):
+        moe = {"num_experts": 4, "intermediate_size": 48, "num_experts_per_tok": 1, **keys}
+        block = {"mixer": "full", "mlp": "moe"}
+        overrides = {"model.moe": moe, "model.layers.blocks.full": block}
+        return load_recipe(
+            str(tiny_recipe), [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        )
+
+    with pytest.raises(UserError) as caught:
+        load()
+    assert str(caught.value) == (
+        "tiny.yaml: model.moe.num_experts_per_tok: 1 with norm_topk_prob makes the weight of a "
+        "token's one expert always 1, from which the router learns nothing; "
+        "set model.moe.norm_topk_prob to false, or use 2 or more"
+    )
+    load(norm_topk_prob=False)
