@@ -16,6 +16,7 @@ from ..recipe.schema import Recipe
 from ..versions import version_of
 from .atomic import replace_file
 from .files import checkpoints
+from .kept_tokenizer import KeptTokenizer
 from .lock import FolderLock, LockedError
 from .resume_rules import forbidden_changes
 from .weights_file import weights_step, write_weights
@@ -28,7 +29,8 @@ class RunFolder:
     """The files of a run, and the rules for starting another one among them.
 
     ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
-    ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
+    ``tokenizer/`` (unless it is bytes), ``checkpoints/``, ``weights.safetensors``, ``plots/``, and
+    ``eval/`` if the run was evaluated.
 
     ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """
@@ -42,6 +44,7 @@ class RunFolder:
         self.loss_plot = self.path / "plots" / "loss.png"
         self.nonfinite = self.path / "nonfinite"
         self.stop_file = self.path / "STOP"
+        self.tokenizer = KeptTokenizer(self.path / "tokenizer")
         self._data_file = self.path / "data.json"
         self._lock = FolderLock(self.path / "lock")
 
@@ -129,16 +132,24 @@ class RunFolder:
         """Return whether a run holds the folder."""
         return self._lock.is_held()
 
-    def begin(self, recipe: Recipe, step: int, fingerprints: dict[str, str]) -> None:
-        """Write what describes a run from ``step`` on: recipe, data and versions.
+    def begin(
+        self,
+        recipe: Recipe,
+        step: int,
+        fingerprints: dict[str, str],
+        reads_special_tokens: bool = False,
+    ) -> None:
+        """Write what describes a run from ``step`` on: recipe, data, tokenizer and versions.
 
         Metrics of later steps are removed, because these steps are about to be made again. The
-        ``fingerprints`` of the data are for :meth:`require_same_data`.
+        ``fingerprints`` of the data are for :meth:`require_same_data`; ``reads_special_tokens``
+        says whether they have special tokens that their text spells.
         """
         self.loss_plot.parent.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         replace_file(self.recipe_file, to_yaml(recipe))
         replace_file(self._data_file, json.dumps(fingerprints, indent=1))
+        self.tokenizer.keep(recipe, reads_special_tokens)
         replace_file(self.path / "versions.txt", _versions())
         if self.metrics.exists():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
@@ -146,14 +157,14 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe of a run that exists.
+        """The recipe of a run that exists, with the tokenizer that the run keeps.
 
         Raises:
             UserError: there is no run, or its recipe cannot be read.
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path}: not the folder of a run (it has no recipe.yaml)")
-        return load_recipe(str(self.recipe_file))
+        return self.tokenizer.read_by(load_recipe(str(self.recipe_file)))
 
     def read_metrics(self) -> list[dict]:
         """Return the records of ``metrics.jsonl``.

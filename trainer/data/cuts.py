@@ -248,7 +248,7 @@ _NOTHING = _Facts(True, False, False, False)
 
 
 def _check_pattern(pattern: dict[str, str], space: str) -> None:
-    """Raise _ObstacleError unless matches neither have a place in them nor depend on what is beyond.
+    """Require that matches neither have a place in them nor depend on what is beyond.
 
     Matching is then the same on both sides of a place as in the whole text: no match contains it,
     nothing looks back across it, and what looks ahead finds the same at the end of a text.

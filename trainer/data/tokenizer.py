@@ -170,6 +170,10 @@ class HubTokenizer:
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
 
+    def to_json(self) -> str:
+        """Return the tokenizer's own description, as it encodes documents."""
+        return self._tokenizer.to_str()
+
 
 def identity_of(tokenizer_json: bytes) -> str:
     """Return the identity of a tokenizer by the content of its file."""
@@ -195,18 +199,32 @@ def load_tokenizer(name: str, key: str, reads_special_tokens: bool = False) -> T
     return HubTokenizer(path, reads_special_tokens)
 
 
-def recipe_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Return the tokenizer that ``data.tokenizer`` names.
+def recipe_tokenizer(recipe: Recipe, reads_special_tokens: bool = False) -> Tokenizer:
+    """Return the tokenizer that ``data.tokenizer`` names, or that the recipe's run keeps.
 
     Raises:
-        UserError: if the recipe trains on a task, whose tokens are not text.
+        UserError: if the recipe trains on a task, whose tokens are not text; or if the run was
+            trained with another tokenizer.
     """
     if recipe.data.mqar:
         raise UserError(
             "data.mqar: its tokens are not text; "
             "use `longspan eval mqar RUN` to see what the model has learned"
         )
-    return load_tokenizer(recipe.data.tokenizer, "data.tokenizer")
+    of_run = recipe.data.run_tokenizer
+    if of_run and not Path(of_run.file).is_file():
+        raise UserError(
+            f"data.tokenizer: {of_run.file}: no such file, and the run is of a version that kept "
+            "no copy; start in the folder that the path is relative to, or put the file into the "
+            "run's folder as tokenizer/tokenizer.json"
+        )
+    tokenizer = load_tokenizer(recipe.data.tokenizer_file, "data.tokenizer", reads_special_tokens)
+    if of_run and of_run.identity not in (None, tokenizer.identity):
+        raise UserError(
+            f"data.tokenizer: {of_run.file} is not the file that the run was trained with, whose "
+            f"SHA-256 is {of_run.identity.removeprefix('sha256:')}; restore it"
+        )
+    return tokenizer
 
 
 def recipe_vocab_size(recipe: Recipe) -> int:

@@ -4,9 +4,9 @@ Nothing here imports torch: a recipe is checked before any process starts. The s
 are the text of ``docs/recipe-keys.md``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ..layers.base import Block, Momentum, Positive, Section
 from ..layers.registry import AnyBlock
@@ -153,6 +153,16 @@ class BucketsConfig(Section):
     """Steps of a cycle, which has every length in proportion to its tokens."""
 
 
+class RunTokenizer(NamedTuple):
+    """The tokenizer of a run that exists. It belongs to the run, not to what a recipe says."""
+
+    file: str
+    identity: str | None
+    """What the file must be, as its SHA-256; None if nothing says so."""
+    reads_special_tokens: bool
+    """Whether a corpus of the run was built with special tokens that its text spells."""
+
+
 class DataConfig(Section):
     """Text, as ``sources``, or a task whose examples are generated: exactly one of them."""
 
@@ -170,6 +180,24 @@ class DataConfig(Section):
     documents longer than a sequence are cut. buckets: one document per sequence, in several
     lengths."""
     buckets: BucketsConfig = BucketsConfig()
+
+    _run_tokenizer: RunTokenizer | None = PrivateAttr(None)
+
+    @property
+    def run_tokenizer(self) -> RunTokenizer | None:
+        """The tokenizer of the run whose recipe this is; None before there is a run."""
+        return self._run_tokenizer
+
+    @property
+    def tokenizer_file(self) -> str:
+        """The word bytes, or the file to read the tokenizer from."""
+        return self._run_tokenizer.file if self._run_tokenizer else self.tokenizer
+
+    def with_run_tokenizer(self, tokenizer: RunTokenizer) -> "DataConfig":
+        """Return this section, which reads that tokenizer."""
+        section = self.model_copy()
+        section._run_tokenizer = tokenizer
+        return section
 
 
 class TrainingConfig(Section):
@@ -395,6 +423,17 @@ class Recipe(Section):
     def stage_starts(self) -> list[int]:
         """The step (from 0) at which each stage begins; the first is the recipe itself, at 0."""
         return [0, *(stage.from_step for stage in self.stages)]
+
+    def with_run_tokenizer(self, tokenizer: RunTokenizer) -> "Recipe":
+        """Return this recipe, whose every stage reads that tokenizer."""
+        stages = [
+            stage.model_copy(update={"data": stage.data.with_run_tokenizer(tokenizer)})
+            if stage.data
+            else stage
+            for stage in self.stages
+        ]
+        data = self.data.with_run_tokenizer(tokenizer)
+        return self.model_copy(update={"data": data, "stages": stages})
 
     def at_step(self, step: int) -> "Recipe":
         """Return the recipe of the stage that step ``step`` (from 0) is in."""

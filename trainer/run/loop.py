@@ -79,7 +79,7 @@ def _start(
     steps_done = manifest.step if manifest else 0
 
     if ranks.is_first:
-        folder.begin(recipe, steps_done, data.fingerprints)
+        folder.begin(recipe, steps_done, data.fingerprints, data.reads_special_tokens)
     report = resources.enter_context(Report(recipe, folder, steps_done, ranks.is_first))
     report.start(engine, initial_lines)
     return Trainer(
