@@ -294,10 +294,7 @@ class _Tokenizing:
                     elif self.skip_bad:
                         totals.skipped.append(f"{error.place}: {error.cause}")
                     else:
-                        raise UserError(
-                            f"{error.place}: {error.cause}; correct it, or skip what cannot be "
-                            "read with --skip-bad"
-                        ) from None
+                        raise UserError(f"{error.place}: {error.cause}; {error.fix}") from None
         return totals
 
     def _write_document(self, document: Document, out: BinaryIO, totals: _Totals) -> None:

@@ -63,11 +63,14 @@ class _Gzip(_Decompressed):
 
     def readinto(self, buffer) -> int:
         try:
-            return self._decompressed.readinto(buffer)
+            # What comes before damage is still read: a larger buffer would be lost with it.
+            decompressed = self._decompressed.read1(len(buffer))
         except EOFError:
             raise DamagedDataError("its gzip data is cut short") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise DamagedDataError(f"its gzip data is damaged ({error})") from None
+        buffer[: len(decompressed)] = decompressed
+        return len(decompressed)
 
 
 class _Zstandard(_Decompressed):

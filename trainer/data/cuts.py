@@ -184,7 +184,7 @@ def _check_model(model: dict, space: str) -> None:
     """Check a model that may be given a letter and a space together."""
     if model["type"] != "BPE":
         raise _ObstacleError(
-            f"its pre-tokenizer may give its model, {model['type']}, several words"
+            f"its pre-tokenizer may give several words to its {model['type']} model"
         )
     if model.get("dropout"):
         raise _ObstacleError("its model drops merges at random")

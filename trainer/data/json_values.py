@@ -1,5 +1,6 @@
 """JSON values in a stream: one after another, or as the items of one array."""
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -53,7 +54,7 @@ class _Scanner:
         while mark := self._next_mark():
             if self._is_first:
                 self._is_first = False
-                if mark == b"[" and not self._buffer[: self._scanned - 1].strip():
+                if mark == b"[" and self._is_blank(self._scanned - 1):
                     self._in_array = True
                     self._drop_mark()
                     continue
@@ -75,6 +76,10 @@ class _Scanner:
         yield from self._take(len(self._buffer))
         if self._in_array:
             yield JSONText(b"", self._line)
+
+    def _is_blank(self, stop: int) -> bool:
+        """Tell whether there is nothing up to ``stop`` but a byte order mark and white space."""
+        return not self._buffer[:stop].removeprefix(codecs.BOM_UTF8).strip()
 
     def _next_mark(self) -> bytes:
         """Read up to a bracket, a comma or the begin of a string, or, with b"", all there is."""

@@ -175,9 +175,8 @@ def _refuse_other_formats(path: Path, suffix: str, head: bytes) -> None:
     if suffix == ".parquet":
         raise UserError(f"{path}: not a Parquet file; replace it or remove it")
     if suffix in _TABLE_SUFFIXES:
-        raise NoSourceError(
-            "CSV or TSV tables", "is a table, which is not read", _table_fix(suffix)
-        )
+        problem = "is a table (CSV or TSV), which is not read"
+        raise NoSourceError("tables (CSV or TSV)", problem, _table_fix(suffix))
 
 
 def _is_of_corpus(path: Path, head: bytes) -> bool:

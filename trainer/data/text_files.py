@@ -30,9 +30,13 @@ class BadDocumentError(Exception):
         """The file, with the line or row."""
         self.cause = cause
 
+    fix = "correct it, or skip what cannot be read with --skip-bad"
+
 
 class NotUTF8Error(BadDocumentError):
     """A file of text that is not UTF-8."""
+
+    fix = "leave it out or convert it"
 
 
 class Document(NamedTuple):
