@@ -322,9 +322,9 @@ def _letter_and_space(code: Any, value: Any, space: str) -> tuple[bool, bool]:
 
     is_negated = value[0][0] is codes.NEGATE
     items = value[1:] if is_negated else value
-    some_letter = any(_has_some_letter(*item) for item in items)
-    every_letter = any(_has_every_letter(*item) for item in items)
-    has_space = any(_has(*item, space) for item in items)
+    some_letter = any(_has_some_letter(kind, item) for kind, item in items)
+    every_letter = any(_has_every_letter(kind, item) for kind, item in items)
+    has_space = any(_has(kind, item, space) for kind, item in items)
     if is_negated:
         return not every_letter, not has_space
     return some_letter, has_space

@@ -205,16 +205,18 @@ def _count_lines_before(chunk: TextChunk) -> int:
 
 def _read_json_values(chunk: TextChunk) -> Iterator[DocumentOrError]:
     line = 1
+
+    def place() -> str:
+        return f"{chunk.path}:{line}"
+
     try:
         with open_decompressed(chunk.path) as stream:
             for value in split_json_values(stream):
                 line = value.line
-                place = f"{chunk.path}:{line}"
                 if value.text:
-                    text = value.text.removeprefix(BOM)
-                    yield _json_document(text, chunk.key, lambda place=place: place)
+                    yield _json_document(value.text.removeprefix(BOM), chunk.key, place)
                 else:
-                    yield BadDocumentError(place, "the file ends inside its array")
+                    yield BadDocumentError(place(), "the file ends inside its array")
     except DamagedDataError as error:
         yield BadDocumentError(f"{chunk.path}: after line {line}", str(error))
 

@@ -254,8 +254,14 @@ def test_the_loss_by_place_and_what_lies_before_it_is_worth(tmp_path):
 
 
 def test_documents_that_are_empty_end(tmp_path, tokenizers):
-    tmp_path.joinpath("none.jsonl").write_text('{"text": ""}\n' * 3)
-    build_corpus([tmp_path / "none.jsonl"], tokenizers["bytes"], str(tmp_path / "none"))
+    """Corpora of others, and ours of before, have them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "none.bin"), dtype=np.uint16)
+    for _ in range(3):
+        builder.add_item(torch.tensor([tokenizers["bytes"].end_of_document]))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "none.idx"))
     hay = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
     with pytest.raises(UserError, match="has no document of more than one token"):
         hay.text(10, np.random.default_rng(0))
