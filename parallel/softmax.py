@@ -64,7 +64,7 @@ def attend(
         layout: of the sequence over the ranks of ``group``.
         documents: int ``[batch, time]`` of the **whole** sequence, the same on every rank.
         schedule: how keys and values, or heads, move: see :class:`~longspan.parallel.Schedule`;
-            ``auto`` is the one that moves the least.
+            ``auto`` is the one that moves the least among those that spread the work evenly.
 
     Returns:
         This rank's tokens of the output (and log-sum-exp). Gradients are those of the sum of all

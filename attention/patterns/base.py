@@ -1,8 +1,8 @@
 """What every pattern answers: the base classes, and the union ``a | b``.
 
-A KV head is addressed by its index in the whole model, so a rank that owns heads 4..7 asks for
-``pattern.from_head(4)`` and gets the same masks as the model on one device. Positions count from
-the start of a document.
+KV heads are counted from the head given to ``from_head``, 0 at first: a rank that owns heads 4..7
+of the model asks for ``pattern.from_head(4)`` and gets the masks of the model on one device.
+Positions count from the start of a document.
 
 Nothing here imports torch at import time, so that checking a recipe stays fast.
 """
@@ -128,11 +128,11 @@ class ClosedFormPattern(Pattern):
     def need(self, query_start: int, query_stop: int, head: int) -> tuple[Blocks, ...]:
         rules = self.rules(head)
         bands = [rule for rule in rules if rule.is_band]
-        far_rules = [rule for rule in rules if not rule.is_band]
+        other_rules = [rule for rule in rules if not rule.is_band]
         band_start = min((rule.first_key(query_start) for rule in bands), default=query_stop)
 
         needed: list[Blocks] = []
-        for rule in far_rules:
+        for rule in other_rules:
             for blocks in rule.key_blocks(query_start, query_stop, band_start):
                 needed += difference(blocks, needed)
 

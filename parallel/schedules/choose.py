@@ -12,7 +12,7 @@ from .names import Schedule, schedules_named
 from .plan import AttentionSpec, BatchRows, Plan, PlanStage, own_keys_stage
 
 _VERSION = 1
-"""Of the plans: part of their key."""
+"""Part of every plan's key; raised when the same inputs give another plan."""
 _MOST_WORK = 1.1
 """Times the work of the most even schedule: fewer bytes do not make up for more."""
 

@@ -15,7 +15,7 @@ from .ranges import Ranges, as_progressions
 def halo_stage(spec: AttentionSpec, rules: NearFarRules, rank: int) -> PlanStage:
     """Return the stage of the halos of all segments of ``rank``.
 
-    A rank's message holds, for each of the other's segments in turn, the rows of the batch, the
+    A rank's message holds, for each segment of the receiver in turn, the rows of the batch, the
     groups of heads and the positions in order. A key may be in it twice, for two segments.
     """
     layout = spec.layout

@@ -79,14 +79,14 @@ class NearFarRules:
     def far_keys(self, documents: list[Document]) -> list[Ranges]:
         """Return the far keys of documents for each group of heads that share KV rows."""
         first_heads = range(0, self.num_kv_heads, self.far_heads_per_row)
-        return [visible_keys(documents, self.far[head]) for head in first_heads]
+        return [far_key_ranges(documents, self.far[head]) for head in first_heads]
 
 
 def _with_finite_reach(rules: tuple[Rule, ...], finite: bool) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if (rule.reach is not None) == finite)
 
 
-def visible_keys(documents: list[Document], rules: tuple[Rule, ...]) -> Ranges:
+def far_key_ranges(documents: list[Document], rules: tuple[Rule, ...]) -> Ranges:
     """Return the keys of documents that ``rules``, all of them far, show to some query."""
     if not rules:
         return Ranges.from_pairs(())

@@ -32,9 +32,9 @@ from .ranges import Ranges
 class StripesSchedule(KVSchedule):
     """Far keys (stripes, the first tokens) are gathered, head by head; the rest comes as a halo.
 
-    Before the reach of the near rules every far key is seen by every query that comes after it: a
-    tile without a mask. The halo has all keys from there up to the segment, near and far, so that
-    no pair counts twice.
+    Far keys that are further back than any near rule reaches are visible to the whole segment, so
+    their tiles need no mask. All visible keys closer than that, stripes too, come with the halo, so
+    that no pair counts twice.
     """
 
     name = "stripes"

@@ -465,7 +465,7 @@ def _exports() -> str:
     return "\n".join(lines) + "\n"
 
 
-@golden("schedules.txt")
+@golden("learning-rates.txt")
 def _learning_rates() -> str:
     """Learning rates and the stage of every step."""
     lines = []

@@ -130,9 +130,9 @@ def partial_path(folder: Path, step: int) -> Path:
 
 
 def commit(partial: Path, manifest: Manifest) -> None:
-    """Write the manifest, flush everything to the disk and give the checkpoint its name.
+    """Write the manifest, flush it to the disk and give the checkpoint its name.
 
-    The rename is what makes it a checkpoint.
+    The rename is what makes it a checkpoint. The writer of the tensors has flushed their files.
     """
     with (partial / "manifest.json").open("w") as file:
         file.write(manifest.to_json())

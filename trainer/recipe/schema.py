@@ -254,7 +254,8 @@ class ParallelConfig(Section):
     end, which balances causal work."""
     schedule: str = "auto"
     """How context-parallel ranks share softmax attention: stripes, ring, gather, heads, grid, or
-    one grid as in "heads 4 x ring"; auto is the schedule that moves the least."""
+    one grid as in "heads 4 x ring"; auto is the one that moves the least
+    among those that spread the work evenly."""
     schedules: dict[str, str] = Field(default_factory=dict)
     """The schedules of single blocks of model.layers, by their names."""
 

@@ -2,10 +2,10 @@
 
 How a save survives ``kill -9``, a full disk or a lost rank: all files are written to
 ``step-N.partial/``, and only when every rank has written its own does rank 0 add the manifest,
-flush everything to the disk and rename the folder to ``step-N/``. The rename is the moment from
-which the checkpoint exists. A process killed before it leaves a ``.partial`` folder, which the next
-start removes, and resumes from the checkpoint before; one killed after it, while old checkpoints
-are pruned, leaves at worst a ``.partial`` folder again. See
+flush it to the disk and rename the folder to ``step-N/``. The rename is the moment from which the
+checkpoint exists. If the process is killed before it, a ``.partial`` folder stays: the next start
+removes it and resumes from the checkpoint before, or at step 0 if there is none. If it is killed
+afterwards, while old checkpoints are pruned, at worst another ``.partial`` folder stays. See
 :mod:`longspan.trainer.checkpoint.files`.
 """
 

@@ -158,7 +158,7 @@ def write_item(transforms, stream, *rest):
 
 
 def prune(folder: Path, keep: int) -> None:
-    if (folder / f"step-{FAULTS.get('kill-before-clean-up', 0):08}").exists():
+    if (folder / f"step-{FAULTS.get('kill-before-prune', 0):08}").exists():
         die()
     if "no-removal" in FAULTS:
         raise PermissionError("not permitted")

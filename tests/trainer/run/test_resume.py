@@ -78,7 +78,7 @@ def whole_steps(longspan, run):
 
 
 @pytest.mark.parametrize(
-    "fault", ["kill=7", "kill-in-write=8", wide("kill-in-save=8"), wide("kill-before-clean-up=8")]
+    "fault", ["kill=7", "kill-in-write=8", wide("kill-in-save=8"), wide("kill-before-prune=8")]
 )
 def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     go(2, fault, *PAIR, status=None)
@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_bit_by_bit(go, run, longspan, expected, fault):
     leftovers = list((run / "checkpoints").glob("*.partial"))
     assert bool(leftovers) == (fault in ("kill-in-save=8", "kill-in-write=8"))
     whole = whole_steps(longspan, run)
-    assert whole == ([8, 4] if fault == "kill-before-clean-up=8" else [4])
+    assert whole == ([8, 4] if fault == "kill-before-prune=8" else [4])
     written = go(2, *PAIR)
     assert f"resuming from step {whole[0]}" in written[0][0]
     assert seen(run) == expected
