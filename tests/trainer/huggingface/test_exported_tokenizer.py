@@ -96,9 +96,7 @@ def test_an_export_gives_the_ids_of_the_corpus(recipe, tokenizer_file, tmp_path,
     # As exports of before were written: with what the file adds.
     tokenizer.save(str(tmp_path / "out" / "tokenizer.json"))
     if post_processor:
-        with pytest.raises(
-            UserError, match=r"tokenizer.json: the text .* becomes .*; export the"
-        ):
+        with pytest.raises(UserError, match=r"tokenizer.json: the text .* becomes .*; export the"):
             require_same_tokens(recipe, tmp_path / "out", config)
 
 
