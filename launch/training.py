@@ -51,7 +51,13 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     # A request to stop from before this run. Under torchrun it stays: the ranks may be restarted
     # ones of a run.
     folder.remove_stop_file()
-    _prepare(recipe, folder)
+    if folder.tokenizer.differs_from(recipe):
+        print(
+            f"longspan: data.tokenizer: {recipe.data.tokenizer} is not what the run in "
+            f"{folder.path} began with; its own copy is used",
+            file=sys.stderr,
+        )
+    _prepare(_with_run_tokenizer(recipe, folder), folder)
     if recipe.launch.processes > 1:
         return _start_ranks(recipe, name, overrides)
     return _train_rank(recipe)
@@ -88,6 +94,11 @@ def _prepare(recipe: Recipe, folder: RunFolder) -> PreparedData:
     return data
 
 
+def _with_run_tokenizer(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Return the recipe with the tokenizer that the run keeps, if there is a run."""
+    return folder.tokenizer.read_by(recipe) if folder.tokenizer.exists() else recipe
+
+
 def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
     import torch
 
@@ -114,6 +125,7 @@ def _train_rank(recipe: Recipe) -> int:
         is_first = dist.get_rank() == 0
         rank_group = RankGroup()
         folder = RunFolder(recipe.run_dir)
+        recipe = _with_run_tokenizer(recipe, folder)
         with rank_group.raise_on_all():
             data = _prepare(recipe, folder) if is_first else prepare_data(recipe)
             if is_first:

@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.8, help="0 for the most likely token (default 0.8)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--parse-special",
+        action="store_true",
+        help="read special tokens that are spelled in the prompt as these tokens, not as text",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -32,6 +37,12 @@ def run(options: argparse.Namespace) -> None:
     with process_group(os.cpu_count() or 1):
         engine = load_for_inference(folder)
         text = generate(
-            folder, engine, options.prompt, options.tokens, options.temperature, options.seed
+            folder,
+            engine,
+            options.prompt,
+            options.tokens,
+            options.temperature,
+            options.seed,
+            options.parse_special,
         )
         print(text)

@@ -18,6 +18,7 @@ from ..recipe.schema import Recipe
 from ..versions import version_of
 from .atomic import replace_file
 from .files import checkpoints
+from .kept_tokenizer import KeptTokenizer
 from .lock import FolderLock
 from .resume_rules import forbidden_changes
 from .weights_file import weights_step, write_weights
@@ -30,8 +31,9 @@ class RunFolder:
     """The files of a run, and the rules for starting another one among them.
 
     ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
-    ``extensions.json`` if ``training.steps`` was raised since the run began, ``checkpoints/``,
-    ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was evaluated.
+    ``extensions.json`` if ``training.steps`` was raised since the run began, ``tokenizer/`` (unless
+    it is bytes), ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was
+    evaluated.
 
     ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """
@@ -45,6 +47,7 @@ class RunFolder:
         self.loss_plot = self.path / "plots" / "loss.png"
         self.nonfinite = self.path / "nonfinite"
         self.stop_file = self.path / "STOP"
+        self.tokenizer = KeptTokenizer(self.path / "tokenizer")
         self._data_file = self.path / "data.json"
         self._extensions_file = self.path / "extensions.json"
         self._lock = FolderLock(self.path / "lock")
@@ -179,18 +182,23 @@ class RunFolder:
         recipe: Recipe,
         step: int,
         fingerprints: dict[str, str],
+        reads_special_tokens: bool = False,
         extensions: Sequence[Extension] = (),
     ) -> None:
-        """Write what describes a run from ``step`` on: recipe, data and versions.
+        """Write what describes a run from ``step`` on: recipe, data, tokenizer and versions.
 
-        Metrics of later steps are removed, because these steps are about to be made again. The
-        ``fingerprints`` of the data are for :meth:`require_same_data`.
+        Metrics of later steps are removed, because these steps are about to be made again.
+
+        Args:
+            fingerprints: of the data, for :meth:`require_same_data`.
+            reads_special_tokens: whether the data has special tokens that its text spells.
+            extensions: what has raised ``training.steps``.
 
         Raises:
             UserError: the files cannot be written.
         """
         try:
-            self._begin(recipe, step, fingerprints, extensions)
+            self._begin(recipe, step, fingerprints, reads_special_tokens, extensions)
         except OSError as error:
             raise self._not_writable(error) from None
 
@@ -199,6 +207,7 @@ class RunFolder:
         recipe: Recipe,
         step: int,
         fingerprints: dict[str, str],
+        reads_special_tokens: bool,
         extensions: Sequence[Extension],
     ) -> None:
         self.checkpoints.mkdir(exist_ok=True)
@@ -207,6 +216,7 @@ class RunFolder:
             replace_file(self._extensions_file, json.dumps(entries, indent=1))
         replace_file(self.recipe_file, to_yaml(recipe))
         replace_file(self._data_file, json.dumps(fingerprints, indent=1))
+        self.tokenizer.keep(recipe, reads_special_tokens)
         replace_file(self.path / "versions.txt", _versions())
         if self.metrics.is_file():
             kept = [record for record in self.read_metrics() if record["step"] <= step]
@@ -214,14 +224,14 @@ class RunFolder:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe of a run that exists.
+        """The recipe of a run that exists, with the tokenizer that the run keeps.
 
         Raises:
             UserError: there is no run, or its recipe cannot be read.
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path}: not the folder of a run (it has no recipe.yaml)")
-        return load_recipe(str(self.recipe_file))
+        return self.tokenizer.read_by(load_recipe(str(self.recipe_file)))
 
     def read_metrics(self) -> list[dict]:
         """Return the records of ``metrics.jsonl``; none if there is no such file.

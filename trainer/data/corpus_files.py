@@ -7,7 +7,7 @@ made has no record and works as well: its ids are then checked as they are read.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,8 @@ class CorpusRecord:
     """With the end of each document."""
     bytes: int
     """Of text."""
+    reads_special_tokens: bool = False
+    """Whether the spelling of a special token in the text was read as that token."""
 
 
 def write_record(prefix: str, record: CorpusRecord) -> None:
@@ -64,11 +66,30 @@ def read_record(prefix: str) -> CorpusRecord | None:
     if not path.is_file():
         return None
     try:
-        return CorpusRecord(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); build the corpus again") from None
+    problem = _record_problem(content)
+    if problem:
         raise UserError(
-            f"{path}: not a record of this corpus ({error}); build the corpus again"
-        ) from None
+            f"{path}: not the record of a corpus: {problem}; build the corpus again, or remove the "
+            "file if it is not of this corpus"
+        )
+    names = [field.name for field in fields(CorpusRecord)]
+    return CorpusRecord(**{name: content[name] for name in names if name in content})
+
+
+def _record_problem(content: object) -> str | None:
+    """Return what is wrong with the content of a record. Keys of later versions may be there."""
+    if not isinstance(content, dict):
+        return "it is no object"
+    for entry in fields(CorpusRecord):
+        if entry.name not in content:
+            if entry.default is MISSING:
+                return f"it has no {entry.name}"
+        elif type(content[entry.name]) is not entry.type:
+            return f"its {entry.name} is {content[entry.name]!r}"
+    return None
 
 
 def fingerprint(prefix: str) -> str:

@@ -150,6 +150,10 @@ class MQARData:
         return {"mqar": hashlib.sha256(described.encode()).hexdigest()}
 
     @property
+    def reads_special_tokens(self) -> bool:
+        return False
+
+    @property
     def text(self) -> None:
         """There is none."""
         return None

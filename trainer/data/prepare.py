@@ -9,7 +9,7 @@ from ..recipe.schema import DataConfig, Recipe
 from .buckets import BucketSteps
 from .corpus import Corpus
 from .corpus_check import check_corpus
-from .corpus_files import fingerprint
+from .corpus_files import fingerprint, read_record
 from .mixture import Mixture
 from .mqar import MQARData
 from .packing import BestFitCorpus, PackedCorpus
@@ -24,6 +24,11 @@ class PreparedData(Protocol):
     @property
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of each part by its name. A run can only be resumed with the same ones."""
+        ...
+
+    @property
+    def reads_special_tokens(self) -> bool:
+        """Whether a corpus was built with special tokens that its text spells."""
         ...
 
     @property
@@ -66,6 +71,11 @@ class CorpusData:
     def fingerprints(self) -> dict[str, str]:
         """A fingerprint of each source by its name."""
         return {source.name: fingerprint(source.prefix) for source in self.sources}
+
+    @property
+    def reads_special_tokens(self) -> bool:
+        records = [read_record(source.prefix) for source in self.sources]
+        return any(record.reads_special_tokens for record in records if record)
 
     @property
     def text(self) -> "CorpusData":
@@ -124,6 +134,10 @@ class StagedData:
         for _, data in self.stages:
             merged |= data.fingerprints
         return merged
+
+    @property
+    def reads_special_tokens(self) -> bool:
+        return any(data.reads_special_tokens for _, data in self.stages)
 
     @property
     def text(self) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.run_folder import RunFolder
-from ..data.tokenizer import recipe_tokenizer
+from ..data.tokenizer import SpecialTokenError, recipe_tokenizer
 from ..errors import UserError
 from ..recipe.schema import LaunchConfig, MegatronConfig, MemoryConfig, ParallelConfig, Recipe
 from .build import build_engine
@@ -47,15 +47,27 @@ def with_weights(recipe: Recipe, weights: dict[str, Tensor]) -> Engine:
 
 
 def generate(
-    folder: RunFolder, engine: Engine, prompt: str, tokens: int, temperature: float, seed: int
+    folder: RunFolder,
+    engine: Engine,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    reads_special_tokens: bool = False,
 ) -> str:
     """Return ``prompt`` and its continuation: up to ``tokens`` tokens, or to the document's end.
 
     Each token is drawn from the softmax at ``temperature`` (0: the likeliest) after a full forward
-    pass.
+    pass. With ``reads_special_tokens``, special tokens that the prompt spells are these tokens.
     """
-    tokenizer = recipe_tokenizer(folder.recipe)
-    token_ids = list(tokenizer.encode(prompt.encode()))
+    tokenizer = recipe_tokenizer(folder.recipe, reads_special_tokens)
+    try:
+        token_ids = list(tokenizer.encode(prompt.encode()))
+    except SpecialTokenError as error:
+        raise UserError(
+            f"--prompt: the tokenizer's model takes {error} for that special token; use "
+            "--parse-special if it is meant"
+        ) from None
     if temperature < 0:
         raise UserError(f"--temperature: must not be negative, got {temperature}")
     if not token_ids:

@@ -13,6 +13,7 @@ from .model_to_export import ModelToExport
 from .registry import choose_target
 from .saved_run import SavedRun
 from .target import Target, stays_fp32
+from .tokenizer import require_same_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +59,7 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
     with loading(str(folder)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     _require_same_architecture(folder, config, saved, target)
+    num_texts = require_same_tokens(saved.recipe, folder, config)
 
     loaded = load_folder(folder, str(folder), dtype=torch.float32, trust_remote_code=True)
     mismatched = sorted(loaded.missing | loaded.unexpected)
@@ -73,6 +75,8 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
     finally:
         engine.close()
     _require_small_differences(folder, result, saved)
+    if num_texts:
+        say(f"token ids of {num_texts} texts are the same")
     say(
         f"logits of {NUM_PROMPTS} prompts differ by {result.whole:.0e} of the largest logit, those "
         f"from the cache by {result.cached:.0e}; {result.greedy} tokens of greedy text are the same"

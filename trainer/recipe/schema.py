@@ -5,13 +5,14 @@ are the text of ``docs/recipe-keys.md``.
 """
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
     PlainSerializer,
+    PrivateAttr,
     SerializationInfo,
     field_validator,
 )
@@ -178,6 +179,16 @@ class BucketsConfig(Section):
     """Steps of a cycle, which has every length in proportion to its tokens."""
 
 
+class RunTokenizer(NamedTuple):
+    """The tokenizer of a run that exists. It belongs to the run, not to what a recipe says."""
+
+    file: str
+    identity: str | None
+    """What the file must be, as its SHA-256; None if nothing says so."""
+    reads_special_tokens: bool
+    """Whether a corpus of the run was built with special tokens that its text spells."""
+
+
 class DataConfig(Section):
     """Text, as ``sources``, or a task whose examples are generated: exactly one of them."""
 
@@ -208,6 +219,24 @@ class DataConfig(Section):
             if count > 1:
                 raise ValueError(f"names {name} {count} times; add up the weights")
         return sources
+
+    _run_tokenizer: RunTokenizer | None = PrivateAttr(None)
+
+    @property
+    def run_tokenizer(self) -> RunTokenizer | None:
+        """The tokenizer of the run whose recipe this is; None before there is a run."""
+        return self._run_tokenizer
+
+    @property
+    def tokenizer_file(self) -> str:
+        """The word bytes, or the file to read the tokenizer from."""
+        return self._run_tokenizer.file if self._run_tokenizer else self.tokenizer
+
+    def with_run_tokenizer(self, tokenizer: RunTokenizer) -> "DataConfig":
+        """Return this section, which reads that tokenizer."""
+        section = self.model_copy()
+        section._run_tokenizer = tokenizer
+        return section
 
 
 class TrainingConfig(Section):
@@ -440,6 +469,17 @@ class Recipe(Section):
     def stage_starts(self) -> list[int]:
         """The step (from 0) at which each stage begins; the first is the recipe itself, at 0."""
         return [0, *(stage.from_step for stage in self.stages)]
+
+    def with_run_tokenizer(self, tokenizer: RunTokenizer) -> "Recipe":
+        """Return this recipe, whose every stage reads that tokenizer."""
+        stages = [
+            stage.model_copy(update={"data": stage.data.with_run_tokenizer(tokenizer)})
+            if stage.data
+            else stage
+            for stage in self.stages
+        ]
+        data = self.data.with_run_tokenizer(tokenizer)
+        return self.model_copy(update={"data": data, "stages": stages})
 
     def at_step(self, step: int) -> "Recipe":
         """Return the recipe of the stage that step ``step`` (from 0) is in."""

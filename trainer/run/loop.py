@@ -82,7 +82,13 @@ def _start(
     with ranks.raise_on_all():
         if ranks.is_first:
             extended = extended_run(folder, recipe, steps_done)
-            folder.begin(recipe, steps_done, data.fingerprints, extended.extensions)
+            folder.begin(
+                recipe,
+                steps_done,
+                data.fingerprints,
+                data.reads_special_tokens,
+                extended.extensions,
+            )
     extended = ranks.broadcast(extended)
     report = resources.enter_context(Report(recipe, folder, steps_done, ranks.is_first))
     report.start(engine, initial_lines, extended.notice)

@@ -257,8 +257,14 @@ def test_position_loss_and_the_gain_from_context(tmp_path):
 
 
 def test_corpora_of_empty_documents_are_refused(tmp_path, tokenizers):
-    tmp_path.joinpath("none.jsonl").write_text('{"text": ""}\n' * 3)
-    build_corpus([tmp_path / "none.jsonl"], tokenizers["bytes"], str(tmp_path / "none"))
+    """Corpora of others, and ours of before, have such documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "none.bin"), dtype=np.uint16)
+    for _ in range(3):
+        builder.add_item(torch.tensor([tokenizers["bytes"].end_of_document]))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "none.idx"))
     hay = Haystack(Corpus(str(tmp_path / "none"), 257), tokenizers["bytes"])
     with pytest.raises(UserError, match="has no document of more than one token"):
         hay.text(10, np.random.default_rng(0))
