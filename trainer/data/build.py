@@ -106,7 +106,7 @@ def _write_corpus(
     prefix: str, chunks: list[TextChunk], tokenizer: Tokenizer, description: str, workers: int
 ) -> _Totals:
     """Write the .bin and .idx of ``prefix``."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    from ..megatron_core import DType, IndexedDatasetBuilder
 
     files = corpus_files(prefix)
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
