@@ -37,9 +37,10 @@ def version_of(package: str) -> str | None:
 def unsupported(*packages: str) -> list[str]:
     """Return a line for each package whose version longspan does not work with.
 
-    Packages that are not installed are passed over: importing them says so.
+    Packages that are not installed are passed over: importing them says so. So are those of which
+    any version will do.
     """
-    lines = [_problem(package) for package in packages]
+    lines = [_problem(package) for package in packages if package in SUPPORTED]
     return [line for line in lines if line]
 
 

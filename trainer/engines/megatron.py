@@ -130,8 +130,8 @@ class MegatronEngine(EngineBase):
         config.finalize_model_grads_func = None
         config.no_sync_func = None
         config.grad_scale_func = None
-        # Hooks of autograd hold the DDP, and the graph of the last experts holds the hooks: a circle
-        # that Python's garbage collector does not see.
+        # Hooks of autograd hold the DDP, and the graph of the last experts holds the hooks: a
+        # circle that Python's garbage collector does not see.
         vars(self._ddp).clear()
         super().close()
 

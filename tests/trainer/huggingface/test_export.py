@@ -62,6 +62,61 @@ def test_native_architectures_need_no_code_of_ours(saved_run, tmp_path, name, ov
     assert found.greedy == 72
 
 
+def _rates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(("rate_log", "A_log"))
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_decay_rates_stay_fp32_in_memory(saved_run, tmp_path, dtype):
+    """In the code that goes with a model: as the folder says, and as the caller says."""
+    from transformers import AutoModelForCausalLM
+
+    run = saved_run(stack({"d": {"mixer": "gated_deltanet"}, "k": {"mixer": "kda"}}))
+    wanted = _rates(exported(run, tmp_path / "out", dtype="bfloat16", trust_remote_code=True)[0])
+    options = {"dtype": dtype} if dtype else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, **options
+    )
+    rates = _rates(model)
+    assert len(rates) == 4
+    assert all(torch.equal(rates[name], rate) for name, rate in wanted.items())
+    others = {parameter.dtype for name, parameter in model.named_parameters() if name not in rates}
+    assert others == {dtype or torch.bfloat16}
+    assert model(torch.arange(9)[None]).logits.dtype == (dtype or torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("qwen3_5_text", "Qwen3_5ForCausalLM"),
+        ("olmo_hybrid", "OlmoHybridForCausalLM"),
+        ("granitemoehybrid", "GraniteMoeHybridForCausalLM"),
+    ],
+)
+def test_classes_of_transformers_can_be_told_to_keep_rates(
+    saved_run, tmp_path, monkeypatch, name, class_name
+):
+    """As docs/exporting.md says: without it they round what the file has in fp32."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    wanted = _rates(exported(saved_run(*NATIVE[name]), tmp_path / "out", dtype="bfloat16")[0])
+    rounded = _rates(auto.from_pretrained(tmp_path / "out"))
+    assert {rate.dtype for rate in rounded.values()} == {torch.bfloat16}
+    monkeypatch.setattr(
+        getattr(transformers, class_name), "_keep_in_fp32_modules_strict", ["A_log"]
+    )
+    model = auto.from_pretrained(tmp_path / "out")
+    rates = _rates(model)
+    assert rates
+    assert all(torch.equal(rates[key], rate) for key, rate in wanted.items())
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "overrides"), default(CUSTOM) + wide(MORE_CUSTOM))
 def test_code_of_ours_does_whatever_a_recipe_says(saved_run, tmp_path, name, overrides):
     model, found, _ = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)
