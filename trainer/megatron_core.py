@@ -9,6 +9,7 @@ imported, so that runs give the same bits in any image, and are left alone for e
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from .errors import UserError
 from .versions import TRAINING, require_supported
@@ -90,6 +91,9 @@ with _hidden(_HIDDEN):
         get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    # Megatron's schedules would import it in the middle of a step.
+    import_module("megatron.core.transformer.multi_token_prediction")
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # Megatron-core 0.16.1 reads it, and defines it only with Transformer Engine.

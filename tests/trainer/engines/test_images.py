@@ -68,7 +68,8 @@ def losses(longspan, tmp_path, corpus):
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        return [(r["train/loss"].hex(), r["train/grad_norm"].hex()) for r in records]
+        steps = [record for record in records if "train/loss" in record]
+        return [(step["train/loss"].hex(), step["train/grad_norm"].hex()) for step in steps]
 
     return train
 
