@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all test-part test-gpu golden docs lint types resolve
+.PHONY: train test test-all test-part test-gpu test-matrix golden docs lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -21,6 +21,10 @@ test-part: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# A core of the tests with the oldest and the newest supported packages, where these have builds for CPUs.
+test-matrix: $(VENV)/installed
+	$(BIN)/python tests/matrix.py
 
 # Writes the golden files anew; read the diff before it is committed.
 golden: $(VENV)/installed

@@ -26,6 +26,7 @@ from datetime import timedelta
 
 from ..trainer.errors import STOPPED, NonFiniteError, UserError
 from ..trainer.run.stop import PARENT_PIPE, REPEAT_SECONDS, SIGNALS, not_ignored
+from ..trainer.versions import TRAINING, require_supported
 
 # The others notice a rank that failed within a second, as their collectives fail; then they clean
 # up.
@@ -43,7 +44,11 @@ def run_ranks(command: list[str], count: int, threads: int) -> int:
         command: of every rank.
         count: the number of ranks.
         threads: of every rank, unless ``OMP_NUM_THREADS`` is set.
+
+    Raises:
+        UserError: longspan does not work with what is installed.
     """
+    require_supported(*TRAINING)  # once, rather than in each of the ranks
     from torch.distributed import TCPStore
 
     # This process keeps the rendezvous store, as torchrun's agent does, so no port is chosen before

@@ -17,6 +17,7 @@ from ..trainer.huggingface.initial import require_initial
 from ..trainer.recipe.file import load_recipe, to_yaml
 from ..trainer.recipe.schema import Recipe
 from ..trainer.run.metrics import require_loggers
+from ..trainer.versions import TRAINING, require_supported
 from .process import host_memory, process_group, under_torchrun
 from .ranks import run_ranks
 
@@ -37,6 +38,8 @@ def train(name: str, overrides: list[str], dry_run: bool) -> int:
     """
     world_size = [f"launch.processes={os.environ['WORLD_SIZE']}"] if under_torchrun() else []
     recipe = load_recipe(name, [*overrides, *world_size])
+    uses_deepspeed = recipe.engine.name == "deepspeed"
+    require_supported(*TRAINING, *(["deepspeed"] if uses_deepspeed else []))
     if dry_run:
         _print_dry_run(recipe)
         return 0

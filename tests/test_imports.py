@@ -110,6 +110,15 @@ def test_no_folders_of_the_trainer_import_each_other_in_a_circle():
     assert circular_path is None, " -> ".join(circular_path or [])
 
 
+def test_megatron_core_comes_through_one_module():
+    importing = {
+        name
+        for name, path in product_modules().items()
+        if any(imported.split(".")[0] == "megatron" for imported in imported_names(path))
+    }
+    assert importing == {"trainer.megatron_core"}
+
+
 @pytest.mark.parametrize(
     ("graph", "circular_path"),
     [

@@ -7,9 +7,10 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
-from ...trainer.versions import version_of
+from ...trainer.versions import unsupported, version_of
 from ..options import user_path
 from ..process import host_memory
 from ..ranks import run_ranks
@@ -26,6 +27,8 @@ OPTIONAL = {
     "pyarrow": "data build cannot read .parquet",
 }
 """Packages, and what their absence costs."""
+UNUSED = {"transformer-engine": "transformer_engine", "apex": "apex"}
+"""Packages of NVIDIA's images, and their modules, that change nothing here."""
 
 _DISK_BYTES = 64 * 2**20  # that are written to the disk to measure it
 
@@ -55,9 +58,17 @@ def doctor(folder: str) -> int:
     optional = [
         (name, version_of(name) or f"not installed: {cost}") for name, cost in OPTIONAL.items()
     ]
-    print(f"\n{_table(optional)}\n")
+    unused = [
+        (name, f"{version_of(name) or 'installed'}, which longspan does not use")
+        for name, module in UNUSED.items()
+        if find_spec(module)
+    ]
+    print(f"\n{_table([*optional, *unused])}\n")
     if missing:
         print(f"cannot train without {', '.join(missing)}: pip install {' '.join(missing)}")
+        return 1
+    if problems := unsupported("python", *REQUIRED):
+        print("\n".join(["cannot train with what is installed:", *problems]))
         return 1
 
     import torch

@@ -32,8 +32,8 @@ class RunFolder:
 
     ``recipe.yaml`` (resolved), ``data.json``, ``versions.txt``, ``metrics.jsonl``,
     ``extensions.json`` if ``training.steps`` was raised since the run began, ``tokenizer/`` (unless
-    it is bytes), ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run was
-    evaluated.
+    it is bytes), ``checkpoints/``, ``weights.safetensors``, ``plots/``, and ``eval/`` if the run
+    was evaluated.
 
     ``lock`` is held while a run trains; ``STOP``, if someone makes it, asks that run to stop.
     """

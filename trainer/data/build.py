@@ -175,7 +175,7 @@ def _write_corpus(
     workers: int,
 ) -> _Totals:
     """Write the .bin and .idx of ``prefix``."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from ..megatron_core import IndexedDatasetBuilder
 
     files = corpus_files(prefix)
     builder = IndexedDatasetBuilder(str(files.bin), dtype=tokenizing.dtype)

@@ -17,7 +17,7 @@ class Corpus:
     """
 
     def __init__(self, prefix: str, vocab_size: int):
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from ..megatron_core import IndexedDataset
 
         self.prefix = prefix
         self.vocab_size = vocab_size

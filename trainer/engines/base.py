@@ -1,19 +1,20 @@
 """What both engines begin with: this rank's part of a Megatron-core model and its groups."""
 
 import contextlib
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from ...parallel import Sequence
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
 from ..layers.mixer import Mixer
+from ..megatron_core import model_parallel_cuda_manual_seed, parallel_state
 from ..model import weights
 from ..model.cpu import megatron_on_cpu
 from ..model.model import build_model, expert_tensor_parallel
@@ -40,14 +41,7 @@ class EngineBase(Engine):
         self.resources = contextlib.ExitStack()
         """What :meth:`close` gives back, the last first."""
         self.resources.enter_context(megatron_on_cpu())
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=expert_tensor_parallel(recipe),
-        )
-        self.resources.callback(parallel_state.destroy_model_parallel)
+        self.resources.enter_context(_model_parallel_groups(recipe))
         model_parallel_cuda_manual_seed(recipe.training.seed)
 
         self.device = _device()
@@ -147,6 +141,40 @@ class EngineBase(Engine):
 
     def close(self) -> None:
         self.resources.close()
+        # Modules hold process groups, whose threads and sockets live as long as any reference.
+        vars(self).clear()
+        for _ in range(2):  # what autograd's hooks held is seen to be garbage in the second round
+            gc.collect()
+
+
+@contextlib.contextmanager
+def _model_parallel_groups(recipe: Recipe) -> Iterator[None]:
+    """Make Megatron's process groups, and destroy them when the context is left."""
+    parallel = recipe.parallel
+    others = set(_named_groups())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=expert_tensor_parallel(recipe),
+    )
+    own = set(_named_groups()) - others
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()  # which forgets most groups, and destroys few
+        for name, value in vars(parallel_state).items():
+            if isinstance(value, dist.ProcessGroup):
+                setattr(parallel_state, name, None)
+        for name, group in _named_groups().items():
+            if name in own:
+                dist.destroy_process_group(group)
+
+
+def _named_groups() -> dict[str, dist.ProcessGroup]:
+    """Return this process's groups by their names, which no two groups share."""
+    return {name: group for group, name in dist.distributed_c10d._world.pg_names.items()}
 
 
 def forward(model: torch.nn.Module, batch: Microbatch) -> Tensor:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..data.tokenizer import recipe_vocab_size
 from ..recipe.schema import Recipe
+from ..versions import require_supported
 from .engine import Engine
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def _megatron() -> "type[EngineBase]":
 
 
 def _deepspeed() -> "type[EngineBase]":
+    require_supported("deepspeed")
     from .deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..data.batches import Microbatch
 from ..errors import UserError
+from ..megatron_core import MoEAuxLossAutoScaler, parallel_state
 from ..model import weights
 from ..recipe.engine_config import DeepSpeedConfig
 from ..recipe.schema import Recipe

@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..checkpoint.shards import Shards, flat_range_boxes
+from ..megatron_core import get_cuda_rng_tracker, parallel_state
+from ..model.model import HybridModel
 from ..model.weights import global_parameters, is_second_copy, is_split, local_shape, split_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,7 +36,7 @@ class ParameterPart(NamedTuple):
 class EngineState(ABC):
     """The state of one rank's part of a model and its optimizer."""
 
-    def __init__(self, model: GPTModel):
+    def __init__(self, model: HybridModel):
         self._model = model
 
     @abstractmethod

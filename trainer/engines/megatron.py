@@ -8,7 +8,7 @@ backward. DDP reduce-scatters them over the ranks that have other tokens
 of is summed over these, the tied embedding over the first and last pipeline stage, and all is
 divided by the number of labels on all ranks.
 
-**What Megatron-core 0.16.1 needs from us, and cannot be seen from the code that does it:**
+**What Megatron-core needs from us, and cannot be seen from the code that does it:**
 
 - The loss function of a forward step returns three values (sum, number of labels, record) because
   ``calculate_per_token_loss=True``: only then do unequal numbers of labels on the ranks weigh what
@@ -27,7 +27,7 @@ divided by the number of labels on all ranks.
   hands through to layers untouched, under pipeline parallelism and full recomputation too.
 - ``rope_theta`` of a mixer changes with a stage of the run: :meth:`EngineBase.begin_stage` finds
   the mixers and sets it, because the modules in between are Megatron's.
-- ``moe_utils.te_general_gemm`` must exist without Transformer Engine (``trainer/model/moe.py``),
+- It must not find Transformer Engine or Apex when it is imported (``trainer/megatron_core.py``),
   ``torch.cuda`` must answer on a CPU (``trainer/model/cpu.py``).
 - Its config keeps functions of the DDP and the optimizer: :meth:`MegatronEngine.close` takes them
   out, or weights stay in memory.
@@ -41,19 +41,22 @@ import math
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ..data.batches import Microbatch
+from ..megatron_core import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    Float16Module,
+    MegatronOptimizer,
+    OptimizerConfig,
+    clip_grad_by_total_norm_fp32,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_megatron_optimizer,
+    parallel_state,
+    require_own_optimizer,
+)
 from ..model import weights
 from ..recipe.schema import Recipe
 from .base import EngineBase, forward
@@ -67,6 +70,7 @@ class MegatronEngine(EngineBase):
     _state: MegatronState
 
     def __init__(self, recipe: Recipe, vocab_size: int):
+        require_own_optimizer()
         super().__init__(recipe, vocab_size)
         config = self.model.config
         self._ddp = DistributedDataParallel(
@@ -126,6 +130,9 @@ class MegatronEngine(EngineBase):
         config.finalize_model_grads_func = None
         config.no_sync_func = None
         config.grad_scale_func = None
+        # Hooks of autograd hold the DDP, and the graph of the last experts holds the hooks: a
+        # circle that Python's garbage collector does not see.
+        vars(self._ddp).clear()
         super().close()
 
     def _build_optimizer(self) -> MegatronOptimizer:

@@ -1,15 +1,14 @@
 """The state of the Megatron engine.
 
-Megatron-core 0.16.1's own checkpoints cannot resume its distributed optimizer without Apex or
+Megatron-core's own checkpoints cannot resume its distributed optimizer without Apex or
 Transformer Engine.
 """
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer
 from torch.nn import Parameter
 
+from ..megatron_core import DistributedDataParallel, MegatronOptimizer
+from ..model.model import HybridModel
 from .engine_state import MOMENTS, EngineState, ParameterPart, init_adam_state
 
 
@@ -19,19 +18,15 @@ class MegatronState(EngineState):
     Each data- and context-parallel rank has a range of every parameter, or nothing.
     """
 
-    def __init__(self, model: GPTModel, ddp: DistributedDataParallel, optimizer: MegatronOptimizer):
+    def __init__(
+        self, model: HybridModel, ddp: DistributedDataParallel, optimizer: MegatronOptimizer
+    ):
         super().__init__(model)
         self._ddp = ddp
         self.optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
         """One, or two if experts have their own."""
         for chained in self.optimizers:
-            adam = chained.optimizer
-            if not isinstance(adam, torch.optim.AdamW):
-                kind = f"{type(adam).__module__}.{type(adam).__name__}"
-                raise RuntimeError(
-                    f"Megatron chose {kind}, whose state is not known here: "
-                    "remove Transformer Engine and Apex"
-                )
+            assert isinstance(chained.optimizer, torch.optim.AdamW), "its state is known"
 
     def part(self, parameter: Parameter) -> ParameterPart | None:
         for optimizer in self.optimizers:

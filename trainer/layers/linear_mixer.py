@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer import TransformerConfig
 from torch import Generator, Tensor, nn
 
 from ...attention import apply_rotary
 from ...attention.linear.attention import normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
 from ...parallel import Sequence, linear_attention, short_convolution
+from ..megatron_core import ColumnParallelLinear, TransformerConfig
 from .base import MixerContext, Shapes
 from .decay import FixedDecay, SigmoidDecay, SoftplusDecay
 from .linear_design import LinearDesign

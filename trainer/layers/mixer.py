@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
 from torch import Generator, Tensor, nn
 
 from ...parallel import Sequence
+from ..megatron_core import (
+    ColumnParallelLinear,
+    MegatronModule,
+    RowParallelLinear,
+    TransformerConfig,
+    set_tensor_model_parallel_attributes,
+)
 from .base import MixerContext, Shapes
 from .recompute import recomputed
 

@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import (
+from torch import Tensor, nn
+
+from ..megatron_core import (
+    TransformerConfig,
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig
-from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):

@@ -1,11 +1,11 @@
 """The module of softmax attention under any pattern."""
 
 import torch
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from ...attention import apply_rotary
 from ...parallel import Sequence, attend
+from ..megatron_core import TransformerConfig
 from .base import MixerContext, Shapes
 from .mixer import Mixer, zeros
 from .norm import HeadsRMSNorm, RMSNorm

@@ -2,7 +2,7 @@
 
 Megatron-core names CUDA where it means "the device": tensors made on ``cuda``, random states of
 ``torch.cuda``, type names. Here those names lead to the CPU. This is applied only without CUDA, and
-only to what Megatron-core 0.16.1 uses.
+only to what Megatron-core uses.
 """
 
 import contextlib
@@ -68,12 +68,12 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.current_stream = lambda device=None: _NoStream()
 
-    from megatron.core.tensor_parallel import random
+    from ..megatron_core import megatron_random
 
-    random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: (
+    megatron_random._get_cuda_rng_state = lambda device=None, clone=False, graph_safe=False: (
         torch.get_rng_state()
     )
-    random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: torch.set_rng_state(
-        state
+    megatron_random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: (
+        torch.set_rng_state(state)
     )
     return _CudaMeansCpu()

@@ -5,16 +5,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from ...parallel import Sequence
@@ -22,6 +12,19 @@ from ..layers.base import Block, MixerContext
 from ..layers.mixer import MegatronSizes
 from ..layers.norm import RMSNorm
 from ..layers.recompute import LayerMemory, OnHost, in_tiles, recomputed
+from ..megatron_core import (
+    MLP,
+    ColumnParallelLinear,
+    MegatronModule,
+    MLPSubmodules,
+    ModuleSpec,
+    ProcessGroupCollection,
+    RowParallelLinear,
+    TransformerBlockSubmodules,
+    TransformerConfig,
+    get_num_layers_to_build,
+    get_transformer_layer_offset,
+)
 from .moe import moe_spec
 
 
@@ -33,11 +36,12 @@ def hybrid_stack_spec(
     schedules: list[str] | None = None,
     memory: list[LayerMemory] | None = None,
 ) -> TransformerBlockSubmodules:
-    """Return the spec of this pipeline stage's layers, for Megatron-core's ``GPTModel``.
+    """Return the spec of this pipeline stage's layers, for a model of Megatron-core that has a
+    ``TransformerBlock``: :class:`.model.HybridModel`, or its own ``GPTModel``.
 
-    Build the model with ``position_embedding_type="none"``: the layers themselves know positions.
-    Pass a :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` if a batch holds several
-    documents, or if its tokens are spread over context-parallel ranks.
+    Build a ``GPTModel`` with ``position_embedding_type="none"``: the layers themselves know
+    positions. Pass a :class:`~longspan.parallel.Sequence` as ``packed_seq_params`` if a batch holds
+    several documents, or if its tokens are spread over context-parallel ranks.
 
     Args:
         stack: the block of every layer of the whole model, bottom up.
@@ -71,7 +75,7 @@ def _layer_spec(
     memory: LayerMemory,
 ) -> ModuleSpec:
     if block.mlp == "moe":
-        mlp = moe_spec(config.num_moe_experts)
+        mlp = moe_spec()
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         mlp = ModuleSpec(MLP, submodules=linears)

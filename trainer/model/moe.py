@@ -1,27 +1,34 @@
 """Mixtures of experts: Megatron-core's layer, with a router and experts of our own."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from ..megatron_core import (
+    ColumnParallelLinear,
+    MLPSubmodules,
+    ModuleSpec,
+    MoEAuxLossAutoScaler,
+    MoELayer,
+    MoESubmodules,
+    RowParallelLinear,
+    SequentialMLP,
+    SharedExpertMLP,
+    TopKRouter,
+)
 from ..recipe.schema import ModelConfig
 
-if not hasattr(moe_utils, "te_general_gemm"):
-    # Megatron-core 0.16.1 reads it, and defines it only with Transformer Engine.
-    moe_utils.te_general_gemm = None
 
-
-def moe_spec(num_experts: int) -> ModuleSpec:
+def moe_spec() -> ModuleSpec:
     """Return the spec of routed experts and, if the config has its size, a shared one."""
-    spec = get_moe_module_spec(use_te=False, num_experts=num_experts, moe_grouped_gemm=False)
-    spec.submodules.router = BalancedRouter
-    spec.submodules.experts.module = GroupedExperts
-    return spec
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    submodules = MoESubmodules(
+        router=BalancedRouter,
+        experts=ModuleSpec(GroupedExperts, submodules=linears),
+        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+    )
+    return ModuleSpec(MoELayer, submodules=submodules)
 
 
 def moe_config(model: ModelConfig) -> dict:
@@ -73,47 +80,82 @@ class GroupedExperts(SequentialMLP):
 
 
 class BalancedRouter(TopKRouter):
-    """Megatron's router, with the same balance loss on any number of context-parallel ranks.
+    """Megatron's router, with a balance loss of its own: Switch Transformer's (arXiv 2101.03961).
 
-    Each of these ranks computes its part of the loss. Where losses are summed over tokens, as here,
-    Megatron-core 0.16.1 weighs the part by the rank's tokens instead of by those of all ranks.
+    Megatron weighs its balance loss by factors that changed from version to version and are wrong
+    in some of them when context- or tensor-parallel ranks share the tokens. Here the loss and its
+    gradient are the same on any number of ranks, with any version.
+
+    Raises:
+        ValueError: the config asks for a balance that this router does not have.
     """
 
     def __init__(self, *args, **others):
         super().__init__(*args, **others)
+        config = self.config
+        if config.moe_router_load_balancing_type not in ("aux_loss", "none"):
+            raise ValueError(
+                f"moe_router_load_balancing_type: {config.moe_router_load_balancing_type} is not "
+                "supported; experts are balanced by aux_loss or none"
+            )
+        if config.moe_router_score_function != "softmax":
+            raise ValueError(
+                f"moe_router_score_function: {config.moe_router_score_function} is not supported; "
+                "use softmax"
+            )
+        balances = config.moe_router_load_balancing_type == "aux_loss"
+        self._coefficient = config.moe_aux_loss_coeff if balances else 0.0
+        self.routing_type = "none"  # so that Megatron adds no balance loss
         self._loss_sum: Tensor | float = 0.0
         self._num_losses = 0
 
     def balance_loss(self) -> Tensor | float:
-        """Return this rank's part of Switch Transformer's loss, without its weight: the mean over
-        the microbatches since the last call.
+        """Return this rank's part of the balance loss, without its weight: the mean over the
+        microbatches since the last call.
         """
         mean = self._loss_sum / max(1, self._num_losses)
         self._loss_sum = 0.0
         self._num_losses = 0
         return mean
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: Tensor,
-        aux_loss_coeff,
-        aux_loss,
-        aux_loss_name,
-        reduce_group,
-        *args,
-        valid_token_count,
-        **others,
-    ) -> Tensor:
-        self._loss_sum += aux_loss.detach() / aux_loss_coeff
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return which experts each token goes to, and with which weights.
+
+        Args:
+            logits: ``[time, batch, experts]``.
+            padding_mask: which tokens are padding; not supported.
+
+        Returns:
+            Weights and choices ``[tokens, experts]``. The balance loss hangs on the weights: it is
+            differentiated whenever they are.
+        """
+        if padding_mask is not None:
+            raise ValueError("BalancedRouter cannot use padding_mask: all tokens are balanced")
+        probs, routing_map = super().routing(logits)
+        if self._coefficient and self.training and torch.is_grad_enabled():
+            probs = self._with_balance_loss(probs, logits.flatten(0, 1))
+        return probs, routing_map
+
+    def _with_balance_loss(self, probs: Tensor, logits: Tensor) -> Tensor:
+        """Return ``probs``, through which the balance loss of ``logits [tokens, experts]`` gets its
+        gradient.
+
+        The loss is ``experts * sum over experts of (share of choices) * (mean probability)``. The
+        shares are those of all ranks that have tokens of these sequences, the probabilities those
+        of this rank's tokens, so that the ranks' parts add up to the whole.
+        """
+        scores = logits.softmax(-1, dtype=torch.float32)
+        chosen = scores.topk(self.topk, dim=1).indices
+        num_choices = torch.zeros_like(scores, dtype=torch.int64).scatter(1, chosen, 1).sum(0)
+        group = self.tp_cp_group
+        if group.size() > 1:
+            dist.all_reduce(num_choices, group=group)
+
+        num_tokens = len(scores) * group.size()
+        factor = self.num_experts * self._coefficient / (self.topk * num_tokens * num_tokens)
+        loss = (scores.sum(0) * num_choices).sum() * factor
+        self._loss_sum += loss.detach() / self._coefficient
         self._num_losses += 1  # twice where it is recomputed, which leaves the mean as it is
-        tokens_of_all_ranks = valid_token_count * reduce_group.size()
-        return super().attach_and_log_load_balancing_loss(
-            activation,
-            aux_loss_coeff,
-            aux_loss,
-            aux_loss_name,
-            reduce_group,
-            *args,
-            valid_token_count=tokens_of_all_ranks,
-            **others,
-        )
+        if self.config.calculate_per_token_loss:
+            loss = loss * num_tokens  # gradients are divided by the tokens of all ranks
+        return MoEAuxLossAutoScaler.apply(probs, loss)

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
+
+from ..megatron_core import parallel_state
+from .model import HybridModel
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.")
 _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def global_parameters(model: GPTModel) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(model: HybridModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield this rank's parameters with their names in the whole model.
 
     Layers are numbered over all pipeline stages, experts over all expert-parallel ranks. The tied
@@ -43,7 +44,7 @@ def _global_expert_name(name: str, layer: Any) -> str:
     return f"mlp.experts.local_experts.{number}.{name[match.end() :]}"
 
 
-def is_second_copy(model: GPTModel, parameter: nn.Parameter) -> bool:
+def is_second_copy(model: HybridModel, parameter: nn.Parameter) -> bool:
     """Return whether it is a last stage's own copy of the tied embedding, which the first stage has
     as well.
     """
@@ -53,7 +54,7 @@ def is_second_copy(model: GPTModel, parameter: nn.Parameter) -> bool:
     return parameter is model.output_layer.weight
 
 
-def initialize(model: GPTModel, seed: int, std: float, num_layers: int) -> None:
+def initialize(model: HybridModel, seed: int, std: float, num_layers: int) -> None:
     """Set every parameter to a pure function of (seed, its global name): the same model on any
     number of ranks.
 
@@ -84,7 +85,7 @@ def _value(parameter: nn.Parameter) -> Tensor:
 
 
 def gather(
-    model: GPTModel, tensor_of: Callable[[nn.Parameter], Tensor] = _value
+    model: HybridModel, tensor_of: Callable[[nn.Parameter], Tensor] = _value
 ) -> dict[str, Tensor] | None:
     """Return whole tensors by global name, on the CPU of global rank 0 and None elsewhere.
 

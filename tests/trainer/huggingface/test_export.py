@@ -67,6 +67,61 @@ def test_native_architectures_need_no_custom_code(saved_run, tmp_path, name, ove
     assert result.greedy == 72
 
 
+def _rates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith(("rate_log", "A_log"))
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_decay_rates_stay_fp32_in_memory(saved_run, tmp_path, dtype):
+    """In the code that goes with a model: as the folder says, and as the caller says."""
+    from transformers import AutoModelForCausalLM
+
+    run = saved_run(stack({"d": {"mixer": "gated_deltanet"}, "k": {"mixer": "kda"}}))
+    wanted = _rates(exported(run, tmp_path / "out", dtype="bfloat16", trust_remote_code=True)[0])
+    options = {"dtype": dtype} if dtype else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, **options
+    )
+    rates = _rates(model)
+    assert len(rates) == 4
+    assert all(torch.equal(rates[name], rate) for name, rate in wanted.items())
+    others = {parameter.dtype for name, parameter in model.named_parameters() if name not in rates}
+    assert others == {dtype or torch.bfloat16}
+    assert model(torch.arange(9)[None]).logits.dtype == (dtype or torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "loaded_dtype"),
+    [
+        ("qwen3_5_text", "Qwen3_5ForCausalLM", torch.bfloat16),
+        ("olmo_hybrid", "OlmoHybridForCausalLM", torch.float32),
+        ("granitemoehybrid", "GraniteMoeHybridForCausalLM", torch.bfloat16),
+    ],
+)
+def test_classes_of_transformers_can_be_told_to_keep_rates(
+    saved_run, tmp_path, monkeypatch, name, class_name, loaded_dtype
+):
+    """As docs/exporting.md says: without it two of them round what the file has in fp32."""
+    import transformers
+
+    auto = transformers.AutoModelForCausalLM
+    wanted = _rates(exported(saved_run(*NATIVE[name]), tmp_path / "out", dtype="bfloat16")[0])
+    rounded = _rates(auto.from_pretrained(tmp_path / "out"))
+    assert {rate.dtype for rate in rounded.values()} == {loaded_dtype}
+    monkeypatch.setattr(
+        getattr(transformers, class_name), "_keep_in_fp32_modules_strict", ["A_log"]
+    )
+    model = auto.from_pretrained(tmp_path / "out")
+    rates = _rates(model)
+    assert rates
+    assert all(torch.equal(rates[key], rate) for key, rate in wanted.items())
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "overrides"), default_cases(CUSTOM) + wide_cases(MORE_CUSTOM))
 def test_custom_code_computes_any_stack(saved_run, tmp_path, name, overrides):
     model, result = exported(saved_run(*overrides), tmp_path / "out", trust_remote_code=True)

@@ -130,7 +130,7 @@ def test_no_tensor_holds_all_logits():
 @pytest.mark.parametrize("label", [VOCABULARY, PADDED, 10**9, -1, -100])
 @pytest.mark.parametrize("losses", [cross_entropy_sum, token_losses])
 def test_a_label_outside_of_the_vocabulary_is_refused(label, losses):
-    hidden, weight, labels, counted = problem()
+    hidden, weight, labels, counted = make_inputs()
     labels[5] = label
     weights = [counted.clamp(min=0.5)] if losses is cross_entropy_sum else []
     message = f"labels: {label}, of token 5, is not in 0 .. {VOCABULARY - 1}; give tokens"
@@ -143,7 +143,7 @@ def test_a_label_outside_of_the_vocabulary_is_refused(label, losses):
 
 
 def test_a_label_without_weight_may_be_anything():
-    hidden, weight, labels, counted = problem()
+    hidden, weight, labels, counted = make_inputs()
     counted[5] = 0.0
     expected = cross_entropy_sum(hidden, weight, labels, counted, None, VOCABULARY, 8)
     labels[5] = -100
@@ -152,7 +152,7 @@ def test_a_label_without_weight_may_be_anything():
 
 def test_ranks_refuse_a_label_of_none_of_them(threads):
     def work(rank, group):
-        hidden, weight, labels, counted = problem()
+        hidden, weight, labels, counted = make_inputs()
         labels[5] = PADDED
         local = weight.chunk(2)[rank].contiguous()
         with pytest.raises(ValueError, match="labels: 24, of token 5, is not in 0"):
@@ -163,10 +163,10 @@ def test_ranks_refuse_a_label_of_none_of_them(threads):
 
 @pytest.mark.parametrize("name", ["labels", "token_weights"])
 def test_labels_and_weights_are_one_for_each_token(name):
-    hidden, weight, labels, counted = problem()
+    hidden, weight, labels, counted = make_inputs()
     if name == "labels":
         labels = labels[:1]
     else:
         counted = counted[:1]
-    with pytest.raises(ValueError, match=f"{name} must be one for each of the {TOKENS} tokens"):
+    with pytest.raises(ValueError, match=f"{name} must be one for each of the {NUM_TOKENS} tokens"):
         cross_entropy_sum(hidden, weight, labels, counted)

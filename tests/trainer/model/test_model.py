@@ -1,6 +1,8 @@
 """The model against a forward pass in plain torch, its dtypes, shapes and initial weights."""
 
 import contextlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -387,3 +389,27 @@ def test_our_spec_works_in_a_plain_megatron_model(engine):
     assert torch.equal(plain(tokens, None, None)[..., :257], built_engine.logits(tokens))
     with pytest.raises(ValueError, match="HybridLayer cannot use attention_mask"):
         plain(tokens, None, torch.ones(1, 1, 96, 96, dtype=torch.bool))
+
+
+WITHOUT_GPT = """
+import runpy, sys
+
+for name in ("megatron.core.models.gpt", "megatron.core.models.gpt.gpt_model"):
+    sys.modules[name] = None  # importing it fails, as when it has been deleted
+sys.argv[0] = "longspan"
+runpy.run_module("longspan", run_name="__main__")
+"""
+
+
+def test_the_model_needs_no_gpt_model(tiny_recipe, tmp_path):
+    """It builds, trains, resumes and generates with ``GPTModel`` taken out of Megatron-core."""
+
+    def run(*arguments):
+        command = [sys.executable, "-c", WITHOUT_GPT, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("train", tiny_recipe, "training.steps=1")
+    assert "resuming from step 1" in run("train", tiny_recipe, "training.steps=2")
+    assert run("generate", tmp_path / "run", "--prompt", "Document", "--tokens", 2)

@@ -1,6 +1,7 @@
 """Mixtures of experts against their formula, and recipes that are refused."""
 
 import contextlib
+import copy
 import re
 from types import SimpleNamespace
 
@@ -95,6 +96,40 @@ def test_the_balance_loss_is_part_of_the_gradient(tiny_recipe):
         out = by_formula(x[:, 0], _with_router(mlp, weight), engine.recipe.model.moe)
         expected = torch.autograd.grad(out.sum() + 0.1 * 23 * balance, weight)[0]
         assert (ours - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_no_factor_of_megatron_reaches_the_balance_loss(tiny_recipe, monkeypatch):
+    """Versions differ in what they multiply it by where losses are summed over tokens."""
+    from longspan.trainer.megatron_core import TopKRouter
+
+    def used(*args, **others):
+        raise AssertionError("Megatron's balance loss was used")
+
+    for method in ("attach_and_log_load_balancing_loss", "_apply_aux_loss"):
+        monkeypatch.setattr(TopKRouter, method, used)
+    with engine_of(tiny_recipe, *EXPERTS) as engine:
+        router = engine.model.decoder.layers[1].mlp.router
+        probs, _ = router(torch.randn(7, 1, 64, generator=torch.Generator().manual_seed(0)))
+        (probs.sum() * 0).backward()
+        assert router.weight.main_grad.norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "seq_aux_loss is not supported"),
+        ({"moe_router_score_function": "sigmoid"}, "sigmoid is not supported"),
+    ],
+)
+def test_what_a_plain_megatron_config_must_not_ask_of_the_router(tiny_recipe, keys, message):
+    from longspan.trainer.megatron_core import ProcessGroupCollection
+    from longspan.trainer.model.moe import BalancedRouter
+
+    with engine_of(tiny_recipe, *EXPERTS) as engine:
+        config = copy.copy(engine.model.config)
+        vars(config).update(keys)
+        with pytest.raises(ValueError, match=message):
+            BalancedRouter(config, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
 
 
 def _with_router(mlp, weight):

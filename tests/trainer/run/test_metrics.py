@@ -55,7 +55,7 @@ def test_steps_that_are_taken_again_are_in_tensorboard_once(start, monkeypatch):
 
 @pytest.fixture
 def full_disk():
-    """Let no file of this process grow beyond a size: ``with full_disk(size)``."""
+    """Return a context in which no file of this process grows beyond a size."""
 
     @contextlib.contextmanager
     def limit(size):

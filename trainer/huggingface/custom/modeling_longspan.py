@@ -785,6 +785,8 @@ class LongspanPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["LongspanLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Rounded to bf16, a decay rate would be up to 0.8 % off, and a state's half-life with it.
+    _keep_in_fp32_modules_strict = ["rate_log"]
     _is_stateful = True
 
     @classmethod

@@ -1,0 +1,155 @@
+"""The door to Megatron-core: each name of it that longspan uses, imported here and nowhere else.
+
+Megatron-core takes optimizers and kernels from Transformer Engine or Apex whenever these can be
+imported, as they can in NVIDIA's images. The layers here use none of them, their optimizers keep
+another state, and their sums are in another order: they are hidden from Megatron-core while it is
+imported, so that runs give the same bits in any image, and are left alone for everybody else.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
+from .errors import UserError
+from .versions import TRAINING, require_supported
+
+_HIDDEN = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
+)
+"""Modules of Transformer Engine and of Apex."""
+
+
+@contextmanager
+def _hidden(packages: tuple[str, ...]) -> Iterator[None]:
+    """Let imports of these packages fail as if they were not installed."""
+    loaded = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages
+    }
+    blocked = {*packages, *loaded}
+    for name in blocked:
+        # Python's way to say that there is no such module.
+        sys.modules[name] = None  # type: ignore[assignment]  # typeshed knows no None there
+    try:
+        yield
+    finally:
+        for name in blocked:
+            del sys.modules[name]
+        sys.modules.update(loaded)
+
+
+require_supported(*TRAINING)
+
+with _hidden(_HIDDEN):
+    from megatron.core import optimizer, parallel_state
+    from megatron.core.datasets.indexed_dataset import (
+        DType,
+        IndexedDataset,
+        IndexedDatasetBuilder,
+    )
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.models.common.embeddings.language_model_embedding import (
+        LanguageModelEmbedding,
+    )
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        get_cuda_rng_tracker,
+        model_parallel_cuda_manual_seed,
+    )
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+    from megatron.core.transformer import ModuleSpec, TransformerConfig
+    from megatron.core.transformer.enums import ModelType
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlock,
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    # Megatron's schedules would import it in the middle of a step.
+    import_module("megatron.core.transformer.multi_token_prediction")
+
+if not hasattr(moe_utils, "te_general_gemm"):
+    # Megatron-core 0.16.1 reads it, and defines it only with Transformer Engine.
+    moe_utils.te_general_gemm = None
+
+
+def require_own_optimizer() -> None:
+    """Raise UserError if Megatron-core would take Adam from Transformer Engine or Apex."""
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        raise UserError(
+            "megatron.core: was imported before longspan, and took its optimizer from Transformer "
+            "Engine or Apex; import longspan.trainer.megatron_core first"
+        )
+
+
+__all__ = [
+    "MLP",
+    "ColumnParallelLinear",
+    "DType",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "Float16Module",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "LanguageModelEmbedding",
+    "LanguageModule",
+    "MLPSubmodules",
+    "MegatronModule",
+    "MegatronOptimizer",
+    "MoEAuxLossAutoScaler",
+    "MoELayer",
+    "MoESubmodules",
+    "ModelType",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "ProcessGroupCollection",
+    "RowParallelLinear",
+    "SequentialMLP",
+    "SharedExpertMLP",
+    "TopKRouter",
+    "TransformerBlock",
+    "TransformerBlockSubmodules",
+    "TransformerConfig",
+    "clip_grad_by_total_norm_fp32",
+    "copy_to_tensor_model_parallel_region",
+    "finalize_model_grads",
+    "gather_from_sequence_parallel_region",
+    "get_cuda_rng_tracker",
+    "get_forward_backward_func",
+    "get_megatron_optimizer",
+    "get_num_layers_to_build",
+    "get_transformer_layer_offset",
+    "megatron_random",
+    "model_parallel_cuda_manual_seed",
+    "parallel_state",
+    "reduce_from_tensor_model_parallel_region",
+    "require_own_optimizer",
+    "set_tensor_model_parallel_attributes",
+]
