@@ -54,21 +54,8 @@ def open_run(options: Namespace, name: str) -> RunFolder:
         raise UserError(
             f"{folder.path}: was not trained on the recall task; its recipe has no data.mqar"
         )
-    if name in ("needle", "tasks"):
-        _require_causal_choices(folder)
     folder.require_evaluation(name)
     return folder
-
-
-def _require_causal_choices(folder: RunFolder) -> None:
-    """Refuse models whose answer would be seen before it is given."""
-    for block in folder.recipe.model.stack:
-        if block.queries_choose_together:
-            raise UserError(
-                f"{folder.path}: has {block.kind()} layers, whose blocks of queries choose "
-                "together: an answer would be seen before it is given; only eval loss can be "
-                "measured"
-            )
 
 
 @contextmanager

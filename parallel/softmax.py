@@ -13,7 +13,8 @@ from .. import attention
 from ..attention.arguments import accumulation_dtype
 from ..attention.documents import check_documents
 from ..attention.patterns import Causal, ClosedFormPattern, Pattern, Selector
-from ..attention.patterns.block_lists import BlockLists, select_block_lists
+from ..attention.patterns.block_lists import BlockLists
+from ..attention.patterns.token_lists import select_token_lists
 from ..attention.softmax.attend import (
     add_sink_logits,
     check_attention,
@@ -120,7 +121,7 @@ def _select(
 ) -> Pattern:
     """Return the blocks that the selector chooses for this rank's queries, from all ranks' keys.
 
-    Every rank summarizes its own blocks; the summaries of the keys are gathered.
+    Every rank summarizes its own blocks of keys, and all summaries are gathered.
     """
     block = selector.block
     for segment in layout.segments_in_order:
@@ -137,20 +138,13 @@ def _select(
         )
     )
 
-    # [batch, blocks, heads, dim]; the first, of no blocks, is for a rank without tokens.
-    no_blocks = k.new_zeros(k.shape[0], 0, *k.shape[2:], dtype=torch.float32)
-    query_summaries = []
-    key_summaries = []
-    for segment in layout.segments_of_rank[group.rank()]:
-        queries, keys = selector.summaries(q[:, segment.slots], k[:, segment.slots])
-        query_summaries.append(queries)
-        key_summaries.append(keys)
-    own_queries = torch.cat(query_summaries or [no_blocks], 1)
-    own_keys = torch.cat(key_summaries or [no_blocks], 1)
-
-    own_blocks = block_layout.tokens(group.rank()).to(q.device)
-    all_keys = gather_sequence(own_keys, block_layout, group)
-    return select_block_lists(selector, own_queries, all_keys, own_blocks, documents)
+    # [batch, blocks, kv_heads, dim]; the first, of no keys, is for a rank without tokens.
+    own_segments = layout.segments_of_rank[group.rank()]
+    summaries = [selector.summaries(k[:, :0])]
+    summaries += [selector.summaries(k[:, segment.slots]) for segment in own_segments]
+    all_summaries = gather_sequence(torch.cat(summaries, 1), block_layout, group)
+    own_tokens = tuple((segment.start, segment.stop) for segment in own_segments)
+    return select_token_lists(selector, q, all_summaries, own_tokens, documents)
 
 
 class _StageKV(NamedTuple):

@@ -1,4 +1,4 @@
-"""A pattern of arbitrary block lists: written by a user, or chosen from the content."""
+"""A pattern of arbitrary block lists."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from ..documents import document_spans
 from ..errors import InvalidField, check_power_of_two
 from .base import Pattern
 from .rules import Blocks
-from .selection import Selector
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -23,8 +22,8 @@ class BlockLists(Pattern):
         block: tokens in a block, of queries and keys: a power of two.
         lists: int ``[kv_heads or 1, query_blocks, width]``, which count from a document's start; or
             ``[batch, kv_heads, query_blocks, width]`` with the query blocks of the
-            **sequence** and the key blocks of their document, as a selector makes them. -1 stands
-            for none; order and repetitions do not matter.
+            **sequence** and the key blocks of their document. -1 stands for none; order and
+            repetitions do not matter.
     """
 
     block: int
@@ -41,7 +40,7 @@ class BlockLists(Pattern):
                 f"got {lists.dtype} of shape {tuple(lists.shape)}"
             )
             raise InvalidField("lists", reason, "BlockLists")
-        object.__setattr__(self, "lists", _sorted_without_repetitions(lists.to(torch.int32)))
+        object.__setattr__(self, "lists", sorted_without_repetitions(lists.to(torch.int32)))
 
     @classmethod
     def where(
@@ -182,7 +181,7 @@ class BlockLists(Pattern):
         return bool((covered | is_ahead).all())
 
 
-def _sorted_without_repetitions(lists: Tensor) -> Tensor:
+def sorted_without_repetitions(lists: Tensor) -> Tensor:
     """Sort the last dimension, without repetitions; the entries -1, for none, come last."""
     none = torch.iinfo(torch.int32).max
     lists = torch.where(lists < 0, none, lists).sort(-1).values
@@ -213,61 +212,11 @@ def _checked_table(sees: np.ndarray, num_blocks: int, length: int) -> np.ndarray
     return table[:, :num_blocks, :num_blocks]
 
 
-_QUERY_BLOCKS_AT_ONCE = 256
-"""Scores of this many query blocks with all key blocks are held at a time."""
-
-
-def select_block_lists(
-    selector: Selector, queries: Tensor, keys: Tensor, own: Tensor, documents: Tensor | None
-) -> BlockLists:
-    """Return the pattern that ``selector`` chooses for some query blocks of a sequence.
-
-    Args:
-        queries, keys: summaries of those query blocks, and of all key blocks.
-        own: indices of the query blocks in the sequence, int64 ``[query_blocks]``. The lists of all
-            other blocks are empty.
-        documents: ids ``[batch, time]``, or None for a single document; the lists count blocks from
-            a document's start.
-    """
-    batch, num_blocks, kv_heads, _ = keys.shape
-    block_index = torch.arange(num_blocks, device=keys.device)
-    document_ids = torch.zeros(1, num_blocks, dtype=torch.int64, device=keys.device)
-    document_starts = document_ids  # the block at which each block's document begins
-    if documents is not None:
-        _check_alignment(documents, selector.block)
-        document_ids = documents[:, :: selector.block].to(keys.device)
-        document_starts = _first_blocks(document_ids, block_index)
-
-    chunks = []
-    for query_chunk, own_chunk in zip(
-        queries.split(_QUERY_BLOCKS_AT_ONCE, 1), own.split(_QUERY_BLOCKS_AT_ONCE), strict=True
-    ):
-        same_document = document_ids[:, own_chunk, None] == document_ids[:, None]
-        visible = same_document & (block_index <= own_chunk[:, None])
-        chosen = selector.choose(query_chunk, keys, own_chunk, visible.expand(batch, -1, -1))
-        in_document = chosen - document_starts[:, None, own_chunk, None]
-        chunks.append(torch.where(chosen < 0, -1, in_document))
-
-    # [batch, kv_heads, blocks, width]
-    lists = torch.full((batch, kv_heads, num_blocks, 1), -1, dtype=torch.int32, device=keys.device)
-    if chunks:
-        own_lists = torch.cat(chunks, 2).int()
-        lists = lists.repeat(1, 1, 1, own_lists.shape[-1])
-        lists[:, :, own] = own_lists
-    return BlockLists(selector.block, lists)
-
-
-def _check_alignment(documents: Tensor, block: int) -> None:
+def check_alignment(documents: Tensor, block: int) -> None:
+    """Raise ValueError if a document starts inside a block."""
     for span in document_spans(documents):
         if span.start % block:
             raise ValueError(
                 f"documents must start at multiples of the pattern's block {block}, "
                 f"got one at {span.start}"
             )
-
-
-def _first_blocks(document_ids: Tensor, block_index: Tensor) -> Tensor:
-    """Return for each block the first block of its document: int64 ``[batch, blocks]``."""
-    begins = torch.zeros_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return (block_index * begins).cummax(1).values

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from ..arguments import accumulation_dtype, check_backend, check_dims
 from ..documents import check_documents, document_spans
 from ..patterns import Blocks, Pattern, Selector
-from ..patterns.block_lists import select_block_lists
+from ..patterns.token_lists import select_token_lists
 from .backends import BACKENDS, tile_backward, tile_forward
 from .tiles import LogitOptions, Tile
 
@@ -77,9 +77,8 @@ def attend(
 
 @torch.no_grad()
 def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None) -> Pattern:
-    queries, keys = selector.summaries(q, k)
-    all_blocks = torch.arange(keys.shape[1], device=q.device)
-    return select_block_lists(selector, queries, keys, all_blocks, documents)
+    all_tokens = ((0, q.shape[1]),)
+    return select_token_lists(selector, q, selector.summaries(k), all_tokens, documents)
 
 
 def _document_slices(documents: Tensor | None, length: int) -> list[tuple[slice, slice]]:

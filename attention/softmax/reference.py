@@ -94,8 +94,9 @@ def _scores(q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     k_positions = _positions(tile.k_positions, q.device)
     visible = tile.pattern.mask(q_positions, k_positions, kv_heads)
     if visible.ndim == 3:
-        visible = visible[None]  # [batch or 1, kv_heads, queries, keys]
-    return scores.masked_fill(~visible[:, :, None], -torch.inf), softcap_slope
+        visible = visible[None]  # [batch or 1, kv_heads or heads, queries, keys]
+    visible = visible.unflatten(1, (kv_heads, -1))  # [batch or 1, kv_heads, group or 1, ...]
+    return scores.masked_fill(~visible, -torch.inf), softcap_slope
 
 
 def _positions(ranges: tuple[Blocks, ...], device: torch.device) -> Tensor:

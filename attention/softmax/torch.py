@@ -4,7 +4,6 @@ Only the keys that the pattern needs are computed, one piece of the tile at a ti
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +13,11 @@ from torch import Tensor
 from ..arguments import accumulation_dtype
 from ..patterns import Blocks, ClosedFormPattern, Pattern
 from ..patterns.block_lists import BlockLists
+from ..patterns.token_lists import TokenLists
+from . import chosen_blocks
+from .piece_products import finite, piece_backward, piece_forward
 from .pieces import (
     HeadGroup,
-    Mask,
     Piece,
     QueryRange,
     block_list_pieces,
@@ -26,16 +27,6 @@ from .pieces import (
     query_ranges,
 )
 from .tiles import LogitOptions, Tile, merge_
-
-# torch has a fused kernel that returns the log-sum-exp, and whose backward accepts the final one.
-_FUSED_KERNEL_DEVICES = {"cpu"}
-_FUSED_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-_MAX_PAIRS = 1 << 21
-"""Pairs of one head whose logits are held at a time where there is no fused kernel."""
-
-PieceMask = Mask | Literal["causal"] | None
 
 
 def unsupported_reason(
@@ -48,8 +39,19 @@ def unsupported_reason(
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
     value_dim = v.shape[-1]
-    dtype = accumulation_dtype(q)
+    dtype = q.dtype
     q, k, v = _heads_first(q, k, v)  # [batch, heads, time, dim], one dim for all
+    if isinstance(tile.pattern, TokenLists):
+        out, lse = chosen_blocks.forward(q, k, v, tile, tile.pattern)
+    else:
+        out, lse = _forward_by_pieces(q, k, v, tile)
+    out = out[..., :value_dim].transpose(1, 2).to(dtype)  # [batch, time, heads, value_dim]
+    return out, lse.transpose(1, 2)
+
+
+def _forward_by_pieces(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Compute output and log-sum-exp; all tensors are ``[batch, heads, time, ...]``."""
+    dtype = accumulation_dtype(q)
     out = _empty_time_first(q, dtype)
     lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
     written = _WrittenQueries((out, 0.0), (lse, tile.logits.lse_without_keys))
@@ -59,7 +61,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
         range_v = key_range.select(v)
         for piece in key_range.pieces(tile, q):
             place = (slice(None), _query_heads(piece, q, k), piece.queries)
-            new_out, new_lse = _piece_forward(
+            new_out, new_lse = piece_forward(
                 q[place], range_k.take(piece), range_v.take(piece), piece.mask, tile.logits
             )
             if written.claim(place):
@@ -69,8 +71,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
                 merge_(out[place], lse[place], new_out, new_lse, tile.logits)
 
     written.fill_rest()
-    out = out[..., :value_dim].transpose(1, 2).to(q.dtype)  # [batch, time, heads, value_dim]
-    return out, lse.transpose(1, 2)
+    return out, lse
 
 
 def backward(
@@ -86,7 +87,6 @@ def backward(
     """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
     head_dim = q.shape[-1]
     value_dim = v.shape[-1]
-    dtype = accumulation_dtype(q)
     if grad_lse is not None:
         # A key's weight p moves lse by p: as if each value had one more entry, 1, that the output
         # does not show.
@@ -94,7 +94,24 @@ def backward(
         v = torch.cat([v, v.new_ones(*v.shape[:3], 1)], -1)
         out = F.pad(out, (0, 1))
     grad_out, q, k, v, out = _heads_first(grad_out, q, k, v, out)  # [batch, heads, time, dim]
-    lse = _finite(lse.transpose(1, 2))
+    lse = finite(lse.transpose(1, 2))
+    if isinstance(tile.pattern, TokenLists):
+        gradients = chosen_blocks.backward(grad_out, q, k, v, out, lse, tile, tile.pattern)
+    else:
+        gradients = _backward_by_pieces(grad_out, q, k, v, out, lse, tile)
+    dq, dk, dv = gradients
+    return (
+        dq[..., :head_dim].transpose(1, 2),  # [batch, time, heads, dim]
+        dk[..., :head_dim].transpose(1, 2),
+        dv[..., :value_dim].transpose(1, 2),
+    )
+
+
+def _backward_by_pieces(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients; all tensors are ``[batch, heads, time, ...]``."""
+    dtype = accumulation_dtype(q)
     dq = _empty_time_first(q, dtype)
     written = _WrittenQueries((dq, 0.0))
 
@@ -107,7 +124,7 @@ def backward(
         range_dv = key_range.zeros(v, dtype)
         for piece in key_range.pieces(tile, q):
             place = (slice(None), _query_heads(piece, q, k), piece.queries)
-            dq_piece, dk_piece, dv_piece = _piece_backward(
+            dq_piece, dk_piece, dv_piece = piece_backward(
                 grad_out[place],
                 q[place],
                 out[place],
@@ -129,11 +146,7 @@ def backward(
     written.fill_rest()
     dk = torch.cat(dk_ranges, 2) if len(dk_ranges) != 1 else dk_ranges[0]
     dv = torch.cat(dv_ranges, 2) if len(dv_ranges) != 1 else dv_ranges[0]
-    return (
-        dq[..., :head_dim].transpose(1, 2),  # [batch, time, heads, dim]
-        dk[..., :head_dim].transpose(1, 2),
-        dv[..., :value_dim].transpose(1, 2),
-    )
+    return dq, dk, dv
 
 
 Place = tuple[slice, slice, slice]
@@ -201,11 +214,6 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     dim = max(x.shape[-1] for x in tensors)
     padded = [F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in tensors]
     return [x.transpose(1, 2) for x in padded]
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """Replace minus infinity, of queries that see nothing, by 0: no NaN from inf - inf."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _query_heads(piece: Piece, q: Tensor, k: Tensor) -> slice:
@@ -338,156 +346,3 @@ class _BlockedKeys:
         head_index = torch.arange(batch * num_heads, device=self._padded.device)
         first_block = head_index.view(batch, num_heads, 1)[:, kv_heads] * blocks_per_head
         return first_block + key_blocks
-
-
-def _has_fused_kernel(q: Tensor, logits: LogitOptions) -> bool:
-    plain_softmax = logits.softcap is None and logits.is_softmax
-    return plain_softmax and q.device.type in _FUSED_KERNEL_DEVICES
-
-
-def _piece_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: PieceMask, logits: LogitOptions
-) -> tuple[Tensor, Tensor]:
-    if not _has_fused_kernel(q, logits):
-        return _formula_forward(q, k, v, mask, logits)
-    is_causal, bias = _fused_kernel_mask(mask, q, k)
-    out, lse = _FUSED_FORWARD(q, k, v, 0.0, is_causal, attn_mask=bias, scale=logits.scale)
-    if isinstance(mask, Mask) and mask.sees_nothing is not None:
-        # The kernel gives such queries 0 and a log-sum-exp of 0.
-        lse = lse.masked_fill(_per_query_head(mask.sees_nothing, q, k), -torch.inf)
-    return out, lse
-
-
-def _piece_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: PieceMask,
-    logits: LogitOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_fused_kernel(q, logits):
-        return _formula_backward(grad_out, q, out, lse, k, v, mask, logits)
-    is_causal, bias = _fused_kernel_mask(mask, q, k)
-    return _FUSED_BACKWARD(
-        grad_out, q, k, v, out.to(q.dtype), lse, 0.0, is_causal, attn_mask=bias, scale=logits.scale
-    )
-
-
-def _fused_kernel_mask(mask: PieceMask, q: Tensor, k: Tensor) -> tuple[bool, Tensor | None]:
-    """Return whether it is causal, and a bias ``[batch or 1, heads or 1, queries, keys]``."""
-    if isinstance(mask, Mask):
-        return False, _per_query_head(mask.bias, q, k)
-    return mask == "causal", None
-
-
-def _per_query_head(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Repeat the heads of ``x``, ``[batch or 1, kv_heads or 1, ...]``, unless there is only one."""
-    if x.shape[1] == 1:
-        return x
-    return x.repeat_interleave(q.shape[1] // k.shape[1], 1)
-
-
-def _formula_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: PieceMask, logits: LogitOptions
-) -> tuple[Tensor, Tensor]:
-    """Compute the piece by its definition, some queries at a time."""
-    outs = []
-    lses = []
-    for queries in _query_chunks(q, k):
-        # [batch, kv_heads, group, queries, keys]
-        scores, _ = _scores(q[:, :, queries], k, mask, queries, logits)
-        if logits.is_softmax:
-            lse = scores.logsumexp(-1)
-            weights = (scores - _finite(lse)[..., None]).exp()
-        else:
-            lse = scores.new_zeros(scores.shape[:-1])
-            weights = scores.sigmoid()
-        out = torch.einsum("bhgqk,bhkd->bhgqd", weights, v.to(weights.dtype))
-        outs.append(out.flatten(1, 2))
-        lses.append(lse.flatten(1, 2))
-    return torch.cat(outs, 2), torch.cat(lses, 2)
-
-
-def _formula_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: PieceMask,
-    logits: LogitOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashAttention's backward (arXiv 2205.14135, algorithm 4), some queries at a time."""
-    dtype = accumulation_dtype(q)
-    dq_chunks = []
-    dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
-    dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
-    for queries in _query_chunks(q, k):
-        # [batch, kv_heads, group, queries, ...]
-        chunk_grad_out = _grouped(grad_out[:, :, queries].to(dtype), k)
-        chunk_q = _grouped(q[:, :, queries].to(dtype), k)
-        chunk_out = _grouped(out[:, :, queries].to(dtype), k)
-        chunk_lse = _grouped(lse[:, :, queries].to(dtype), k)
-
-        scores, slope = _scores(q[:, :, queries], k, mask, queries, logits)
-        grad_weights = torch.einsum("bhgqd,bhkd->bhgqk", chunk_grad_out, v.to(dtype))
-        if logits.is_softmax:
-            weights = (scores - chunk_lse[..., None]).exp()
-            delta = (chunk_grad_out * chunk_out).sum(-1, keepdim=True)
-            grad_scores = weights * (grad_weights - delta)
-        else:
-            weights = scores.sigmoid()
-            grad_scores = weights * (1 - weights) * grad_weights
-        grad_products = grad_scores * slope
-
-        dq_chunk = torch.einsum("bhgqk,bhkd->bhgqd", grad_products, k.to(dtype))
-        dq_chunks.append(dq_chunk.flatten(1, 2))
-        dk += torch.einsum("bhgqk,bhgqd->bhkd", grad_products, chunk_q)
-        dv += torch.einsum("bhgqk,bhgqd->bhkd", weights, chunk_grad_out)
-    return torch.cat(dq_chunks, 2), dk, dv
-
-
-def _query_chunks(q: Tensor, k: Tensor) -> list[slice]:
-    """Cut the queries so that no more than ``_MAX_PAIRS`` pairs of a head are held at a time."""
-    num_queries = q.shape[2]
-    size = max(1, _MAX_PAIRS // max(1, k.shape[2]))
-    return [slice(start, min(num_queries, start + size)) for start in range(0, num_queries, size)]
-
-
-def _scores(
-    q: Tensor, k: Tensor, mask: PieceMask, queries: slice, logits: LogitOptions
-) -> tuple[Tensor, Tensor | float]:
-    """Compute the logits of some queries, minus infinity for hidden pairs.
-
-    Args:
-        q: the queries, which are ``queries`` of the piece.
-
-    Returns:
-        Logits ``[batch, kv_heads, group, queries, keys]``, and their derivative by the products.
-    """
-    dtype = accumulation_dtype(q)
-    products = torch.einsum("bhgqd,bhkd->bhgqk", _grouped(q.to(dtype), k), k.to(dtype))
-    scores = products * logits.scale
-    slope: Tensor | float = logits.scale
-    if logits.softcap is not None:
-        tanh = (scores / logits.softcap).tanh()
-        scores = tanh * logits.softcap
-        slope = (1 - tanh.square()) * logits.scale
-    if logits.sigmoid_bias is not None:
-        scores = scores + logits.sigmoid_bias
-
-    if isinstance(mask, Mask):
-        scores = scores + mask.bias[:, :, None, queries]
-    elif mask == "causal":
-        positions = torch.arange(k.shape[2], device=q.device)
-        scores = scores.masked_fill(positions[queries, None] < positions, -torch.inf)
-    return scores, slope
-
-
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """View ``[batch, heads, ...]`` as ``[batch, kv_heads, heads per KV head, ...]``."""
-    return x.unflatten(1, (k.shape[1], -1))

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, see "
-        "which positions change, and compare loss and gradients over context-parallel ranks with "
+        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, one and "
+        "many at a time and by NaN, see which positions change, and compare loss and gradients over context-parallel ranks with "
         "those on one rank."
     )
     add_recipe_arguments(parser, example="parallel.schedule=ring")
@@ -97,7 +97,7 @@ def _report(recipe: "Recipe", cp: int, files: dict[int, Path]) -> int:
         f"{cp} context-parallel ranks ({shrunk.parallel.layout}) against one: "
         f"{shrunk.training.seq_length:,} tokens in {num_documents} documents,"
     )
-    print(f"{num_probes} tokens replaced in turn; differences are relative\n")
+    print(f"{num_probes} tokens replaced in turn, and many at a time; differences are relative\n")
     print(table(rows))
     for problem in problems:
         print(f"longspan: {problem}", file=sys.stderr)

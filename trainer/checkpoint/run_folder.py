@@ -69,7 +69,7 @@ class RunFolder:
             old_recipe = self.recipe
         except UserError as error:
             raise UserError(
-                f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be read; "
+                f"{error}\nrun_dir: {self.path} holds a run whose recipe cannot be used; "
                 "choose another run_dir"
             ) from None
 
@@ -227,11 +227,16 @@ class RunFolder:
         """The recipe of a run that exists, with the tokenizer that the run keeps.
 
         Raises:
-            UserError: there is no run, or its recipe cannot be read.
+            UserError: there is no run, its recipe cannot be read, or a layer of it was trained in a
+                way that is no longer supported.
         """
         if not self.recipe_file.is_file():
             raise UserError(f"{self.path}: not the folder of a run (it has no recipe.yaml)")
-        return self.tokenizer.read_by(load_recipe(str(self.recipe_file)))
+        recipe = self.tokenizer.read_by(load_recipe(str(self.recipe_file)))
+        for name, block in recipe.model.layers.blocks.items():
+            if problem := block.saved_run_problem():
+                raise UserError(f"{self.recipe_file}: model.layers.blocks.{name}: {problem}")
+        return recipe
 
     def read_metrics(self) -> list[dict]:
         """Return the records of ``metrics.jsonl``; none if there is no such file.

@@ -122,9 +122,7 @@ class EngineBase(Engine):
         """Return the model's output for sequences filled up to whole blocks.
 
         Without labels that is the logits, with labels what :class:`HybridModel` computes of them.
-
-        What comes after a token does not change what the token sees, except in ``moba``, where all
-        queries of a block choose their keys together.
+        What comes after a token does not change what the token sees.
         """
         batch, length = tokens.shape
         fill = -length % self.recipe.model.document_alignment

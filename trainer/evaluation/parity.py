@@ -3,7 +3,7 @@ models of the same patterns, measured closely.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,14 @@ from ...parallel import Sequence
 from ..data.batches import Microbatch
 from ..engines.megatron import MegatronEngine
 from ..errors import UserError
+from ..layers.softmax_mixer import SoftmaxAttention
 from ..predict.communication import recipe_layout
 from ..recipe.check import check_recipe
 from ..recipe.schema import Recipe
 
 VOCABULARY = 256
+NAN_TOKEN = VOCABULARY - 1
+"""The id of a token whose embedding is NaN in some probes, and which is in no text."""
 MAX_LOSS_ERROR, MAX_GRADIENT_ERROR = 1e-6, 1e-4
 """How far a loss may be from that of one rank, and a gradient in norm, relative."""
 STACK = "all together"
@@ -120,6 +123,8 @@ class Observation:
     gradients: dict[str, Tensor]
     changed: dict[int, Tensor]
     """For each token that was replaced, the positions whose logits changed: bool ``[time]``."""
+    leaks: list[str]
+    """What changed, and must not, when many tokens were replaced: see :func:`find_many_leaks`."""
 
 
 def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Observation | None:
@@ -129,7 +134,7 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
     """
     generator = torch.Generator().manual_seed(1)
     shape = (2, 1, recipe.training.seq_length)
-    tokens, labels = torch.randint(VOCABULARY, shape, generator=generator)
+    tokens, labels = torch.randint(NAN_TOKEN, shape, generator=generator)
     engine = MegatronEngine(recipe, VOCABULARY)
     try:
         layout = recipe_layout(recipe)
@@ -160,13 +165,16 @@ def measure_ranks(recipe: Recipe, documents: Tensor, probes: list[int]) -> Obser
         changed = {}
         for probe in probes:
             replaced = tokens.clone()
-            replaced[0, probe] = (replaced[0, probe] + 1) % VOCABULARY
+            replaced[0, probe] = (replaced[0, probe] + 1) % NAN_TOKEN
             changed[probe] = (logits_of(replaced) != logits).any(-1)[0]
+
+        sharpen(engine.model)
+        leaks = find_many_leaks(tokens, documents, recipe.model.document_alignment, logits_of)
     finally:
         engine.close()
     if gradients is None:
         return None
-    return Observation(loss_sum / count, gradients, changed)
+    return Observation(loss_sum / count, gradients, changed, leaks)
 
 
 def probes_of(recipe: Recipe, documents: Tensor) -> list[int]:
@@ -216,6 +224,87 @@ def find_leak(recipe: Recipe, documents: Tensor, changed: dict[int, Tensor]) -> 
     return None
 
 
+_SHARPER = {"linear_in.weight": 3.0, "q_layernorm.weight": 5.0, "q_norm.weight": 5.0}
+"""Factors that turn the flat softmax of initial weights into a peaked one: its logits then have a
+standard deviation of about 5."""
+_MOST_ROUNDING = 1e-9
+"""Change of a logit in fp64, relative to the largest, that may be rounding."""
+
+
+def sharpen(model: torch.nn.Module) -> None:
+    """Turn a model to fp64 with peaked softmax attention, and NaN for the embedding of NAN_TOKEN.
+
+    In flat attention a leak of single keys is lost among all others. Linear attention keeps its
+    weights: larger ones would make it forget at once, which hides leaks.
+    """
+    model.double()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SoftmaxAttention):
+                for name, parameter in module.named_parameters():
+                    parameter *= _SHARPER.get(name, 1.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith("word_embeddings.weight"):
+                parameter[NAN_TOKEN] = torch.nan
+
+
+def find_many_leaks(
+    tokens: Tensor, documents: Tensor, alignment: int, logits_of: Callable[[Tensor], Tensor]
+) -> list[str]:
+    """Replace many tokens at a time, and return what changes before them or in other documents.
+
+    A leak through a choice of keys only shows when a choice turns, which single tokens seldom
+    do. So all tokens from some place on are replaced, at places inside of blocks; then all tokens
+    of a document; and then some of its tokens are NaN, which a factor of 0 does not hide.
+
+    Args:
+        tokens: int64 ``[1, time]``.
+        documents: ids ``[1, time]``.
+        alignment: tokens in the largest block.
+        logits_of: the model on whole sequences, ``[1, time, vocabulary]``; a collective.
+    """
+    ids = documents[0]
+    positions = torch.arange(len(ids))
+    other_tokens = (tokens + 1 + tokens.flip(1) % (NAN_TOKEN - 1)) % NAN_TOKEN  # all differ
+    expected = logits_of(tokens)
+
+    def leak(what: str, replaced: Tensor, may_change: Tensor) -> str | None:
+        logits = logits_of(replaced)
+        # A tied embedding makes the logit of NAN_TOKEN itself NaN.
+        difference = (logits - expected)[0, :, :NAN_TOKEN].abs().amax(-1)  # [time]
+        is_same = difference <= _MOST_ROUNDING * expected[..., :NAN_TOKEN].abs().max()
+        wrong = (~is_same & ~may_change).nonzero().flatten()
+        if len(wrong):
+            return f"with {what}, position {int(wrong[0])} changes ({len(wrong)} in all)"
+        if is_same[may_change].all():
+            return f"with {what}, nothing changes"
+        return None
+
+    leaks = []
+    for first in _places_inside_blocks(ids, alignment):
+        replaced = torch.where(positions < first, tokens, other_tokens)
+        leaks.append(leak(f"all tokens from {first} on replaced", replaced, positions >= first))
+    for document in ids.unique():
+        is_inside = ids == document
+        replaced = torch.where(is_inside, other_tokens, tokens)
+        leaks.append(leak(f"all tokens of document {document} replaced", replaced, is_inside))
+
+        # At the edges, where convolutions reach over them, and in the middle.
+        inside = is_inside.nonzero().flatten()
+        with_nan = tokens.clone()
+        with_nan[0, inside[[0, len(inside) // 2, -1]]] = NAN_TOKEN
+        leaks.append(leak(f"NaN in document {document}", with_nan, is_inside))
+    return [text for text in leaks if text is not None]
+
+
+def _places_inside_blocks(ids: Tensor, alignment: int) -> list[int]:
+    """Return five places over the last document, none of them at the edge of a block."""
+    start = int((ids == ids[-1]).int().argmax())
+    length = len(ids) - start
+    places = [start + length * n // 6 for n in range(1, 6)]
+    return [place + (alignment > 1 and (place - start) % alignment == 0) for place in places]
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far several ranks are from one, for one case."""
@@ -251,9 +340,14 @@ def compare(
         for name, expected in one_rank.gradients.items()
     }
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    leaks = [
+        find_leak(case, documents, ranks.changed),
+        find_leak(case, documents, one_rank.changed),
+        *ranks.leaks,
+        *one_rank.leaks,
+    ]
     return Comparison(
-        leak=find_leak(case, documents, ranks.changed)
-        or find_leak(case, documents, one_rank.changed),
+        leak=next((leak for leak in leaks if leak), None),
         loss_error=abs(ranks.loss - one_rank.loss) / abs(one_rank.loss),
         gradient_error=errors[worst],
         worst_gradient=worst,

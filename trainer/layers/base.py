@@ -249,10 +249,12 @@ class Block(Section):
         """Return whether it sees far, and yet some positions are only seen from nearby."""
         return False
 
-    @property
-    def queries_choose_together(self) -> bool:
-        """Whether what a token sees depends on tokens after it."""
-        return False
+    def saved_run_problem(self) -> str | None:
+        """Return why a saved run with this block cannot be used any longer, or None if it can.
+
+        Asked of the recipe in a run folder, in which every key of that time is written out.
+        """
+        return None
 
     def visibility(self, model: ModelSizes, positions: np.ndarray, source: int) -> Visibility:
         """Return which positions depend on the token at position ``source`` of their document.

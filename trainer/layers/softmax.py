@@ -324,15 +324,19 @@ class MoBABlock(SoftmaxBlock):
     block: Positive = 64
     """Tokens in a block: a power of two."""
     top_k: Positive = 8
-    """Number of blocks that a block of queries sees, including its own."""
+    """Number of blocks that a query sees, including its own."""
+    select: Literal["group", "head"] = "group"
+    """Who chooses: every query head ("head", as published), or the query heads of each KV head
+    together, by their mean ("group")."""
 
     def attention_pattern(self, num_kv_heads: int) -> MoBA:
-        return MoBA(self.block, self.top_k)
+        return MoBA(self.block, self.top_k, self.select)
 
     def _visible_pairs(self, model: ModelSizes, length: int) -> int:
-        most_keys = min(length, self.top_k * self.block)
-        growing = most_keys * (most_keys + 1) // 2
-        return model.kv_heads * (growing + (length - most_keys) * most_keys)
+        positions = np.arange(length)
+        chosen = np.minimum(positions // self.block, self.top_k - 1) * self.block
+        own = positions % self.block + 1
+        return model.kv_heads * int((chosen + own).sum())
 
     def _kept_keys(self, model: ModelSizes, length: int) -> int:
         return model.kv_heads * length  # any of them may be chosen later
@@ -341,9 +345,16 @@ class MoBABlock(SoftmaxBlock):
     def rank_block(self) -> int:
         return self.block
 
-    @property
-    def queries_choose_together(self) -> bool:
-        return True
+    def telling_length(self, num_kv_heads: int) -> int:
+        return 4 * self.block * self.top_k  # most queries have to leave blocks out
+
+    def saved_run_problem(self) -> str | None:
+        if "select" in self.model_fields_set:
+            return None
+        return (
+            "was trained when all queries of a block chose their keys together, so that tokens saw "
+            "what comes after them; start a new run"
+        )
 
     def export_problem(self) -> str | None:
         return "chooses its keys from the content, which no exported code does"

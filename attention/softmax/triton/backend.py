@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from ...patterns.block_lists import BlockLists
+from ...patterns.token_lists import TokenLists
 from ...triton_device import (
     INTERPRETED,
     allocate_workspace,
@@ -47,6 +48,8 @@ def unsupported_reason(
         return reason
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"does not support {q.dtype}; use torch"
+    if isinstance(pattern, TokenLists):
+        return "has no kernel for keys that each query chooses; use torch"
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_HEAD_DIM:
         return (

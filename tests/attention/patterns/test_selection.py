@@ -1,54 +1,127 @@
+import itertools
+
 import pytest
 import torch
 from longspan.attention import MoBA, Window, attend
 
-from ..softmax.oracle import document_ids, make, oracle, relative
+from ..softmax.oracle import document_ids, make, relative
 
 
-def brute_force(q, k, documents, block, top_k):
-    """Return which keys each query sees, one query block and head at a time.
-
-    Returns:
-        Bool ``[batch, kv_heads, time, time]``.
-    """
-    batch, length, _, _ = q.shape
+def brute_force(q, k, documents, moba):
+    """Return which keys each query head sees: bool ``[batch, heads, time, time]``."""
+    batch, length, heads, _ = q.shape
     ids = torch.zeros(batch, length) if documents is None else documents
-    kv_heads = k.shape[2]
-    group_size = q.shape[2] // kv_heads
-    visible = torch.zeros(batch, kv_heads, length, length, dtype=torch.bool)
-    blocks = [slice(start, min(length, start + block)) for start in range(0, length, block)]
-    for b in range(batch):
-        for h in range(kv_heads):
-            query_heads = slice(h * group_size, (h + 1) * group_size)
-            for own_block, queries in enumerate(blocks):
-                mean_query = q[b, queries, query_heads].mean((0, 1))
-                document = ids[b, queries.start]
-                earlier = [n for n in range(own_block) if ids[b, blocks[n].start] == document]
-                earlier.sort(key=lambda n: -(mean_query @ k[b, blocks[n], h].mean(0)).item())
-                for n in [own_block, *earlier[: top_k - 1]]:
-                    visible[b, h, queries, blocks[n]] = True
+    group_size = heads // k.shape[2]
+    visible = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for b, h, i in itertools.product(range(batch), range(heads), range(length)):
+        kv_head = h // group_size
+        chooser = slice(h, h + 1)
+        if moba.select == "group":
+            chooser = slice(kv_head * group_size, (kv_head + 1) * group_size)
+        query = q[b, i, chooser].mean(0)
+
+        own = i // moba.block
+        blocks = [slice(n * moba.block, (n + 1) * moba.block) for n in range(own + 1)]
+        earlier = [n for n in range(own) if ids[b, blocks[n].start] == ids[b, i]]
+        earlier.sort(key=lambda n: -(query @ k[b, blocks[n], kv_head].mean(0)).item())
+        for n in [own, *earlier[: moba.top_k - 1]]:
+            visible[b, h, i, blocks[n]] = True
     return visible & torch.ones(length, length, dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("documents", [None, [40, 8, 25]], ids=["one", "packed"])
+@pytest.mark.parametrize("select", ["group", "head"])
 @pytest.mark.parametrize(("heads", "kv_heads", "top_k"), [(2, 2, 1), (6, 3, 3), (2, 1, 50)])
-def test_parity_with_brute_force(heads, kv_heads, top_k, documents):
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_parity_with_brute_force(heads, kv_heads, top_k, select, documents, backend):
     q, k, v = make(2, 73, heads, kv_heads, 8)
     ids = None if documents is None else document_ids(documents)[:1].expand(2, -1)
-    masks = iter(brute_force(q, k, ids, 8, top_k))  # the oracle asks once for each batch row
+    moba = MoBA(8, top_k, select)
+    with torch.no_grad():
+        visible = brute_force(q, k, ids, moba)
 
-    class Chosen(Window):
-        def mask(self, queries, keys, num_kv_heads):
-            return next(masks)
+    # Every head has keys of its own, so that each can have a mask of its own.
+    group_size = heads // kv_heads
+    own_k, own_v = (x.repeat_interleave(group_size, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, own_k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~visible, -torch.inf)
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), own_v)
+    expected_lse = scores.logsumexp(-1).transpose(1, 2)
 
-    out = attend(q, k, v, MoBA(8, top_k), documents=ids)
-    expected, _ = oracle(q, k, v, Chosen(1))
-    upstream = torch.randn_like(out)
-    gradients = torch.autograd.grad(out, (q, k, v), upstream)
-    expected_gradients = torch.autograd.grad(expected, (q, k, v), upstream)
-    assert relative(out, expected) < 1e-10
-    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
-        assert relative(gradient, expected_gradient) < 1e-10
+    results = attend(q, k, v, moba, documents=ids, return_lse=True, backend=backend)
+    upstream = [torch.randn_like(x) for x in results]
+    gradients = torch.autograd.grad(results, (q, k, v), upstream)
+    expected_gradients = torch.autograd.grad((expected, expected_lse), (q, k, v), upstream)
+    for result, expectation in zip(
+        (*results, *gradients), (expected, expected_lse, *expected_gradients), strict=True
+    ):
+        assert relative(result, expectation) < 1e-10
+
+
+@pytest.mark.parametrize("option", [{"sinks": torch.randn(6)}, {"softcap": 2.0}, {"scale": 3.0}])
+def test_options_of_the_logits(option):
+    q, k, v = make(1, 73, 6, 3, 8)
+    option = {name: x.double() if torch.is_tensor(x) else x for name, x in option.items()}
+    ours, expected = (
+        attend(q, k, v, MoBA(8, 3, "head"), backend=backend, **option)
+        for backend in ("torch", "reference")
+    )
+    upstream = torch.randn_like(ours)
+    assert relative(ours, expected) < 1e-10
+    for gradient, expectation in zip(
+        torch.autograd.grad(ours, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        assert relative(gradient, expectation) < 1e-10
+
+
+@pytest.mark.parametrize("select", ["group", "head"])
+@pytest.mark.parametrize("first", [130, 200, 300, 301, 320, 350, 400, 450])
+def test_later_tokens_change_no_choice(first, select):
+    """All tokens from ``first`` on are replaced: single ones seldom turn a choice."""
+    q, k, v = (4 * x.detach() for x in make(1, 512, 4, 2, 16))
+    moba = MoBA(32, 3, select)
+    before = attend(q, k, v, moba)[:, :first]
+    for x in (q, k, v):
+        x[:, first:] = 4 * torch.randn_like(x[:, first:])
+    assert relative(attend(q, k, v, moba)[:, :first], before) < 1e-14
+
+
+def test_of_equal_scores_the_earlier_block_wins():
+    """Also of negative ones, and of zeros of either sign."""
+    summaries = torch.zeros(1, 5, 1, 1)
+    q = torch.ones(1, 1, 1, 1)
+    candidates = torch.tensor([[[True, True, True, True, False]]])
+    own = torch.tensor([4])
+    for scores, expected in (
+        ([2.0, 3.0, 3.0, 3.0], [4, 1, 2]),
+        ([-2.0, -1.0, -2.0, -2.0], [4, 1, 0]),
+        ([-0.0, 0.0, -0.0, 0.0], [4, 0, 1]),
+        ([-1e-40, 1e-40, 0.0, 0.0], [4, 1, 2]),
+    ):
+        summaries[0, :4, 0, 0] = torch.tensor(scores)
+        assert MoBA(8, 3).choose(q, summaries, own, candidates)[0, 0, 0].tolist() == expected
+
+
+def test_work_follows_what_is_seen(monkeypatch):
+    """Ten times the tokens are ten times the pairs, where full attention has a hundred times."""
+    from longspan.attention.softmax import chosen_blocks
+
+    pairs = []
+
+    def counted(q, k, v, mask, logits):
+        pairs[-1] += q.shape[0] * q.shape[2] * k.shape[2]
+        return forward(q, k, v, mask, logits)
+
+    forward = chosen_blocks.piece_forward
+    monkeypatch.setattr(chosen_blocks, "piece_forward", counted)
+    for length in (512, 5120):
+        pairs.append(0)
+        q, k, v = make(1, length, 2, 2, 8, dtype=torch.float32)
+        attend(q, k, v, MoBA(64, 3))
+    assert pairs[1] < 12 * pairs[0]
+    assert pairs[1] < 1.5 * 2 * 5120 * 3 * 64
 
 
 def test_errors_name_the_invalid_argument():
@@ -62,6 +135,8 @@ def test_errors_name_the_invalid_argument():
         MoBA(64, 0)
     with pytest.raises(ValueError, match=r"MoBA.block must be a power of two"):
         MoBA(48, 2)
+    with pytest.raises(ValueError, match=r"MoBA.select must be group or head, got 'token'"):
+        MoBA(64, 2, "token")
 
 
 LENGTH = 128
