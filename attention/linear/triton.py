@@ -24,7 +24,8 @@ over the tokens ``s`` of the same document and segment, plus ``<S, dS>`` at the 
 the document that continues there.
 
 Everything is deterministic: no atomics. Exponents are differences of sums of decays, never above 0.
-A document's edge is a factor of 0, not a decay.
+At a document's edge values are chosen: neither a decay nor a factor of 0 would stop NaN. Chunks
+that hold several documents have a branch of their own for it, so that the others cost no more.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..arguments import with_dense_heads
+from ..operation import without_autocast
 from ..softmax.triton.launch_config import MAX_HEAD_DIM
 from ..triton_device import (
     INTERPRETED,
@@ -45,7 +48,6 @@ from ..triton_device import (
     device_unsupported_reason,
     fits_bulk_copies,
     tensor_descriptor,
-    with_unit_stride,
 )
 
 
@@ -123,6 +125,21 @@ def _document(DOCUMENTS, t, length):
     return tl.load(DOCUMENTS + tl.minimum(tl.maximum(t, 0), length - 1))
 
 
+@triton.jit
+def _next_state(y, z, writing, decayed_state, PRECISION: tl.constexpr):
+    """Return the state after a chunk."""
+    return tl.dot(
+        tl.trans(y), (z * writing[:, None]).to(z.dtype), decayed_state, input_precision=PRECISION
+    )
+
+
+@triton.jit
+def _pair_weights(x, y, visible, exponents, scale, PRECISION: tl.constexpr):
+    """Return the weights of a chunk's tokens ``j`` for its tokens ``i``, 0 for hidden ones."""
+    products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return tl.where(visible, products * (tl.exp2(exponents) * scale), 0.0)
+
+
 @triton.jit(do_not_specialize=["length", "chunks"])
 def chunk_scan_kernel(
     X,
@@ -171,7 +188,7 @@ def chunk_scan_kernel(
 
     With ``OUT``: compute it, from the segment's state in ``STATES``. Without: start from a state of
     0, store the state at the segment's end in ``STATES`` and its decay in ``CARRY`` ``[segments,
-    batch, heads]``.
+    batch, heads]``, -1 if another document begins in the segment.
 
     With ``PARTNER``, of the shape of ``OUT``: also store the products of its rows with those of
     ``OUT``, for the block's dims, in ``DOTS``, fp32 ``[blocks of Z, batch, time, heads]``.
@@ -214,6 +231,7 @@ def chunk_scan_kernel(
     else:
         state = tl.load(STATES + state_offsets, mask=state_mask, other=0.0)
     segment_carry = 1.0
+    is_one_document = True
     rate = LOG2E if PER_TOKEN else tl.load(DECAY + h) * LOG2E
     # A long sum exceeds the range of fp16.
     wide: tl.constexpr = tl.bfloat16 if Y.dtype.element_ty == tl.float16 else Y.dtype.element_ty
@@ -222,13 +240,26 @@ def chunk_scan_kernel(
         t = (segment * chunks + (chunks - 1 - n if REVERSE else n)) * CHUNK
         in_sequence = t + i < length
 
+        has_edge = False
+        if DOCUMENTS is not None:
+            before = _document(DOCUMENTS, t + CHUNK if REVERSE else t - 1, length)
+            first = _document(DOCUMENTS, t + CHUNK - 1 if REVERSE else t, length)
+            last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
+            has_edge = first != last
+            is_one_document = is_one_document & (before == last)
+            state = tl.where(before == first, state, 0.0)
+
         # The sum of decays up to each token, in the direction of the scan, is
         # (coarse + fine) * rate; that of the whole chunk (coarse_total + fine_total) * rate.
         if PER_TOKEN:
             decay = tl.load(
                 DECAY + first_token + (t + i).to(tl.int64) * heads, mask=in_sequence, other=0.0
             )
-            decay = tl.maximum(decay, STRONGEST)
+            if DOCUMENTS is not None:
+                # In sums, NaN would pass over the edges; the token's z has it instead.
+                is_decay = decay < float("inf")
+                decay = tl.where(has_edge & (is_decay == 0), 0.0, decay)
+            decay = tl.maximum(decay, STRONGEST, propagate_nan=tl.PropagateNan.ALL)
             decay_coarse = tl.floor(decay * COARSE) / COARSE
             coarse = tl.cumsum(decay_coarse, 0)
             fine = tl.cumsum(decay - decay_coarse, 0)
@@ -249,42 +280,47 @@ def chunk_scan_kernel(
         carry = tl.exp2((coarse_total + fine_total) * rate)
         writing = tl.exp2((coarse_total - coarse + (fine_total - fine)) * rate)
         visible = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
-        if DOCUMENTS is not None:
-            ids = tl.load(DOCUMENTS + t + i, mask=in_sequence, other=-1)
-            before = _document(DOCUMENTS, t + CHUNK if REVERSE else t - 1, length)
-            last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
-            reading = tl.where(ids == before, reading, 0.0)
-            writing = tl.where(ids == last, writing, 0.0)
-            carry = tl.where(before == last, carry, 0.0)
-            visible = visible & (ids[:, None] == ids[None, :])
         # What passes through q, which reads in one direction and writes in the other, is scaled.
         if REVERSE:
             writing *= scale
         else:
             reading *= scale
 
-        # What comes from the state before the chunk, and the state after it.
+        # The output, and the state after the chunk.
         y = _load_tile(ys, t, length, y_t, 0, CHUNK, DX, BLOCK_X, TMA)
         z = _load_tile(zs, t, length, z_t, block * BLOCK_Z, CHUNK, DZ, BLOCK_Z, TMA)
         if OUT is not None:
             x = _load_tile(xs, t, length, x_t, 0, CHUNK, DX, BLOCK_X, TMA)
             out = tl.dot(x.to(wide), state.to(wide), input_precision=PRECISION) * reading[:, None]
-        state = tl.dot(
-            tl.trans(y),
-            (z * writing[:, None]).to(z.dtype),
-            state * carry,
-            input_precision=PRECISION,
-        )
-        segment_carry *= carry
-
-        # What comes from the tokens of the chunk.
-        if OUT is not None:
-            pairs = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             lag = coarse[:, None] - coarse[None, :]
             if PER_TOKEN:
                 lag += fine[:, None] - fine[None, :]
-            pairs *= tl.exp2(tl.where(visible, lag * rate, -float("inf"))) * scale
-            out = tl.dot(pairs.to(z.dtype), z, out, input_precision=PRECISION)
+        segment_carry *= carry
+        if has_edge:
+            ids = tl.load(DOCUMENTS + t + i, mask=in_sequence, other=-1)
+            is_last = (ids == last)[:, None]
+            if PER_TOKEN:
+                z = tl.where(is_decay[:, None], z, float("nan"))
+            state = _next_state(
+                tl.where(is_last, y, 0.0), tl.where(is_last, z, 0.0), writing,
+                tl.zeros_like(state), PRECISION,
+            )  # fmt: skip
+            if OUT is not None:
+                out = tl.where((ids == first)[:, None], out, 0.0)
+                own = visible & (ids[:, None] == ids[None, :])
+                # Numbers that are not finite are left out of the product: NaN as the token's scale
+                # reaches only the tokens that see it.
+                not_finite = z * 0.0  # 0 or NaN
+                scales = scale + tl.sum(not_finite.to(tl.float32), 1)[None, :]
+                finite_z = tl.where(not_finite == 0.0, z, 0.0).to(z.dtype)
+                pairs = _pair_weights(x, y, own, lag * rate, scales, PRECISION)
+                out = tl.dot(pairs.to(z.dtype), finite_z, out, input_precision=PRECISION)
+        else:
+            state = _next_state(y, z, writing, state * carry, PRECISION)
+            if OUT is not None:
+                pairs = _pair_weights(x, y, visible, lag * rate, scale, PRECISION)
+                out = tl.dot(pairs.to(z.dtype), z, out, input_precision=PRECISION)
+        if OUT is not None:
             tokens = first_token + (t + i).to(tl.int64) * heads
             out_mask = in_sequence[:, None] & (dims_z < DZ)[None, :]
             tl.store(
@@ -299,6 +335,8 @@ def chunk_scan_kernel(
 
     if OUT is None:
         tl.store(STATES + state_offsets, state, mask=state_mask)
+        if DOCUMENTS is not None:
+            segment_carry = tl.where(is_one_document, segment_carry, -1.0)
         tl.store(CARRY + segment * tl.num_programs(1) + row, segment_carry)
 
 
@@ -319,7 +357,9 @@ def state_passing_kernel(
     for n in range(segments):
         segment = segments - 1 - n if REVERSE else n
         edge = STATES + (segment if REVERSE else segment + 1) * rows * SIZE
-        state = state * tl.load(CARRY + segment * rows + row) + tl.load(edge, mask=dims < SIZE)
+        carry = tl.load(CARRY + segment * rows + row)
+        kept = tl.where(carry < 0.0, 0.0, state * carry)  # another document begins in the segment
+        state = kept + tl.load(edge, mask=dims < SIZE)
         tl.store(edge, state, mask=dims < SIZE)
 
 
@@ -434,7 +474,7 @@ class _LinearAttention(torch.autograd.Function):
         scale: float,
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = map(with_unit_stride, (q, k, v))
+        q, k, v = map(with_dense_heads, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         decay = decay.float().clamp(min=STRONGEST.value).contiguous()
         blocks = triton.cdiv(v.shape[3], _scan_config(q, v).block)
@@ -451,6 +491,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, documents, states = ctx.saved_tensors
         # It may be one row for all tokens, which bulk copies cannot read.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import accumulation_dtype
+from ..arguments import accumulation_dtype, with_dense_heads
 from ..patterns import Blocks, ClosedFormPattern, Pattern
 from ..patterns.block_lists import BlockLists
 from .pieces import (
@@ -194,13 +194,13 @@ def _empty_time_first(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Return ``[batch, heads, time, dim]``, all padded with zeros to the largest dim.
+    """Return ``[batch, heads, time, dim]`` with dense heads, all padded with zeros to one dim.
 
-    Zeros added to the entries of keys or values change nothing.
+    It is the largest. Zeros added to the entries of keys or values change nothing.
     """
     dim = max(x.shape[-1] for x in tensors)
     padded = [F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in tensors]
-    return [x.transpose(1, 2) for x in padded]
+    return [with_dense_heads(x).transpose(1, 2) for x in padded]
 
 
 def _finite(lse: Tensor) -> Tensor:
@@ -434,6 +434,9 @@ def _formula_backward(
         chunk_lse = _grouped(lse[:, :, queries].to(dtype), k)
 
         scores, slope = _scores(q[:, :, queries], k, mask, queries, logits)
+        if not logits.is_softmax:  # no log-sum-exp tells which queries see nothing
+            sees_keys = (scores > -torch.inf).any(-1, keepdim=True)
+            chunk_grad_out = chunk_grad_out.where(sees_keys, 0.0)
         grad_weights = torch.einsum("bhgqd,bhkd->bhgqk", chunk_grad_out, v.to(dtype))
         if logits.is_softmax:
             weights = (scores - chunk_lse[..., None]).exp()

@@ -270,20 +270,6 @@ def test_bf16_gradients(family, backend):
         assert (a - b).norm() / b.norm() < 5e-3, name
 
 
-def test_autocast_does_not_reach_it():
-    given = make("gated delta", dtype=torch.float32)
-
-    def both():
-        results = run(**given)
-        return *results, *torch.autograd.grad(
-            results, list(given.values()), [torch.ones_like(x) for x in results]
-        )
-
-    plain = both()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(a, b) for a, b in zip(both(), plain, strict=True))
-
-
 def test_memory_is_that_of_a_segment():
     """Between forward and backward only inputs and states are kept, no results of chunks."""
     given = make("gated delta by key", 1024, heads=2, key_heads=2, batch=1)
