@@ -24,8 +24,8 @@ over the tokens ``s`` of the same document and segment, plus ``<S, dS>`` at the 
 the document that continues there.
 
 Everything is deterministic: no atomics. Exponents are differences of sums of decays, never above 0.
-At a document's edge values are chosen: neither a decay nor a factor of 0 would stop NaN. Chunks
-that hold several documents have a branch of their own for it, so that the others cost no more.
+At a document's edge the state is not decayed but left out: it may be NaN. Inside a chunk that holds
+several documents the edge is a factor of 0, which a NaN of the chunk's own tokens passes.
 """
 
 from dataclasses import dataclass, replace
@@ -123,21 +123,6 @@ def _load_tile(
 def _document(DOCUMENTS, t, length):
     """Load the document of token ``t``; beyond either end, that of the first or the last token."""
     return tl.load(DOCUMENTS + tl.minimum(tl.maximum(t, 0), length - 1))
-
-
-@triton.jit
-def _next_state(y, z, writing, decayed_state, PRECISION: tl.constexpr):
-    """Return the state after a chunk."""
-    return tl.dot(
-        tl.trans(y), (z * writing[:, None]).to(z.dtype), decayed_state, input_precision=PRECISION
-    )
-
-
-@triton.jit
-def _pair_weights(x, y, visible, exponents, scale, PRECISION: tl.constexpr):
-    """Return the weights of a chunk's tokens ``j`` for its tokens ``i``, 0 for hidden ones."""
-    products = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    return tl.where(visible, products * (tl.exp2(exponents) * scale), 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "chunks"])
@@ -240,25 +225,12 @@ def chunk_scan_kernel(
         t = (segment * chunks + (chunks - 1 - n if REVERSE else n)) * CHUNK
         in_sequence = t + i < length
 
-        has_edge = False
-        if DOCUMENTS is not None:
-            before = _document(DOCUMENTS, t + CHUNK if REVERSE else t - 1, length)
-            first = _document(DOCUMENTS, t + CHUNK - 1 if REVERSE else t, length)
-            last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
-            has_edge = first != last
-            is_one_document = is_one_document & (before == last)
-            state = tl.where(before == first, state, 0.0)
-
         # The sum of decays up to each token, in the direction of the scan, is
         # (coarse + fine) * rate; that of the whole chunk (coarse_total + fine_total) * rate.
         if PER_TOKEN:
             decay = tl.load(
                 DECAY + first_token + (t + i).to(tl.int64) * heads, mask=in_sequence, other=0.0
             )
-            if DOCUMENTS is not None:
-                # In sums, NaN would pass over the edges; the token's z has it instead.
-                is_decay = decay < float("inf")
-                decay = tl.where(has_edge & (is_decay == 0), 0.0, decay)
             decay = tl.maximum(decay, STRONGEST, propagate_nan=tl.PropagateNan.ALL)
             decay_coarse = tl.floor(decay * COARSE) / COARSE
             coarse = tl.cumsum(decay_coarse, 0)
@@ -280,47 +252,45 @@ def chunk_scan_kernel(
         carry = tl.exp2((coarse_total + fine_total) * rate)
         writing = tl.exp2((coarse_total - coarse + (fine_total - fine)) * rate)
         visible = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
+        if DOCUMENTS is not None:
+            ids = tl.load(DOCUMENTS + t + i, mask=in_sequence, other=-1)
+            before = _document(DOCUMENTS, t + CHUNK if REVERSE else t - 1, length)
+            last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
+            reading = tl.where(ids == before, reading, 0.0)
+            writing = tl.where(ids == last, writing, 0.0)
+            first = _document(DOCUMENTS, t + CHUNK - 1 if REVERSE else t, length)
+            state = tl.where(before == first, state, 0.0)
+            carry = tl.where(before == last, carry, 0.0)
+            is_one_document = is_one_document & (before == last)
+            visible = visible & (ids[:, None] == ids[None, :])
         # What passes through q, which reads in one direction and writes in the other, is scaled.
         if REVERSE:
             writing *= scale
         else:
             reading *= scale
 
-        # The output, and the state after the chunk.
+        # What comes from the state before the chunk, and the state after it.
         y = _load_tile(ys, t, length, y_t, 0, CHUNK, DX, BLOCK_X, TMA)
         z = _load_tile(zs, t, length, z_t, block * BLOCK_Z, CHUNK, DZ, BLOCK_Z, TMA)
         if OUT is not None:
             x = _load_tile(xs, t, length, x_t, 0, CHUNK, DX, BLOCK_X, TMA)
             out = tl.dot(x.to(wide), state.to(wide), input_precision=PRECISION) * reading[:, None]
+        state = tl.dot(
+            tl.trans(y),
+            (z * writing[:, None]).to(z.dtype),
+            state * carry,
+            input_precision=PRECISION,
+        )
+        segment_carry *= carry
+
+        # What comes from the tokens of the chunk.
+        if OUT is not None:
+            pairs = tl.dot(x, tl.trans(y), input_precision=PRECISION)
             lag = coarse[:, None] - coarse[None, :]
             if PER_TOKEN:
                 lag += fine[:, None] - fine[None, :]
-        segment_carry *= carry
-        if has_edge:
-            ids = tl.load(DOCUMENTS + t + i, mask=in_sequence, other=-1)
-            is_last = (ids == last)[:, None]
-            if PER_TOKEN:
-                z = tl.where(is_decay[:, None], z, float("nan"))
-            state = _next_state(
-                tl.where(is_last, y, 0.0), tl.where(is_last, z, 0.0), writing,
-                tl.zeros_like(state), PRECISION,
-            )  # fmt: skip
-            if OUT is not None:
-                out = tl.where((ids == first)[:, None], out, 0.0)
-                own = visible & (ids[:, None] == ids[None, :])
-                # Numbers that are not finite are left out of the product: NaN as the token's scale
-                # reaches only the tokens that see it.
-                not_finite = z * 0.0  # 0 or NaN
-                scales = scale + tl.sum(not_finite.to(tl.float32), 1)[None, :]
-                finite_z = tl.where(not_finite == 0.0, z, 0.0).to(z.dtype)
-                pairs = _pair_weights(x, y, own, lag * rate, scales, PRECISION)
-                out = tl.dot(pairs.to(z.dtype), finite_z, out, input_precision=PRECISION)
-        else:
-            state = _next_state(y, z, writing, state * carry, PRECISION)
-            if OUT is not None:
-                pairs = _pair_weights(x, y, visible, lag * rate, scale, PRECISION)
-                out = tl.dot(pairs.to(z.dtype), z, out, input_precision=PRECISION)
-        if OUT is not None:
+            pairs *= tl.exp2(tl.where(visible, lag * rate, -float("inf"))) * scale
+            out = tl.dot(pairs.to(z.dtype), z, out, input_precision=PRECISION)
             tokens = first_token + (t + i).to(tl.int64) * heads
             out_mask = in_sequence[:, None] & (dims_z < DZ)[None, :]
             tl.store(
