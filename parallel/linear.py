@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import attention
+from ..attention.arguments import check_number
 from ..attention.documents import check_documents
 from ..attention.linear.attention import check_linear, state_map
 from ..attention.operation import operation, recomputed
@@ -59,6 +60,7 @@ def linear_attention(
         ValueError: naming the argument that does not fit.
     """
     check_linear(q, k, v, decay, beta, state, backend)
+    scale = check_number("scale", scale)
     check_shard(layout, group, q.shape[1])
     documents = check_documents(documents, (q.shape[0], layout.length))
     if schedule not in ("auto", "gather", "scan"):

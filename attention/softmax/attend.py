@@ -172,7 +172,7 @@ def choose_backend(
         return "torch"
     if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
         warnings.warn(
-            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=3
+            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=5
         )
         return "torch"
     return "triton"
