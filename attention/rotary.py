@@ -12,12 +12,18 @@ from .arguments import accumulation_dtype
 def rotary_tables(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of integer ``positions`` for an even ``dim``.
 
-    Both are fp32 ``[*positions.shape, dim / 2]``.
+    Both are fp32 ``[*positions.shape, dim / 2]``, of angles in fp64: an fp32 angle at position
+    1,048,576 is off by up to 0.06.
     """
-    exponents = -torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
+    exponents = -torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
     frequencies = theta**exponents
-    angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angle_tables(positions[..., None], frequencies)
+
+
+def angle_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, in fp32, of the products of integer positions and frequencies."""
+    angles = positions.double() * frequencies.double()
+    return angles.cos().float(), angles.sin().float()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

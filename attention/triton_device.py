@@ -71,11 +71,6 @@ def allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """Return ``x`` with the numbers of a head side by side in memory; a copy only if needed."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @triton.jit
 def tensor_descriptor(
     base,

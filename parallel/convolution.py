@@ -5,10 +5,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.linear import convolution
+from ..attention.operation import operation
 from .collectives import AllGather, check_shard
 from .layout import Layout, Segment
 
 
+@operation
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -98,7 +100,7 @@ def _convolve_segment(
         ids = documents[:, segment.tokens]
         earlier = [max(0, segment.start - reach + i) for i in range(reach)]
         is_same_document = documents[:, earlier] == ids[:, :1]  # [batch, reach]
-        before = before * is_same_document[..., None]
+        before = before.where(is_same_document[..., None], 0.0)
     return convolution.short_convolution(
         x[:, segment.slots], weight, bias, state=before, documents=ids
     )

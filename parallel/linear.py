@@ -7,12 +7,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import attention
+from ..attention.arguments import check_number
 from ..attention.documents import check_documents
 from ..attention.linear.attention import check_linear, state_map
+from ..attention.operation import operation, recomputed
 from .collectives import AllGather, AllToAll, check_shard
 from .layout import Layout, Segment
 
 
+@operation
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -57,6 +60,7 @@ def linear_attention(
         ValueError: naming the argument that does not fit.
     """
     check_linear(q, k, v, decay, beta, state, backend)
+    scale = check_number("scale", scale)
     check_shard(layout, group, q.shape[1])
     documents = check_documents(documents, (q.shape[0], layout.length))
     if schedule not in ("auto", "gather", "scan"):
@@ -72,10 +76,11 @@ def linear_attention(
     inputs = [shard.part(segment.slots) for segment in own_segments]
 
     # The map of each of this rank's segments.
+    reach = _Reach(documents, layout)
     maps = []
     for segment, tokens in zip(own_segments, inputs, strict=True):
         state_map_of_segment = tokens.state_map(_ids(documents, segment), backend)
-        maps.append(state_map_of_segment.masked(_continues_document(documents, segment)))
+        maps.append(state_map_of_segment.with_reach(reach.over_tokens(segment.start, segment.stop)))
 
     # The map of no tokens. Backward is a collective, also for a rank without tokens: what that rank
     # sends is tied to its inputs here, and its output to what it receives below.
@@ -87,11 +92,12 @@ def linear_attention(
 
     is_scan = schedule == "scan" or (schedule == "auto" and scan_steps(layout) > 0)
     exchange_states = _scan_states if is_scan else _gather_states
-    states, last = exchange_states(maps, identity, first_state, layout, group, return_state)
+    states, last = exchange_states(maps, identity, first_state, reach, layout, group, return_state)
 
     # The output of each segment, from the state before it.
     outs = [v[:, :0] + last[:0].sum().to(v.dtype)]
     for segment, tokens, state_before in zip(own_segments, inputs, states, strict=True):
+        continues = reach.over_tokens(segment.start, segment.start + 1)
         out = attention.linear_attention(
             tokens.q,
             tokens.k,
@@ -99,7 +105,7 @@ def linear_attention(
             decay=tokens.decay,
             beta=tokens.beta,
             scale=scale,
-            state=state_before * _continues_document(documents, segment),
+            state=_choose(state_before, continues),
             documents=_ids(documents, segment),
             backend=backend,
         )
@@ -127,25 +133,39 @@ class StateMap(NamedTuple):
 
     added: Tensor
     kept: Tensor
+    reaches_end: Tensor | None = None
+    """Whether the state before the tokens is of the last token's document, else it is dropped: bool
+    ``[batch, 1, 1, 1]``, or None if it is everywhere."""
 
     def __call__(self, state: Tensor) -> Tensor:
         """Return the state after the tokens."""
         return self.added + self._keep(state)
 
-    def after(self, earlier: "StateMap") -> "StateMap":
-        """Return the map of the tokens of ``earlier`` and these after them."""
-        return StateMap(self(earlier.added), self._keep(earlier.kept))
+    def after(self, earlier: "StateMap", reaches_end: Tensor | None) -> "StateMap":
+        """Return the map of the tokens of ``earlier`` and these after them.
 
-    def masked(self, continues_document: Tensor | float) -> "StateMap":
-        """Return the map that drops the state of batch rows whose document it is not."""
-        return self._replace(kept=self.kept * continues_document)
+        Args:
+            reaches_end: of the new map.
+        """
+        joined = StateMap(self(earlier.added), self._keep(earlier.kept))
+        return joined.with_reach(reaches_end)
+
+    def with_reach(self, reaches_end: Tensor | None) -> "StateMap":
+        """Return the map that drops the state of batch rows whose document it is not.
+
+        By a choice: a factor of 0 would let a NaN of another document through.
+        """
+        return StateMap(self.added, _choose(self.kept, reaches_end), reaches_end)
 
     def tied_to(self, zero: Tensor) -> "StateMap":
         """Return the same map, part of whose graph ``zero``, a sum of nothing, is."""
         return self._replace(added=self.added + zero)
 
     def _keep(self, x: Tensor) -> Tensor:
-        return self.kept * x if self.kept.shape[-1] == 1 else self.kept @ x
+        x = _choose(x, self.reaches_end)
+        if self.kept.shape[-1] == 1:
+            return self.kept * x
+        return recomputed(torch.matmul, self.kept, x)
 
 
 class _Tokens(NamedTuple):
@@ -184,15 +204,32 @@ def _ids(documents: Tensor | None, segment: Segment) -> Tensor | None:
     return None if documents is None else documents[:, segment.tokens]
 
 
-def _continues_document(documents: Tensor | None, segment: Segment) -> Tensor | float:
-    """Return 1 where the token before a segment is of the same document, else 0.
+def _choose(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return ``x`` with zeros in the batch rows that are not among ``rows``; None is all."""
+    return x if rows is None else x.where(rows, 0.0)
 
-    ``[batch, 1, 1, 1]``, or a number if it is the same for all rows.
-    """
-    if documents is None or not segment.start:
-        return 1.0
-    continues = documents[:, segment.start] == documents[:, segment.start - 1]
-    return continues[:, None, None, None]
+
+class _Reach:
+    """How far states go: which of them are of the document of a later token."""
+
+    def __init__(self, documents: Tensor | None, layout: Layout):
+        self._documents = documents
+        self._segments = layout.segments_in_order
+
+    def over_tokens(self, start: int, stop: int) -> Tensor | None:
+        """Return whether the state before token ``start`` is of the document of ``stop - 1``.
+
+        bool ``[batch, 1, 1, 1]``; None without documents. The state before the sequence is of the
+        first token's document.
+        """
+        if self._documents is None:
+            return None
+        ids = self._documents
+        return (ids[:, max(0, start - 1)] == ids[:, stop - 1])[:, None, None, None]
+
+    def over_segments(self, first: int, stop: int) -> Tensor | None:
+        """Return the same for the segments from number ``first`` to ``stop - 1``."""
+        return self.over_tokens(self._segments[max(0, first)].start, self._segments[stop - 1].stop)
 
 
 def _pack(maps: list[StateMap]) -> Tensor:
@@ -209,6 +246,7 @@ def _gather_states(
     maps: list[StateMap],
     identity: StateMap,
     first_state: Tensor,
+    reach: _Reach,
     layout: Layout,
     group: dist.ProcessGroup,
     return_state: bool,
@@ -221,6 +259,7 @@ def _gather_states(
         maps: of this rank's segments.
         identity: the map of no tokens, tied to this rank's inputs.
         first_state: the state before the sequence.
+        reach: of the states over the segments.
         return_state: whether the last state is needed.
     """
     most_segments = max(len(segments) for segments in layout.segments)
@@ -233,7 +272,9 @@ def _gather_states(
     for segment in layout.segments_in_order:
         if segment.rank == group.rank():
             states.append(state)
-        state = next(maps_of_ranks[segment.rank])(state)
+        state_map_of_segment = next(maps_of_ranks[segment.rank])
+        reaches_end = reach.over_tokens(segment.start, segment.stop)
+        state = state_map_of_segment.with_reach(reaches_end)(state)
     return states, state
 
 
@@ -247,6 +288,7 @@ def _scan_states(
     maps: list[StateMap],
     identity: StateMap,
     first_state: Tensor,
+    reach: _Reach,
     layout: Layout,
     group: dist.ProcessGroup,
     return_state: bool,
@@ -265,13 +307,20 @@ def _scan_states(
     shift, *distances = _scan_distances(layout)
 
     earlier, identity = _exchange_maps(maps, identity, own_numbers, segment_ranks, shift, group)
-    joined = [earlier.get(number, constant) for number in own_numbers]
-    for distance in distances:
+    joined = [
+        earlier[number].with_reach(reach.over_segments(number - 1, number))
+        if number in earlier
+        else constant
+        for number in own_numbers
+    ]
+    for distance in distances:  # each map is of as many segments before its own
         earlier, identity = _exchange_maps(
             joined, identity, own_numbers, segment_ranks, distance, group
         )
         joined = [
-            joined_map.after(earlier[number]) if number in earlier else joined_map
+            joined_map.after(earlier[number], reach.over_segments(number - 2 * distance, number))
+            if number in earlier
+            else joined_map
             for number, joined_map in zip(own_numbers, joined, strict=True)
         ]
 

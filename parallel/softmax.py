@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import attention
 from ..attention.arguments import accumulation_dtype
 from ..attention.documents import check_documents
+from ..attention.operation import operation, without_autocast
 from ..attention.patterns import Causal, ClosedFormPattern, Pattern, Selector
 from ..attention.patterns.block_lists import BlockLists
 from ..attention.patterns.token_lists import select_token_lists
@@ -21,6 +22,8 @@ from ..attention.softmax.attend import (
     check_logit_options,
     check_pattern,
     choose_backend,
+    drop_gradients,
+    queries_without_keys,
     sink_logits_gradient,
 )
 from ..attention.softmax.backends import tile_backward, tile_forward
@@ -37,6 +40,7 @@ _MOST_FLASH_SEGMENTS = 2
 """Of a rank: flash-attn computes keys side by side, one call for each pair of segments."""
 
 
+@operation
 def attend(
     q: Tensor,
     k: Tensor,
@@ -310,6 +314,7 @@ class _AttendOverRanks(torch.autograd.Function):
         return_lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         split = call.plan.head_split
+        kv_heads = k.shape[2]
         ctx.call = call
         ctx.shape = q.shape
         ctx.return_lse = return_lse
@@ -320,10 +325,11 @@ class _AttendOverRanks(torch.autograd.Function):
             sinks = None if sinks is None else sinks[split.own_query_heads]
 
         out, lse = call.forward(q, k, v)
+        without_keys = queries_without_keys(lse, call.pattern, kv_heads)
         if sinks is not None:
             out, lse = add_sink_logits(out, lse, sinks)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, without_keys)
         if split is None:
             return out, lse
 
@@ -335,10 +341,11 @@ class _AttendOverRanks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse, without_keys = ctx.saved_tensors
         call: _DistributedCall = ctx.call
         split = call.plan.head_split
         if grad_out is None:  # the loss depends on the log-sum-exp alone
@@ -353,7 +360,8 @@ class _AttendOverRanks(torch.autograd.Function):
                 grad_lse = grad_lse[..., None]
                 grad_lse = gather_tokens(grad_lse, split, split.query_heads, call.group)[..., 0]
 
-        dq, dk, dv = call.backward(grad_out, grad_lse, q, k, v, out, lse)
+        grad_out, grad_key_lse = drop_gradients(without_keys, grad_out, grad_lse)
+        dq, dk, dv = call.backward(grad_out, grad_key_lse, q, k, v, out, lse)
         dsinks = None
         if sinks is not None:
             dsinks = sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)

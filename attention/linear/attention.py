@@ -13,12 +13,14 @@ delta   any of these            yes   DeltaNet (no decay), Gated DeltaNet (scala
 import torch
 from torch import Tensor
 
-from ..arguments import accumulation_dtype, check_backend, check_dims
+from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
 from ..documents import check_documents
+from ..operation import operation, recomputed, without_autocast
 from .backends import BACKENDS, Backend
 from .decays import decay_to_end
 
 
+@operation
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -70,14 +72,14 @@ def linear_attention(
             which backend does.
     """
     check_linear(q, k, v, decay, beta, state, backend)
+    scale = check_number("scale", scale)
     batch, length, heads, value_dim = v.shape
     documents = check_documents(documents, (batch, length))
     if state is None:
         state = v.new_zeros(batch, heads, k.shape[3], value_dim, dtype=accumulation_dtype(q))
 
     chosen = _choose_backend(backend, q, k, v, decay, beta)
-    with torch.autocast(q.device.type, enabled=False):  # a state in bf16 would forget
-        out, last_state = chosen.forward(q, k, v, decay, beta, scale, state, documents)
+    out, last_state = chosen.forward(q, k, v, decay, beta, scale, state, documents)
     out = out.to(v.dtype)
     return (out, last_state) if return_state else out
 
@@ -95,6 +97,7 @@ def normalized(out: Tensor, eps: float = 1e-6) -> Tensor:
     return out[..., :-1] / (out[..., -1:] + eps)
 
 
+@without_autocast
 def state_map(
     k: Tensor,
     v: Tensor,
@@ -114,7 +117,7 @@ def state_map(
     """
     if beta is not None:
         return _delta_state_map(k, v, decay, beta, documents, backend)
-    return _additive_state_map(k, v, decay, documents)
+    return recomputed(_additive_state_map, k, v, decay, documents)
 
 
 def _delta_state_map(
@@ -154,22 +157,28 @@ def _additive_state_map(
     """Return the map without the delta rule: the product of the decays, and the decayed sum."""
     batch, length, heads, _ = v.shape
     dtype = accumulation_dtype(k)
-    keeps_state = k.new_ones(batch, dtype=dtype)  # [batch]; 0 if another document begins
-    if length and documents is not None:
-        keeps_state = (documents[:, 0] == documents[:, -1]).to(dtype)
-
-    k = k.to(dtype).repeat_interleave(heads // k.shape[2], 2)
-    v = v.to(dtype)
-    kept = k.new_ones(batch, heads, k.shape[3], 1)
+    log_decay = None
     if decay is not None:
         log_decay = _per_token(decay).to(dtype).expand(batch, length, heads, -1)
+    k = k.to(dtype).repeat_interleave(heads // k.shape[2], 2)
+    v = v.to(dtype)
+    if length and documents is not None:
+        # Choices, not factors of 0: what other documents hold may be NaN.
+        is_last_document = (documents == documents[:, -1:])[..., None, None]  # [batch, time, 1, 1]
+        k = k.where(is_last_document, 0.0)
+        v = v.where(is_last_document, 0.0)
+        if log_decay is not None:
+            log_decay = log_decay.where(is_last_document, 0.0)
+
+    kept = k.new_ones(batch, heads, k.shape[3], 1)
+    if log_decay is not None:
         k = k * decay_to_end(log_decay, 1).exp()
         kept = kept * log_decay.sum(1)[..., None].exp()
     if length and documents is not None:
-        is_last_document = documents == documents[:, -1:]  # [batch, time]
-        k = k * is_last_document[..., None, None]
+        is_one_document = (documents[:, 0] == documents[:, -1])[:, None, None, None]
+        kept = kept.where(is_one_document, 0.0)
     added = torch.einsum("bthk,bthv->bhkv", k, v)
-    return kept * keeps_state[:, None, None, None], added
+    return kept, added
 
 
 def _per_token(decay: Tensor) -> Tensor:

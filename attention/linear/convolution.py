@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..arguments import accumulation_dtype
 from ..documents import check_documents
+from ..operation import operation
 
 
 @overload
@@ -36,6 +37,7 @@ def short_convolution(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@operation
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -86,15 +88,16 @@ def short_convolution(
     total = torch.zeros((), dtype=dtype, device=x.device) if bias is None else bias.to(dtype)
     for lag in range(reach + 1):
         lagged = slice(reach - lag, reach - lag + length)
-        term = padded[:, lagged].to(dtype) * weight[:, reach - lag].to(dtype)
+        tokens = padded[:, lagged]
         if lag and documents is not None:
-            term = term * (padded_ids[:, lagged] == documents)[..., None]
-        total = total + term
+            # A choice: a factor of 0 would let NaN through.
+            tokens = tokens.where((padded_ids[:, lagged] == documents)[..., None], 0.0)
+        total = total + tokens.to(dtype) * weight[:, reach - lag].to(dtype)
     out = total.to(x.dtype)
     if not return_state:
         return out
 
     last = padded[:, length:]
     if documents is not None:
-        last = last * (padded_ids[:, length:] == documents[:, -1:])[..., None]
+        last = last.where((padded_ids[:, length:] == documents[:, -1:])[..., None], 0.0)
     return out, last

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
+from ..operation import operation, recomputed
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -33,6 +34,7 @@ def taylor(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x, products], -1)
 
 
+@operation
 def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``[softmax(2 W x), softmax(-2 W x)]``, normalized together (arXiv 2402.04347).
 
@@ -42,8 +44,12 @@ def hedgehog(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         weight: ``[heads, dim, dim]``, the identity at first.
     """
-    x = 2 * torch.einsum("...hd,hed->...he", x, weight)
+    x = recomputed(_projected_twice, x, weight)
     return torch.cat([x, -x], -1).to(accumulation_dtype(x)).softmax(-1).to(x.dtype)
+
+
+def _projected_twice(x: Tensor, weight: Tensor) -> Tensor:
+    return 2 * torch.einsum("...hd,hed->...he", x, weight)
 
 
 def l2_normalized(x: Tensor, eps: float = 1e-6) -> Tensor:

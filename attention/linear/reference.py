@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulation_dtype
+from ..operation import recomputed
 
 
 def unsupported_reason(
@@ -26,6 +27,20 @@ def forward(
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what :class:`~longspan.attention.linear.backends.Backend` asks for."""
+    return recomputed(_recurrence, q, k, v, decay, beta, scale, state, documents)
+
+
+def _recurrence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output of all tokens and the state after the last."""
     dtype = accumulation_dtype(q)
     group_size = v.shape[2] // q.shape[2]  # value heads that share a key head
     q = (q.to(dtype) * scale).repeat_interleave(group_size, 2)

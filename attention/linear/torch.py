@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype
+from ..operation import recomputed
 from .decays import decay_to_end
+from .isolation import forward_by_document
 
 _CHUNK = 64
 """Tokens of a chunk."""
@@ -33,7 +35,7 @@ _STRONGEST = -800.0
 _SEGMENT = 512
 """Tokens whose intermediate results exist at one time.
 
-Those of a longer sequence are computed again in backward.
+They are computed again in backward.
 """
 
 
@@ -54,6 +56,23 @@ def forward(
     documents: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute what :class:`~longspan.attention.linear.backends.Backend` asks for."""
+    arguments = (q, k, v, decay, beta, scale, state)
+    if documents is None:
+        return _forward(*arguments, documents)
+    return forward_by_document(_forward, *arguments, documents)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the output of all tokens and the state after the last, segment by segment."""
     dtype = accumulation_dtype(q)
     length = q.shape[1]
 
@@ -78,49 +97,10 @@ def forward(
     for start, (*tokens, part_decay) in zip(edges, parts, strict=False):
         segment_decay = decay if part_decay is None else part_decay
         arguments = (*tokens, segment_decay, scale, state, documents, start)
-        if len(sizes) > 1 and torch.is_grad_enabled():
-            out, state = _RecomputedSegment.apply(*arguments)
-        else:
-            out, state = _segment(*arguments)
+        out, state = recomputed(_segment, *arguments)
         outs.append(out)
     out = torch.cat(outs, 1) if outs else v.to(dtype)
     return out, state.flatten(1, 2)
-
-
-class _RecomputedSegment(torch.autograd.Function):
-    """:func:`_segment`, whose intermediate results are computed again in backward.
-
-    What `torch.utils.checkpoint` does, without its second of imports and a fifth of the forward
-    time that its hooks take.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*(x for x in arguments if isinstance(x, Tensor)))
-        # For each argument None if it is a saved tensor, else a tuple with the argument itself.
-        ctx.others = [None if isinstance(x, Tensor) else (x,) for x in arguments]
-        return _segment(*arguments)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        arguments = [next(saved).detach() if other is None else other[0] for other in ctx.others]
-        inputs = [
-            x.requires_grad_()
-            for x, needs_grad in zip(arguments, ctx.needs_input_grad, strict=True)
-            if needs_grad
-        ]
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            with torch.enable_grad():
-                results = _segment(*arguments)
-            # A result without a graph: the last state does not depend on the queries.
-            used = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
-            outputs, upstream = zip(*used, strict=True)
-            input_gradients = iter(torch.autograd.grad(outputs, inputs, upstream))
-        return tuple(
-            next(input_gradients) if needs_grad else None for needs_grad in ctx.needs_input_grad
-        )
 
 
 class _SameDocument(NamedTuple):
@@ -346,8 +326,7 @@ class _Inverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        with torch.autocast(inverse.device.type, enabled=False):
-            return -(inverse.mT @ gradient @ inverse.mT)
+        return -(inverse.mT @ gradient @ inverse.mT)
 
 
 def _states(state: Tensor, added: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor]:

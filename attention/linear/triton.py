@@ -24,7 +24,8 @@ over the tokens ``s`` of the same document and segment, plus ``<S, dS>`` at the 
 the document that continues there.
 
 Everything is deterministic: no atomics. Exponents are differences of sums of decays, never above 0.
-A document's edge is a factor of 0, not a decay.
+At a document's edge the state is not decayed but left out: it may be NaN. Inside a chunk that holds
+several documents the edge is a factor of 0, which a NaN of the chunk's own tokens passes.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..arguments import with_dense_heads
+from ..operation import without_autocast
 from ..softmax.triton.launch_config import MAX_HEAD_DIM
 from ..triton_device import (
     INTERPRETED,
@@ -45,7 +48,6 @@ from ..triton_device import (
     device_unsupported_reason,
     fits_bulk_copies,
     tensor_descriptor,
-    with_unit_stride,
 )
 
 
@@ -171,7 +173,7 @@ def chunk_scan_kernel(
 
     With ``OUT``: compute it, from the segment's state in ``STATES``. Without: start from a state of
     0, store the state at the segment's end in ``STATES`` and its decay in ``CARRY`` ``[segments,
-    batch, heads]``.
+    batch, heads]``, -1 if another document begins in the segment.
 
     With ``PARTNER``, of the shape of ``OUT``: also store the products of its rows with those of
     ``OUT``, for the block's dims, in ``DOTS``, fp32 ``[blocks of Z, batch, time, heads]``.
@@ -214,6 +216,7 @@ def chunk_scan_kernel(
     else:
         state = tl.load(STATES + state_offsets, mask=state_mask, other=0.0)
     segment_carry = 1.0
+    is_one_document = True
     rate = LOG2E if PER_TOKEN else tl.load(DECAY + h) * LOG2E
     # A long sum exceeds the range of fp16.
     wide: tl.constexpr = tl.bfloat16 if Y.dtype.element_ty == tl.float16 else Y.dtype.element_ty
@@ -228,7 +231,7 @@ def chunk_scan_kernel(
             decay = tl.load(
                 DECAY + first_token + (t + i).to(tl.int64) * heads, mask=in_sequence, other=0.0
             )
-            decay = tl.maximum(decay, STRONGEST)
+            decay = tl.maximum(decay, STRONGEST, propagate_nan=tl.PropagateNan.ALL)
             decay_coarse = tl.floor(decay * COARSE) / COARSE
             coarse = tl.cumsum(decay_coarse, 0)
             fine = tl.cumsum(decay - decay_coarse, 0)
@@ -255,7 +258,10 @@ def chunk_scan_kernel(
             last = _document(DOCUMENTS, t if REVERSE else t + CHUNK - 1, length)
             reading = tl.where(ids == before, reading, 0.0)
             writing = tl.where(ids == last, writing, 0.0)
+            first = _document(DOCUMENTS, t + CHUNK - 1 if REVERSE else t, length)
+            state = tl.where(before == first, state, 0.0)
             carry = tl.where(before == last, carry, 0.0)
+            is_one_document = is_one_document & (before == last)
             visible = visible & (ids[:, None] == ids[None, :])
         # What passes through q, which reads in one direction and writes in the other, is scaled.
         if REVERSE:
@@ -299,6 +305,8 @@ def chunk_scan_kernel(
 
     if OUT is None:
         tl.store(STATES + state_offsets, state, mask=state_mask)
+        if DOCUMENTS is not None:
+            segment_carry = tl.where(is_one_document, segment_carry, -1.0)
         tl.store(CARRY + segment * tl.num_programs(1) + row, segment_carry)
 
 
@@ -319,7 +327,9 @@ def state_passing_kernel(
     for n in range(segments):
         segment = segments - 1 - n if REVERSE else n
         edge = STATES + (segment if REVERSE else segment + 1) * rows * SIZE
-        state = state * tl.load(CARRY + segment * rows + row) + tl.load(edge, mask=dims < SIZE)
+        carry = tl.load(CARRY + segment * rows + row)
+        kept = tl.where(carry < 0.0, 0.0, state * carry)  # another document begins in the segment
+        state = kept + tl.load(edge, mask=dims < SIZE)
         tl.store(edge, state, mask=dims < SIZE)
 
 
@@ -434,7 +444,7 @@ class _LinearAttention(torch.autograd.Function):
         scale: float,
         documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = map(with_unit_stride, (q, k, v))
+        q, k, v = map(with_dense_heads, (q, k, v))
         documents = None if documents is None else documents.contiguous()
         decay = decay.float().clamp(min=STRONGEST.value).contiguous()
         blocks = triton.cdiv(v.shape[3], _scan_config(q, v).block)
@@ -451,6 +461,7 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, decay, documents, states = ctx.saved_tensors
         # It may be one row for all tokens, which bulk copies cannot read.

@@ -83,6 +83,10 @@ class Pattern(ABC):
         visible = sum(self.visible_pairs(length, head) for head in range(num_kv_heads))
         return visible / (num_kv_heads * length * (length + 1) / 2)
 
+    def every_query_sees_keys(self, num_kv_heads: int) -> bool:
+        """Return whether it is certain that no query is without keys, in any head."""
+        return False
+
     @abstractmethod
     def covers(self, num_kv_heads: int) -> bool:
         """Return whether at least one head sees each earlier position, however far away it is."""
@@ -166,6 +170,10 @@ class ClosedFormPattern(Pattern):
         if relative:
             change += _relative_changes(relative, keys, query_end)
         return np.cumsum(change)[:length]
+
+    def every_query_sees_keys(self, num_kv_heads: int) -> bool:
+        # In a band each query sees at least itself.
+        return all(any(rule.is_band for rule in self.rules(head)) for head in range(num_kv_heads))
 
     def covers(self, num_kv_heads: int) -> bool:
         all_rules = {rule for head in range(num_kv_heads) for rule in self.rules(head)}

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..arguments import accumulation_dtype, check_backend, check_dims
+from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
 from ..documents import check_documents, document_spans
+from ..operation import operation, without_autocast
 from ..patterns import Blocks, Pattern, Selector
 from ..patterns.token_lists import select_token_lists
 from .backends import BACKENDS, tile_backward, tile_forward
 from .tiles import LogitOptions, Tile
 
 
+@operation
 def attend(
     q: Tensor,
     k: Tensor,
@@ -127,8 +129,13 @@ def check_logit_options(
 ) -> LogitOptions:
     """Return the options of the logits, or raise ValueError for those that do not fit together."""
     num_heads = q.shape[2]
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, or None for no softcap, got {softcap}")
+    scale = q.shape[-1] ** -0.5 if scale is None else check_number("scale", scale)
+    if softcap is not None:
+        softcap = check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, or None for no softcap, got {softcap:g}")
+    if sigmoid_bias is not None:
+        sigmoid_bias = check_number("sigmoid_bias", sigmoid_bias)
     if sinks is not None and sinks.shape != (num_heads,):
         raise ValueError(
             f"sinks must be one number for each head of q, shape ({num_heads},), "
@@ -143,8 +150,6 @@ def check_logit_options(
                     f"{name} needs the softmax, but sigmoid_bias is given: "
                     "sigmoid weights of a query have no common sum"
                 )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     return LogitOptions(scale, softcap, sigmoid_bias)
 
 
@@ -166,7 +171,7 @@ def choose_backend(
         return "torch"
     if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
         warnings.warn(
-            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=3
+            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=5
         )
         return "torch"
     return "triton"
@@ -247,31 +252,61 @@ def sink_logits_gradient(
     sinks: Tensor, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> Tensor:
     """Return the gradient of the sinks' logits ``[heads]``, from the final ``out`` and ``lse``."""
-    # inf - inf: a sink of minus infinity for a query that sees nothing
-    weight = (sinks.to(lse.dtype) - lse).exp().nan_to_num(0.0)  # [batch, time, heads]
+    weight = (sinks.to(lse.dtype) - lse).exp()  # [batch, time, heads]
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     grad_logits = weight * ((0.0 if grad_lse is None else grad_lse) - delta)
-    return grad_logits.sum((0, 1)).to(sinks.dtype)
+    # A sink of minus infinity for a query that sees nothing: inf - inf, and upstream maybe NaN.
+    return grad_logits.masked_fill(lse == -torch.inf, 0.0).sum((0, 1)).to(sinks.dtype)
+
+
+def queries_without_keys(lse: Tensor, pattern: Pattern, kv_heads: int) -> Tensor | None:
+    """Return which queries see no key, from their log-sum-exp without sinks.
+
+    bool ``[batch, time, heads]``; None if the pattern leaves none without keys.
+    """
+    return None if pattern.every_query_sees_keys(kv_heads) else lse == -torch.inf
+
+
+def drop_gradients(
+    without_keys: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the upstream gradients with zeros for queries without keys, which pass nothing on.
+
+    There they may well be NaN: that of ``logaddexp`` of two log-sum-exps of minus infinity is. A
+    product with weights of 0 would keep the NaN.
+
+    Args:
+        without_keys: bool ``[batch, time, heads]``; None if there are none.
+    """
+    if without_keys is None:
+        return grad_out, grad_lse
+    grad_out = grad_out.masked_fill(without_keys[..., None], 0.0)
+    if grad_lse is not None:
+        grad_lse = grad_lse.masked_fill(without_keys, 0.0)
+    return grad_out, grad_lse
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, call: _AttentionCall):
         out, lse = call.forward(q, k, v)
+        without_keys = queries_without_keys(lse, call.pattern, k.shape[2])
         if sinks is not None:
             out, lse = add_sink_logits(out, lse, sinks)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, without_keys)
         return out, lse
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad_out, grad_lse):
-        q, k, v, sinks, out, lse = ctx.saved_tensors
+        q, k, v, sinks, out, lse, without_keys = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        dq, dk, dv = ctx.call.backward(grad_out, grad_lse, q, k, v, out, lse)
+        grad_out, grad_key_lse = drop_gradients(without_keys, grad_out, grad_lse)
+        dq, dk, dv = ctx.call.backward(grad_out, grad_key_lse, q, k, v, out, lse)
         dsinks = None
         if sinks is not None:
             dsinks = sink_logits_gradient(sinks, grad_out, grad_lse, out, lse)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from ..arguments import accumulation_dtype
+from ..arguments import accumulation_dtype, with_dense_heads
 from ..patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from .tiles import LogitOptions, Tile
 
@@ -338,13 +338,14 @@ def _import_interface(package: str, minimum: str, module: str) -> ModuleType:
 
 
 def _pad_head_dim(multiple: int, *tensors: Tensor) -> list[Tensor]:
-    """Pad all tensors with zeros to one head dim, a multiple of ``multiple``.
+    """Return tensors with dense heads, padded with zeros to one dim, a multiple of ``multiple``.
 
     Zeros added to the entries of keys or values change nothing.
     """
     largest = max(x.shape[3] for x in tensors)
     dim = -(-largest // multiple) * multiple
-    return [F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in tensors]
+    padded = [F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in tensors]
+    return [with_dense_heads(x) for x in padded]
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -133,6 +133,9 @@ def _formula_backward(
         chunk_lse = _grouped(lse[:, :, queries].to(dtype), k)
 
         scores, slope = _scores(q[:, :, queries], k, mask, queries, logits)
+        if not logits.is_softmax:  # no log-sum-exp tells which queries see nothing
+            sees_keys = (scores > -torch.inf).any(-1, keepdim=True)
+            chunk_grad_out = chunk_grad_out.where(sees_keys, 0.0)
         grad_weights = torch.einsum("bhgqd,bhkd->bhgqk", chunk_grad_out, v.to(dtype))
         if logits.is_softmax:
             weights = (scores - chunk_lse[..., None]).exp()

@@ -56,6 +56,9 @@ def backward(
     grouped_grad_out = grad_out.unflatten(2, (kv_heads, -1))
 
     scores, softcap_slope = _scores(q, k, tile)
+    if not logits.is_softmax:  # no log-sum-exp tells which queries see nothing
+        sees_keys = (scores > -torch.inf).any(-1)  # [batch, kv_heads, group, queries]
+        grouped_grad_out = grouped_grad_out.where(sees_keys.movedim(3, 1)[..., None], 0.0)
     grad_weights = torch.einsum("bqhgd,bkhd->bhgqk", grouped_grad_out, v)
     if logits.is_softmax:
         weights = (scores - _finite(_per_kv_head(lse, kv_heads))[..., None]).exp()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import accumulation_dtype
+from ..arguments import accumulation_dtype, with_dense_heads
 from ..patterns import Blocks, ClosedFormPattern, Pattern
 from ..patterns.block_lists import BlockLists
 from ..patterns.token_lists import TokenLists
@@ -207,13 +207,13 @@ def _empty_time_first(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Return ``[batch, heads, time, dim]``, all padded with zeros to the largest dim.
+    """Return ``[batch, heads, time, dim]`` with dense heads, all padded with zeros to one dim.
 
-    Zeros added to the entries of keys or values change nothing.
+    It is the largest. Zeros added to the entries of keys or values change nothing.
     """
     dim = max(x.shape[-1] for x in tensors)
     padded = [F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in tensors]
-    return [x.transpose(1, 2) for x in padded]
+    return [with_dense_heads(x).transpose(1, 2) for x in padded]
 
 
 def _query_heads(piece: Piece, q: Tensor, k: Tensor) -> slice:

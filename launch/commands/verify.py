@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, one and "
-        "many at a time and by NaN, see which positions change, and compare loss and gradients over context-parallel ranks with "
-        "those on one rank."
+        "On the CPU, in a small model with the recipe's layers and patterns: replace tokens, one "
+        "and many at a time and by NaN, see which positions change, and compare loss and gradients "
+        "over context-parallel ranks with those on one rank."
     )
     add_recipe_arguments(parser, example="parallel.schedule=ring")
     parser.add_argument(

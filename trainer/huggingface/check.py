@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from .exact_angles import use_exact_angles
 from .folder import abbreviated, load_folder, loading
 from .model_to_export import ModelToExport
 from .registry import choose_target
@@ -69,6 +70,7 @@ def check_export(folder: Path, saved: SavedRun, say: Callable[[str], None]) -> C
             "export the run again"
         )
 
+    use_exact_angles(loaded.model)  # or every long prompt would show their rounding
     engine = _engine(saved, target, config.dtype or torch.float32)
     try:
         result = _compare(engine, loaded.model, saved)

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from ...attention import apply_rotary
 from ...attention.linear.attention import normalized
 from ...attention.linear.feature_maps import MAPS, hedgehog
+from ...attention.rotary import angle_tables
 from ...parallel import Sequence, linear_attention, short_convolution
 from ..megatron_core import ColumnParallelLinear, TransformerConfig
 from .base import MixerContext, Shapes
@@ -145,8 +146,8 @@ class LinearAttention(Mixer):
             return hedgehog(q, self.map_q.view(sizes)), hedgehog(k, self.map_k.view(sizes))
         if design.feature_map == "lrpe":
             # The angle between two tokens is that of their distance.
-            angles = sequence.positions[..., None, None] * self.angles.float()
-            rotation = torch.cat([angles.cos(), angles.sin()], -1).to(q.dtype)
+            tables = angle_tables(sequence.positions[..., None, None], self.angles)
+            rotation = torch.cat(tables, -1).to(q.dtype)
             return q.repeat(1, 1, 1, 2) * rotation, k.repeat(1, 1, 1, 2) * rotation
         feature_map = MAPS[design.feature_map]
         return feature_map(q), feature_map(k)

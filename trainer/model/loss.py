@@ -10,7 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...attention.operation import without_autocast
 
+
+@without_autocast
 def cross_entropy_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -57,6 +60,7 @@ def cross_entropy_sum(
     )
 
 
+@without_autocast
 @torch.no_grad()
 def token_losses(
     hidden: Tensor,

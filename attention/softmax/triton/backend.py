@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...arguments import with_dense_heads
 from ...patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from ...patterns.block_lists import BlockLists
 from ...patterns.token_lists import TokenLists
@@ -23,7 +24,6 @@ from ...triton_device import (
     device_unsupported_reason,
     fits_bulk_copies,
     on_device_of_first_argument,
-    with_unit_stride,
 )
 from ..tiles import LogitOptions, Tile, merge_
 from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
@@ -69,7 +69,7 @@ def unsupported_reason(
 def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """See :func:`~longspan.attention.softmax.backends.tile_forward`."""
     triton.set_allocator(allocate_workspace)  # of this thread: autograd has its own
-    q, k, v = map(with_unit_stride, (q, k, v))
+    q, k, v = map(with_dense_heads, (q, k, v))
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(
         q.shape[:3], tile.logits.lse_without_keys, dtype=torch.float32, device=q.device
@@ -107,7 +107,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~longspan.attention.softmax.backends.tile_backward`."""
     triton.set_allocator(allocate_workspace)
-    grad_out, q, k, v, out = map(with_unit_stride, (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = map(with_dense_heads, (grad_out, q, k, v, out))
     delta = _delta(out, grad_out, grad_lse)  # [batch, heads, queries]
     lse = lse.transpose(1, 2)
 

@@ -276,21 +276,6 @@ def test_bf16_gradients(family, backend):
         assert (a - b).norm() / b.norm() < 5e-3, name
 
 
-def test_autocast_has_no_effect():
-    arguments = make("gated delta", dtype=torch.float32)
-
-    def outputs_and_gradients():
-        results = run(**arguments)
-        return *results, *torch.autograd.grad(
-            results, list(arguments.values()), [torch.ones_like(x) for x in results]
-        )
-
-    without_autocast = outputs_and_gradients()
-    with torch.autocast("cpu", torch.bfloat16):
-        with_autocast = outputs_and_gradients()
-    assert all(torch.equal(a, b) for a, b in zip(with_autocast, without_autocast, strict=True))
-
-
 def test_only_inputs_and_states_are_saved_for_backward():
     """Results of chunks are not kept between forward and backward."""
     arguments = make("gated delta by key", 1024, heads=2, key_heads=2, batch=1)

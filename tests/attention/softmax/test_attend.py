@@ -202,6 +202,93 @@ def test_sinks_of_minus_infinity_with_rows_that_see_nothing():
     assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v, sinks))))
 
 
+def packed(x):
+    """Return ``x`` as one of three that are packed in the last dim: strides of 3."""
+    return torch.stack([x, x + 1, x - 1], -1).unbind(-1)[0]
+
+
+def permuted(*order):
+    """Return a function that lays the memory of ``x`` out in another order of its dims."""
+    inverse = [order.index(dim) for dim in range(4)]
+    return lambda x: x.permute(order).contiguous().permute(inverse)
+
+
+def overlapping(x):
+    """Return a view whose tokens overlap, each beginning one number after the one before."""
+    _, time, heads, dim = x.shape
+    memory = x.flatten()[: time + heads * (dim + 4)].clone()
+    return memory.as_strided(x.shape, (0, 1, dim + 4, 1))
+
+
+LAYOUTS = {
+    "packed": packed,
+    "heads first": permuted(0, 2, 1, 3),
+    "dims before time": permuted(0, 2, 3, 1),
+    "dims first": permuted(3, 2, 1, 0),
+    "same token": lambda x: x[:, :1].expand_as(x),
+    "same head": lambda x: x[:, :, :1].expand_as(x),
+    "same row": lambda x: x[:1].expand_as(x),
+    "same number": lambda x: x[..., :1].expand_as(x),
+    "one number": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "overlapping": overlapping,
+}
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS["edges"]], ids=["one", "packed"])
+@pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), LISTS], ids=repr)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_strides(layout, pattern, documents):
+    """Of inputs and upstream gradients alike, as contiguous copies of them."""
+    inputs = [x.detach() for x in make(2, 73, 4, 2, 16)]
+    upstream = torch.randn(2, 73, 4, 16, generator=torch.Generator().manual_seed(0)).double()
+    ids = document_ids(documents)
+
+    def run(backend, *tensors):
+        *leaves, gradient = tensors
+        leaves = [x.requires_grad_() for x in leaves]
+        out = attend(*leaves, pattern, documents=ids, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, gradient)
+
+    views = [layout(x) for x in (*inputs, upstream)]
+    copies = [x.clone(memory_format=torch.contiguous_format) for x in views]
+    ours = run("torch", *(x.detach() for x in views))
+    for a, b in zip(ours, run("reference", *copies), strict=True):
+        assert (a - b).norm() < 1e-10 * b.norm().clamp(1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("sink", [None, 0.5, -torch.inf])
+def test_upstream_nan_where_nothing_is_seen(backend, sink):
+    """As ``logaddexp`` of log-sum-exps of minus infinity gives it: 0 there, finite elsewhere."""
+    inputs = make(1, 40, 2, 1, 8)
+    sinks = None if sink is None else torch.full((2,), sink, dtype=torch.float64)
+    unseen = (attend(*inputs, Stripes(8, 4, 1), return_lse=True)[1] == -torch.inf)[0]
+    upstream = torch.ones(1, 40, 2, 8, dtype=torch.float64)
+    upstream_lse = torch.ones(1, 40, 2, dtype=torch.float64)
+
+    def gradients(value):
+        leaves = inputs if sinks is None else [*inputs, sinks.requires_grad_()]
+        results = attend(*inputs, Stripes(8, 4, 1), return_lse=True, sinks=sinks, backend=backend)
+        grad_out = upstream.masked_fill(unseen[..., None], value)
+        # The sink's logit is the log-sum-exp of such a query, and has its gradient.
+        grad_lse = upstream_lse.masked_fill(unseen, 0.0 if sink == 0.5 else value)
+        return torch.autograd.grad(results, leaves, (grad_out, grad_lse))
+
+    assert unseen.any()
+    for found, expected in zip(gradients(torch.nan), gradients(0.0), strict=True):
+        assert torch.equal(found, expected)
+    assert not gradients(torch.nan)[0][0, unseen].any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_upstream_nan_where_sigmoid_weights_have_nothing(backend):
+    inputs = make(1, 40, 2, 1, 8)
+    out = attend(*inputs, Stripes(8, 4, 1), sigmoid_bias=-1.0, backend=backend)
+    gradients = torch.autograd.grad((out / out.norm(dim=-1, keepdim=True)).sum(), inputs)
+    assert all(x.isfinite().all() for x in gradients)
+
+
 def test_documents_changed_in_place_are_read_again():
     ids = torch.zeros(1, 64, dtype=torch.int32)
     q, k, v = make(1, 64, 2, 2, 8)
