@@ -9,7 +9,7 @@ from longspan import attention, parallel
 from longspan.attention import S2, Causal, Sinks, Window
 
 from .test_operations import LAYOUTS as TOKEN_LAYOUTS
-from .test_operations import LENGTH, draw, ids
+from .test_operations import LENGTH, document_ids, draw
 
 DOCUMENTS = [None, [[5, 8, 13, 1, 20, 5], [26, 13, 13]], [[52], [20, 32]]]
 
@@ -85,7 +85,7 @@ def test_any_call_is_that_of_one_device(threads, operation, seed):
     torch.manual_seed(seed)
     shapes, alone, over_ranks = operation(choose)
     layout = choose([x for x in TOKEN_LAYOUTS.values() if x.ranks > 1])
-    documents = ids(choose(DOCUMENTS))
+    documents = document_ids(choose(DOCUMENTS))
     autocast = choose([False, True])
     strides = [choose(STRIDES) for _ in shapes]
     tensors = draw(seed, *shapes)
