@@ -55,8 +55,8 @@ def forward(
         slot_lse = torch.full(chunk.slots_shape, no_key, dtype=dtype, device=q.device)
         for group in chunk.groups(blocks):
             group_out, group_lse = piece_forward(
-                group.queries(chunk_q), blocked_k[group.key_blocks, None],
-                blocked_v[group.key_blocks, None], group.mask(blocks, chunk, q.dtype), tile.logits,
+                group.queries(chunk_q), group.keys(blocked_k), group.keys(blocked_v),
+                group.mask(blocks, chunk, q.dtype), tile.logits,
             )  # fmt: skip
             group.write(slot_out, group_out)
             group.write(slot_lse, group_lse)
@@ -105,8 +105,8 @@ def backward(
         for group in chunk.groups(blocks):
             group_dq, group_dk, group_dv = piece_backward(
                 group.queries(chunk_grad_out), group.queries(chunk_q), group.queries(chunk_out),
-                group.queries(chunk_lse), blocked_k[group.key_blocks, None],
-                blocked_v[group.key_blocks, None], group.mask(blocks, chunk, q.dtype), tile.logits,
+                group.queries(chunk_lse), group.keys(blocked_k), group.keys(blocked_v),
+                group.mask(blocks, chunk, q.dtype), tile.logits,
             )  # fmt: skip
             group.write(slot_dq, group_dq)
             group.add(dk, group_dk)
@@ -300,7 +300,12 @@ class _Groups:
 
     def queries(self, x: Tensor) -> Tensor:
         """Take from ``[rows, heads, ...]`` as ``[groups, heads, _ROWS, ...]``."""
-        return x[self.rows].transpose(1, 2)
+        taken = x.index_select(0, self.rows.flatten())
+        return taken.view(*self.rows.shape, *x.shape[1:]).transpose(1, 2)
+
+    def keys(self, blocked: Tensor) -> Tensor:
+        """Take keys from ``[all key blocks, size, dim]`` as ``[groups, 1, size, dim]``."""
+        return blocked.index_select(0, self.key_blocks)[:, None]
 
     def mask(self, blocks: _KeyBlocks, rows: _QueryRows, dtype: torch.dtype) -> Mask:
         """Return which of a group's keys each of its rows sees."""

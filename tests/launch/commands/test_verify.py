@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
+from longspan.attention import MoBA, attend
 from longspan.trainer.evaluation.parity import (
+    NAN_TOKEN,
     STACK,
     cases,
     documents_of,
     find_leak,
+    find_many_leaks,
     may_see,
     probes_of,
     shrink,
@@ -54,6 +57,67 @@ def test_a_wrong_layer_ends_with_status_1(longspan, tmp_path):
     assert re.search(r"^linear .* WRONG$", completed.stdout, re.MULTILINE)
     assert re.search(r"^full .* ok$", completed.stdout, re.MULTILINE)
     assert "longspan: linear: with token" in completed.stderr
+
+
+def test_a_choice_that_looks_ahead_is_found(monkeypatch):
+    """All queries of a block choose together, as they once did: single tokens turn few choices."""
+    ids = torch.arange(3).repeat_interleave(torch.tensor([32, 16, 464]))[None]
+    tokens = torch.randint(NAN_TOKEN, (1, 512), generator=torch.Generator().manual_seed(0))
+    embedding = torch.randn(NAN_TOKEN + 1, 3, 2, 16, generator=torch.Generator().manual_seed(1))
+    embedding[NAN_TOKEN] = torch.nan
+
+    def logits_of(tokens):
+        q, k, v = (3 * embedding.double()[tokens]).unbind(2)
+        return attend(q, k, v, MoBA(16, 4), documents=ids).flatten(2).repeat(1, 1, 8)
+
+    def choose_together(self, q, summaries, own, candidates):
+        q = q.clone()
+        for block in own.unique():
+            q[:, own == block] = q[:, own == block].mean(1, keepdim=True)
+        return choose(self, q, summaries, own, candidates)
+
+    assert find_many_leaks(tokens, ids, 16, logits_of) == []
+    choose = MoBA.choose
+    monkeypatch.setattr(MoBA, "choose", choose_together)
+    leaks = find_many_leaks(tokens, ids, 16, logits_of)
+    assert len(leaks) >= 3
+    assert all(re.match(r"with all tokens from \d+ on replaced, position", leak) for leak in leaks)
+
+
+IDS = torch.arange(3).repeat_interleave(torch.tensor([24, 8, 64]))[None]
+TOKENS = torch.arange(96)[None] * 7 % NAN_TOKEN
+
+
+def documents_sums(tokens, add_ahead=False, add_others=False, multiply=False):
+    """Return sums over what a token may see; a stand-in for logits ``[1, time, vocabulary]``."""
+    values = torch.where(tokens == NAN_TOKEN, torch.nan, tokens.double())[0]
+    visible = (IDS[0] == IDS[0][:, None]).tril()
+    if add_ahead:  # the last token of each block of 8
+        visible[torch.arange(96), torch.arange(96) // 8 * 8 + 7] = True
+    if add_others:
+        visible = torch.ones_like(visible).tril()
+    weighted = values * visible if multiply else torch.where(visible, values, 0.0)
+    return weighted.sum(1)[None, :, None].expand(-1, -1, NAN_TOKEN + 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"add_ahead": True}, r"with all tokens from \d+ on replaced, position \d+ changes"),
+        ({"add_others": True}, "with all tokens of document 0 replaced, position 24 changes"),
+        ({"multiply": True}, r"with NaN in document 0, position 24 changes \(72 in all\)"),
+    ],
+)
+def test_leaks_of_many_tokens_are_found(fault, message):
+    assert find_many_leaks(TOKENS, IDS, 8, documents_sums) == []
+    leaks = find_many_leaks(TOKENS, IDS, 8, lambda tokens: documents_sums(tokens, **fault))
+    assert any(re.match(message, leak) for leak in leaks), leaks
+
+
+def test_a_model_that_sees_nothing_is_no_proof():
+    leaks = find_many_leaks(TOKENS, IDS, 8, lambda tokens: torch.zeros(1, 96, NAN_TOKEN + 1))
+    assert len(leaks) == 5 + 2 * 3
+    assert all("nothing changes" in leak for leak in leaks)
 
 
 def test_unexpected_and_missing_influences_are_found():
