@@ -114,8 +114,8 @@ def test_options(small_pieces, pattern, options, backend):
 
 @pytest.mark.parametrize("pattern", [Causal(), S2(8, 2, 3), LISTS], ids=repr)
 def test_devices_without_the_fused_kernel(pattern, monkeypatch):
-    monkeypatch.setattr("longspan.attention.softmax.torch._FUSED_KERNEL_DEVICES", set())
-    monkeypatch.setattr("longspan.attention.softmax.torch._MAX_PAIRS", 100)
+    monkeypatch.setattr("longspan.attention.softmax.piece_products._FUSED_KERNEL_DEVICES", set())
+    monkeypatch.setattr("longspan.attention.softmax.piece_products._MAX_PAIRS", 100)
     for name, error in compare(pattern, DOCUMENTS["edges"], 6, 2, value_dim=8).items():
         assert error < 1e-10, name
 
