@@ -30,7 +30,7 @@ test-matrix: $(VENV)/installed
 golden: $(VENV)/installed
 	GOLDEN=write OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/golden -m ""
 
-lint: $(VENV)/installed
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell $$(git ls-files -- ':!*.png' ':!*.json' ':!tests/golden')

@@ -215,7 +215,7 @@ def accuracy(pattern, steps):
 
 
 def test_moba_learns_to_retrieve_better_than_a_window_of_its_budget():
-    chosen = accuracy(MoBA(BLOCK, TOP_K), 400)
-    nearest = accuracy(Window(BLOCK * TOP_K), 400)
+    chosen = accuracy(MoBA(BLOCK, TOP_K), 150)
+    nearest = accuracy(Window(BLOCK * TOP_K), 150)
     assert nearest < 0.52, nearest  # the share of cards inside the window, plus guesses
     assert chosen > nearest + 0.08, (chosen, nearest)
