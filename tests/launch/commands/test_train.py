@@ -191,7 +191,7 @@ def test_an_unreadable_run_folder_ends_all_torchrun_ranks_cleanly(tiny_recipe, t
     )
     assert completed.returncode != 0
     assert (
-        f"longspan: rank 0: run_dir: {tmp_path / 'run'} holds a run whose recipe cannot be read"
+        f"longspan: rank 0: run_dir: {tmp_path / 'run'} holds a run whose recipe cannot be used"
         in completed.stderr
     )
     assert "[rank1]: Traceback" not in completed.stderr
