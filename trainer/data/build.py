@@ -268,7 +268,7 @@ class _Tokenizing:
     """How documents are tokenized and written."""
 
     def __init__(self, tokenizer: Tokenizer, skip_bad: bool, prefix: str):
-        from megatron.core.datasets.indexed_dataset import DType
+        from ..megatron_core import DType
 
         self.tokenizer = tokenizer
         self.skip_bad = skip_bad

@@ -173,7 +173,7 @@ def damage(path, change):
             lambda b: b[:-8] + b"\7" + b[-7:],
             "copy.idx: its documents do not fit its 40 sequences",
         ),
-        ("json", lambda b: b[:-9], "copy.json: not a record"),
+        ("json", lambda b: b[:-9], "copy.json: not JSON"),
         (
             "json",
             lambda b: b.replace(b"257", b"999"),
