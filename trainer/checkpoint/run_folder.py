@@ -210,7 +210,7 @@ class RunFolder:
         reads_special_tokens: bool,
         extensions: Sequence[Extension],
     ) -> None:
-        self.checkpoints.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         if extensions:  # before the recipe, from whose steps the next start knows the newest one
             entries = [extension._asdict() for extension in extensions]
             replace_file(self._extensions_file, json.dumps(entries, indent=1))

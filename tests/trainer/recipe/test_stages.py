@@ -121,7 +121,7 @@ def test_the_same_command_again_says_nothing_and_changes_nothing(recipe, run):
     folder = run(20, 20)
     longer = recipe(30)
     first = extended_run(folder, longer, steps_done=20)
-    folder.begin(longer, 20, {}, first.extensions)
+    folder.begin(longer, 20, {}, extensions=first.extensions)
     again = extended_run(RunFolder(folder.path), longer, steps_done=24)
     assert again == (first.extensions, None)
     # Another policy counts from the same place on.
