@@ -327,7 +327,7 @@ def test_ranks_with_different_plans_raise_instead_of_hanging(threads, change):
 def test_a_stripe_offset_by_one_fails_the_comparison(threads, monkeypatch):
     from longspan.parallel.schedules import near_far
 
-    real = near_far.visible_keys
+    real = near_far.far_key_ranges
 
     def offset_by_one(documents, rules):
         return real(
@@ -335,7 +335,7 @@ def test_a_stripe_offset_by_one_fails_the_comparison(threads, monkeypatch):
             tuple(replace(rule, residue=(rule.residue + 1) % rule.step) for rule in rules),
         )
 
-    monkeypatch.setattr(near_far, "visible_keys", offset_by_one)
+    monkeypatch.setattr(near_far, "far_key_ranges", offset_by_one)
     assert attend_error(threads, Layout.zigzag(LENGTH, 2), S2(4, 2, 3), "stripes") > 1e-3
 
 
