@@ -14,7 +14,11 @@ from ...parallel import Sequence
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
 from ..layers.mixer import Mixer
-from ..megatron_core import model_parallel_cuda_manual_seed, parallel_state
+from ..megatron_core import (
+    MoEAuxLossAutoScaler,
+    model_parallel_cuda_manual_seed,
+    parallel_state,
+)
 from ..model import weights
 from ..model.cpu import megatron_on_cpu
 from ..model.model import build_model, expert_tensor_parallel
@@ -139,6 +143,8 @@ class EngineBase(Engine):
 
     def close(self) -> None:
         self.resources.close()
+        # Megatron's schedules leave their factor of the balance loss in this class.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         # Modules hold process groups, whose threads and sockets live as long as any reference.
         vars(self).clear()
         for _ in range(2):  # what autograd's hooks held is seen to be garbage in the second round
