@@ -17,7 +17,7 @@ from ..arguments import accumulation_dtype
 from ..patterns import Blocks
 from ..patterns.token_lists import TokenLists
 from .piece_products import finite, piece_backward, piece_forward
-from .pieces import Mask
+from .pieces import Mask, visibility_bias
 from .tiles import Tile
 
 _ROWS = 64
@@ -314,9 +314,7 @@ class _Groups:
         key_positions = blocks.positions[block]  # [groups, size]
         visible = query_positions[..., None] >= key_positions[:, None]
         visible &= blocks.exists[block][:, None] & self.is_row[..., None]
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        bias.masked_fill_(~visible, -torch.inf)
-        return Mask(bias[:, None], ~visible.any(-1)[:, None])
+        return Mask(visibility_bias(visible, dtype)[:, None], ~visible.any(-1)[:, None])
 
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Write ``x`` ``[groups, heads, _ROWS, ...]`` to ``[rows, slots, heads, ...]``."""

@@ -379,7 +379,7 @@ def block_list_pieces(
         query_positions = torch.arange(part.start, part.stop, device=device)
         # [batch or 1, kv_heads, queries, keys]
         visible = query_positions[:, None] >= positions[:, :, None]
-        mask = Mask(_bias(visible, like.dtype), ~visible.any(-1))
+        mask = Mask(visibility_bias(visible, like.dtype), ~visible.any(-1))
         yield Piece(slice(0, kv_heads), part.tokens, index.clamp(min=0), mask)
 
 
@@ -473,12 +473,12 @@ def _cached_mask(
     visible = torch.from_numpy(np.stack(masks))[None]  # [1, kv_heads, queries, keys]
     sees_nothing = ~visible.any(-1)
     return Mask(
-        _bias(visible, dtype).to(device),
+        visibility_bias(visible, dtype).to(device),
         sees_nothing.to(device) if bool(sees_nothing.any()) else None,
     )
 
 
-def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def visibility_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 for visible pairs and minus infinity for all others."""
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, -torch.inf)
