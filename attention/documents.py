@@ -71,3 +71,14 @@ def _find_spans(documents: Tensor) -> Iterator[DocumentSpan]:
     length = documents.shape[1]
     for (row, start), (next_row, next_start) in pairwise([*starts, [-1, 0]]):
         yield DocumentSpan(row, start, next_start if next_row == row else length)
+
+
+def document_starts(ids: Tensor) -> Tensor:
+    """Return where the document of each token or block begins: int64, the shape of ``ids``.
+
+    Args:
+        ids: ``[batch, tokens or blocks]``, the same for all of a document, which are side by side.
+    """
+    begins = torch.zeros_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return (torch.arange(ids.shape[1], device=ids.device) * begins).cummax(1).values

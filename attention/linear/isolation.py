@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype
+from ..documents import document_starts
 
 
 def forward_by_document(
@@ -71,10 +72,7 @@ class _Isolation:
 
 def _at_or_after(tokens: Tensor, documents: Tensor) -> Tensor:
     """Return bool ``[batch, time, heads]`` like ``tokens``; ids may also descend."""
-    is_first = torch.ones_like(documents, dtype=torch.bool)
-    is_first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    index = torch.arange(documents.shape[1], device=documents.device)
-    document_start = (index * is_first).cummax(1).values[..., None].expand_as(tokens)
+    document_start = document_starts(documents)[..., None].expand_as(tokens)
 
     count = tokens.long().cumsum(1)
     count_before_document = (count - tokens.long()).gather(1, document_start)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..documents import document_starts
 from .base import Pattern
 from .block_lists import check_alignment, sorted_without_repetitions
 from .rules import Blocks
@@ -133,7 +134,7 @@ def select_token_lists(
     first_blocks = torch.zeros(1, num_key_blocks, dtype=torch.int64, device=device)
     if documents is not None:
         check_alignment(documents, selector.block)
-        first_blocks = _first_blocks(documents[:, :: selector.block].to(device))
+        first_blocks = document_starts(documents[:, :: selector.block].to(device))
 
     ranges = [torch.arange(start, stop, device=device) for start, stop in listed]
     tokens = torch.cat(ranges or [block_index[:0]])
@@ -154,10 +155,3 @@ def select_token_lists(
         choosers_per_kv_head=max(1, all_lists.shape[1] // summaries.shape[2]),
         listed=listed,
     )
-
-
-def _first_blocks(document_ids: Tensor) -> Tensor:
-    """Return for each block the first block of its document: int64 ``[batch, blocks]``."""
-    begins = torch.zeros_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return (torch.arange(begins.shape[1], device=begins.device) * begins).cummax(1).values
