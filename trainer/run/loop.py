@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from ..checkpoint.run_folder import RunFolder
 from ..data.batches import Batches, Microbatch
-from ..data.derived import DerivedRecipe
 from ..data.prepare import PreparedData
+from ..data.tokenizer import recipe_vocab_size
 from ..engines.build import build_engine
 from ..engines.engine import Engine, StepResult
 from ..errors import NonFiniteError, UserError
@@ -60,11 +60,11 @@ def _start(
 
     ``resources`` closes it all, the last first.
     """
-    derived = DerivedRecipe(recipe)
+    vocab_size = recipe_vocab_size(recipe)
     folder = RunFolder(recipe.run_dir)
     stop = resources.enter_context(StopRequest(folder.stop_file))
     watchdog = resources.enter_context(Watchdog(recipe.launch.hang_timeout_s))
-    engine = build_engine(recipe, derived.vocab_size)
+    engine = build_engine(recipe, vocab_size)
     resources.callback(engine.close)
     checkpointer = resources.enter_context(
         Checkpointer(folder.checkpoints, recipe.checkpoint.keep_latest_k, ranks)
@@ -93,7 +93,8 @@ def _start(
     report = resources.enter_context(Report(recipe, folder, steps_done, ranks.is_first))
     report.start(engine, initial_lines, extended.notice)
     return Trainer(
-        derived=derived,
+        recipe=recipe,
+        vocab_size=vocab_size,
         stages=Stages(recipe, extended.extensions),
         data=data,
         ranks=ranks,
@@ -127,7 +128,10 @@ class ActiveStage:
 class Trainer:
     """One rank's side of a run: what lives as long as the run, and what a step does with it."""
 
-    derived: DerivedRecipe
+    recipe: Recipe
+    """The run's recipe; that of the stage in force is ``self.active.recipe``."""
+    vocab_size: int
+    """Number of token ids that the model knows, before padding."""
     stages: Stages
     data: PreparedData
     ranks: RankGroup
@@ -147,11 +151,6 @@ class Trainer:
     active: ActiveStage = field(init=False)
     """Set by :meth:`enter_stage`."""
 
-    @property
-    def recipe(self) -> Recipe:
-        """The run's recipe; that of the stage in force is ``self.active.recipe``."""
-        return self.derived.recipe
-
     def enter_stage(self, step: int) -> None:
         """Change to the stage that begins with this step, or in which a run is resumed."""
         stage = self.stages.at(step - 1)
@@ -159,18 +158,17 @@ class Trainer:
         if step - 1 != stage.start and not is_first_step:
             return
 
-        vocab_size = self.derived.vocab_size
         self.active = ActiveStage(
             stage,
             Batches(
                 stage.recipe,
                 self.data,
-                vocab_size,
+                self.vocab_size,
                 self.engine.batch_shard,
                 self.engine.device,
                 stage.data_start,
             ),
-            cache(partial(training_flops, stage.recipe.model, vocab_size=vocab_size)),
+            cache(partial(training_flops, stage.recipe.model, vocab_size=self.vocab_size)),
         )
         self.engine.begin_stage(stage.recipe)
         self.report.begin_stage(
