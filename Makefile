@@ -13,8 +13,8 @@ test: $(VENV)/installed
 test-all: test
 	$(BIN)/python -m pytest -m "wide and not gpu"
 
-# A third of the wide tests: which one depends on the number of commits, so that it changes as work lands.
-WIDE_PARTS := 3
+# A sixth of the wide tests: which one depends on the number of commits, so that it changes as work lands.
+WIDE_PARTS := 6
 PART ?= $(shell echo $$(( $$(git rev-list --count HEAD) % $(WIDE_PARTS) + 1 )))
 test-part: $(VENV)/installed
 	$(BIN)/python -m pytest -m "wide and not gpu" --part $(PART)/$(WIDE_PARTS)

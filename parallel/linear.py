@@ -79,38 +79,21 @@ def linear_attention(
     reach = _Reach(documents, layout)
     maps = []
     for segment, tokens in zip(own_segments, inputs, strict=True):
-        state_map_of_segment = tokens.state_map(_ids(documents, segment), backend)
-        maps.append(state_map_of_segment.with_reach(reach.over_tokens(segment.start, segment.stop)))
+        reaches_end = reach.over_tokens(segment.start, segment.stop)
+        maps.append(tokens.state_map(_ids(documents, segment), backend).with_reach(reaches_end))
 
-    # The map of no tokens. Backward is a collective, also for a rank without tokens: what that rank
-    # sends is tied to its inputs here, and its output to what it receives below.
-    identity = shard.part(slice(0, 0)).state_map(None, backend)
-    first_state = torch.zeros_like(identity.added)
-    if state is not None:
-        first_state = state.to(identity.added.dtype)
-    identity = identity.tied_to(shard.sum_of_nothing() + first_state[:0].sum())
-
+    identity, first_state = shard.identity_and_first_state(state, backend)
     is_scan = schedule == "scan" or (schedule == "auto" and scan_steps(layout) > 0)
     exchange_states = _scan_states if is_scan else _gather_states
     states, last = exchange_states(maps, identity, first_state, reach, layout, group, return_state)
 
-    # The output of each segment, from the state before it.
+    # The output of each segment, from the state before it. What a rank without tokens returns is
+    # tied to what it receives, so that it joins the collective of backward.
     outs = [v[:, :0] + last[:0].sum().to(v.dtype)]
     for segment, tokens, state_before in zip(own_segments, inputs, states, strict=True):
         continues = reach.over_tokens(segment.start, segment.start + 1)
-        out = attention.linear_attention(
-            tokens.q,
-            tokens.k,
-            tokens.v,
-            decay=tokens.decay,
-            beta=tokens.beta,
-            scale=scale,
-            state=_choose(state_before, continues),
-            documents=_ids(documents, segment),
-            backend=backend,
-        )
-        assert isinstance(out, Tensor)  # without return_state
-        outs.append(out)
+        entering = _choose(state_before, continues)
+        outs.append(tokens.output(entering, _ids(documents, segment), scale, backend))
     out = torch.cat(outs, 1)
     return (out, last) if return_state else out
 
@@ -191,13 +174,32 @@ class _Tokens(NamedTuple):
         kept, added = state_map(self.k, self.v, self.decay, self.beta, ids, backend=backend)
         return StateMap(added, kept)
 
-    def sum_of_nothing(self) -> Tensor:
-        """Return a zero that depends on all inputs which may differ from rank to rank."""
+    def output(self, state: Tensor, ids: Tensor | None, scale: float, backend: str) -> Tensor:
+        """Return the output of the tokens, from the state before them."""
+        out = attention.linear_attention(
+            self.q, self.k, self.v, decay=self.decay, beta=self.beta, scale=scale, state=state,
+            documents=ids, backend=backend,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)  # without return_state
+        return out
+
+    def identity_and_first_state(
+        self, state: Tensor | None, backend: str
+    ) -> tuple[StateMap, Tensor]:
+        """Return the map of no tokens, and the state before the sequence, zeros if it is None.
+
+        Backward is a collective, also for a rank without tokens: it sends this map, which is tied
+        to all inputs that may differ from rank to rank.
+        """
+        identity = self.part(slice(0, 0)).state_map(None, backend)
+        first_state = torch.zeros_like(identity.added)
+        if state is not None:
+            first_state = state.to(identity.added.dtype)
         zero = self.q[:, :0].sum() + self.k[:, :0].sum() + self.v[:, :0].sum()
         for x in (self.beta, self.decay):
             if x is not None and x.ndim > 1:
                 zero = zero + x[:, :0].sum()
-        return zero
+        return identity.tied_to(zero + first_state[:0].sum()), first_state
 
 
 def _ids(documents: Tensor | None, segment: Segment) -> Tensor | None:
