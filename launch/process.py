@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -60,7 +61,7 @@ def under_torchrun() -> bool:
 
 
 @contextmanager
-def process_group(threads: int, alone: bool = False) -> Iterator[None]:
+def process_group(threads: int, alone: bool = False, timeout_s: float = 1800.0) -> Iterator[None]:
     """Make the default process group, over NCCL with CUDA, else over gloo.
 
     It holds all ranks if this process is one of them, else this process alone.
@@ -68,25 +69,36 @@ def process_group(threads: int, alone: bool = False) -> Iterator[None]:
     Args:
         threads: of torch, on a CPU.
         alone: hold only this process, though it is a rank.
+        timeout_s: seconds after which a collective that other ranks do not join ends the process.
     """
     import torch
     import torch.distributed as dist
 
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = None
+    if torch.cuda.is_available():
+        # Told which GPU it has, NCCL connects the ranks now and not within the first step, and
+        # barriers do not guess.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads)
         keep_freed_memory()
 
-    backend = "nccl" if cuda else "gloo"
-    if alone or not under_torchrun():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
+    rank = 0
+    world_size = 1
+    store: Store = dist.HashStore()
+    if under_torchrun() and not alone:
         rank = int(os.environ["RANK"])
         world_size = int(os.environ["WORLD_SIZE"])
         store = _rendezvous_store(rank, world_size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "nccl" if device else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device,
+    )
     try:
         yield
     finally:

@@ -119,7 +119,8 @@ def _start_ranks(recipe: Recipe, name: str, overrides: list[str]) -> int:
 def _train_rank(recipe: Recipe) -> int:
     """Train as one rank; the first one also reports. Returns the exit status."""
     threads = _threads(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with process_group(threads), contextlib.ExitStack() as stack:
+    timeout_s = recipe.launch.collective_timeout_s
+    with process_group(threads, timeout_s=timeout_s), contextlib.ExitStack() as stack:
         import torch.distributed as dist
 
         from ..trainer.ranks import RankGroup

@@ -51,7 +51,7 @@ def unsupported_reason(
     try:
         _library_for(q, v, logits)
     except ImportError as error:
-        return f"needs a package: pip install 'longspan[gpu]' ({error})"
+        return f"needs flash-attn, which pip builds from source: pip install flash-attn ({error})"
     return None
 
 

@@ -128,7 +128,12 @@ def checkpoints(folder: Path) -> list[Checkpoint]:
 
 def partial_path(folder: Path, step: int) -> Path:
     """Return the folder in which the checkpoint of a step is written."""
-    return folder / f"step-{step:08}.partial"
+    return checkpoint_path(folder, step).with_suffix(".partial")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the folder of the whole checkpoint of a step."""
+    return folder / f"step-{step:08}"
 
 
 def commit(partial: Path, manifest: Manifest) -> None:

@@ -17,14 +17,14 @@ from ..recipe.file import load_recipe, to_yaml
 from ..recipe.schema import Recipe
 from ..versions import version_of
 from .atomic import replace_file
-from .files import checkpoints
+from .files import checkpoint_path, checkpoints
 from .kept_tokenizer import KeptTokenizer
 from .lock import FolderLock
 from .resume_rules import forbidden_changes
 from .weights_file import weights_step, write_weights
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
 
 class RunFolder:
@@ -255,9 +255,27 @@ class RunFolder:
                     records.append(record)
         return records
 
-    def write_weights(self, weights: dict[str, "Tensor"], step: int) -> None:
-        """Write the run's weights after ``step``; see :func:`.weights_file.write_weights`."""
-        write_weights(self.weights, weights, step)
+    def write_weights(self, dtypes: dict[str, "torch.dtype"], step: int) -> None:
+        """Write the weights of the checkpoint of ``step`` to a file of their own.
+
+        Args:
+            dtypes: of the model's parameters, by global name; the checkpoint has all in fp32.
+
+        Raises:
+            UserError: they could not be written.
+        """
+        import torch
+
+        from .shards import WholeTensors
+
+        saved = WholeTensors(checkpoint_path(self.checkpoints, step))
+        shapes_and_dtypes = {
+            name: torch.empty(saved.shape(f"model.{name}"), dtype=dtype, device="meta")
+            for name, dtype in dtypes.items()
+        }
+        write_weights(
+            self.weights, shapes_and_dtypes, lambda name: saved.read(f"model.{name}"), step
+        )
 
     def weights_step(self) -> int | None:
         """Return the step that the run's weights are of, or None if it has none."""

@@ -8,11 +8,16 @@ it.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+)
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -201,3 +206,34 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].box(index)
+
+
+class WholeTensors:
+    """The tensors of a checkpoint, each read whole when it is asked for, by one process.
+
+    Args:
+        checkpoint: its folder.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self._reader = FileSystemReader(checkpoint)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of a tensor by its name in the checkpoint."""
+        return self._saved(name).size
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor by its name in the checkpoint, on the CPU."""
+        saved = self._saved(name)
+        whole = torch.empty(saved.size, dtype=saved.properties.dtype)
+        planner = LoadPlanner()
+        planner.set_up_planner({name: Shards.whole(whole)}, self._metadata)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return whole
+
+    def _saved(self, name: str) -> TensorStorageMetadata:
+        saved = self._metadata.state_dict_metadata[name]
+        assert isinstance(saved, TensorStorageMetadata)
+        return saved

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +64,8 @@ class EngineBase(Engine):
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         """The ranks with the same weights and other tokens, of other sequences or of the same."""
 
-        self.model = build_model(recipe, vocab_size, self.dtype)
+        # Megatron makes the weights of routers on the CPU.
+        self.model = build_model(recipe, vocab_size, self.dtype).to(self.device)
         weights.initialize(
             self.model,
             recipe.training.seed,
@@ -82,6 +84,10 @@ class EngineBase(Engine):
 
     def load_state(self, state: dict[str, Shards]) -> None:
         self._state.load(state)
+
+    def weight_dtypes(self) -> dict[str, torch.dtype]:
+        parameters = weights.global_parameters(self.model)
+        return {name: parameter.dtype for name, parameter in parameters}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self._state.load_weights(weights)
@@ -162,6 +168,8 @@ def _model_parallel_groups(recipe: Recipe) -> Iterator[None]:
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=expert_tensor_parallel(recipe),
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(recipe.launch.collective_timeout_s / 60),
     )
     own = set(_named_groups()) - others
     try:

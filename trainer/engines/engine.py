@@ -100,6 +100,10 @@ class Engine(Protocol):
         """Return the whole weights by global name on rank 0, None on the others."""
         ...
 
+    def weight_dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtypes of this rank's parameters by global name."""
+        ...
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over whole weights by global name, all or some; every rank is given the same."""
         ...

@@ -150,6 +150,7 @@ class MegatronEngine(EngineBase):
                 use_distributed_optimizer=True,
             ),
             [self._ddp],
+            use_gloo_process_groups=False,
         )
 
     def _update(self, lr: float, grad_norm: float) -> None:

@@ -6,25 +6,40 @@ only to what Megatron-core uses.
 """
 
 import contextlib
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+_FACTORIES = (
+    "arange",
+    "empty",
+    "full",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "empty_like",
+    "full_like",
+    "ones_like",
+    "zeros_like",
+)
+"""Functions of torch that Megatron-core gives a device."""
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
+def _on_cpu(factory: Callable) -> Callable:
+    """Return a function that makes tensors, and makes those meant for CUDA on the CPU."""
+
+    @wraps(factory)
+    def make(*args, device=None, **kwargs):
         if device is not None and torch.device(device).type == "cuda":
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        result = func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The distributed optimizer asks for "torch.cuda.FloatTensor".
-            return result.replace("torch.", "torch.cuda.")
-        return result
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
+
+    return make
 
 
 class _NoStream:
@@ -76,4 +91,21 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     megatron_random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: (
         torch.set_rng_state(state)
     )
-    return _CudaMeansCpu()
+    return _cuda_means_cpu()
+
+
+@contextlib.contextmanager
+def _cuda_means_cpu() -> Iterator[None]:
+    tensor_type = torch.Tensor.type
+
+    def cuda_type(tensor, *args, **kwargs):
+        """Return "torch.cuda.FloatTensor", which the distributed optimizer asks for."""
+        result = tensor_type(tensor, *args, **kwargs)
+        return result.replace("torch.", "torch.cuda.") if isinstance(result, str) else result
+
+    with contextlib.ExitStack() as stack:
+        for name in _FACTORIES:
+            stack.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        stack.enter_context(patch.object(torch.Tensor, "cuda", lambda tensor, *_, **__: tensor))
+        stack.enter_context(patch.object(torch.Tensor, "type", cuda_type))
+        yield

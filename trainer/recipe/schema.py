@@ -390,6 +390,14 @@ class LaunchConfig(Section):
     """If data, a step, an evaluation or the writing of a checkpoint takes longer than this, the
     ranks report where each of them is, and exit."""
 
+    @property
+    def collective_timeout_s(self) -> float:
+        """Seconds that a collective may wait for other ranks.
+
+        NCCL and gloo end the process then and name no rank: the report above must come first.
+        """
+        return 2 * self.hang_timeout_s
+
 
 class StageTrainingConfig(Section):
     seq_length: Positive | None = None

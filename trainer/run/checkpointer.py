@@ -18,6 +18,7 @@ from pathlib import Path
 from traceback import StackSummary
 from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
@@ -69,6 +70,7 @@ class Checkpointer:
         # The background thread's own group: its collectives must not mix with those of the main
         # thread.
         self._group = dist.new_group(backend="gloo")
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None
         self.last_step = 0
@@ -200,6 +202,9 @@ class Checkpointer:
         began = time.monotonic()
         partial = partial_path(self.folder, step)
         error = warning = None
+        if self._gpu is not None:
+            # A thread begins with GPU 0, where torch's writer would make a context for every rank.
+            torch.cuda.set_device(self._gpu)
         try:
             files = self._write_files(state, partial)
             saved_at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -228,7 +233,8 @@ class Checkpointer:
         """
         dcp.save(
             state,
-            storage_writer=FileSystemWriter(partial),
+            # What is written lies in memory already: nothing is to be copied ahead.
+            storage_writer=FileSystemWriter(partial, per_thread_copy_ahead=0),
             planner=SavePlanner(),
             process_group=self._group,
         )

@@ -241,10 +241,11 @@ class Trainer:
 
         # A finished run that is started again has its weights already.
         if self.ranks.any(self.ranks.is_first and self.folder.weights_step() != steps):
-            weights = self.engine.weights()
+            dtypes_of_ranks = self.ranks.gather(self.engine.weight_dtypes())
             with self.ranks.raise_on_all():
-                if weights is not None:
-                    self.folder.write_weights(weights, steps)
+                if self.ranks.is_first:
+                    dtypes = {name: x for dtypes in dtypes_of_ranks for name, x in dtypes.items()}
+                    self.folder.write_weights(dtypes, steps)
             self.report.plot()
 
     def _is_last(self, step: int) -> bool:

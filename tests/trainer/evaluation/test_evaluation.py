@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from longspan.launch.cli import main
+from longspan.trainer.checkpoint.weights_file import write_weights
 from longspan.trainer.data.build import build_corpus
 from longspan.trainer.data.corpus import Corpus
 from longspan.trainer.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -299,7 +300,8 @@ def run(tmp_path_factory, corpus):
     run_folder.begin(recipe, 0, {})
     with process_group(1):
         engine = build_engine(recipe)
-        run_folder.write_weights(engine.weights(), 0)
+        weights = engine.weights()
+        write_weights(run_folder.weights, weights, weights.__getitem__, 0)
         engine.close()
     return run_folder
 
