@@ -2,22 +2,24 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process for each core, at most 8; a file's tests run in one of them.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: train test test-all test-part test-gpu test-matrix golden docs lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: test
-	$(BIN)/python -m pytest -m "wide and not gpu"
+	$(PYTEST) -m "wide and not gpu"
 
 # A sixth of the wide tests: which one depends on the number of commits, so that it changes as work lands.
 WIDE_PARTS := 6
 PART ?= $(shell echo $$(( $$(git rev-list --count HEAD) % $(WIDE_PARTS) + 1 )))
 test-part: $(VENV)/installed
-	$(BIN)/python -m pytest -m "wide and not gpu" --part $(PART)/$(WIDE_PARTS)
+	$(PYTEST) -m "wide and not gpu" --part $(PART)/$(WIDE_PARTS)
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

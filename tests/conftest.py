@@ -1,5 +1,6 @@
 """Fixtures that tests share: a small recipe and corpus, and real processes or threads as ranks."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# Processes that run tests beside one another share the cores; torch reads this when imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    num_workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_workers)))
 
 FORKED_SCRIPT = Path(__file__).with_name("forked_script.py")
 TINY = {
@@ -74,6 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if id(item) in kept]
 
 
+def pytest_collection_finish() -> None:
+    """Leave the modules and tests out of garbage collections: each would take a second."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Return 40 documents, 13 to 215 bytes long."""
@@ -111,23 +122,6 @@ def tiny_recipe(corpus, tmp_path) -> Path:
     return path
 
 
-@pytest.fixture
-def longspan():
-    """Run the command line in a process: ``longspan(*args, **environment)``, a CompletedProcess."""
-
-    def run(*args: object, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "longspan", *map(str, args)],
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-
-    return run
-
-
 class Pipe:
     """A named pipe whose output a thread collects.
 
@@ -156,12 +150,46 @@ class Pipe:
         return self._text
 
 
-class Rank(NamedTuple):
-    """A process started by the fixture :func:`ranks`."""
+class Fork(NamedTuple):
+    """A process started by :func:`start_fork`."""
 
     process: BaseProcess
     out: Pipe
     err: Pipe
+
+    def end(self) -> tuple[str, str]:
+        """Kill the process if it runs; return what it wrote to stdout and stderr."""
+        self.process.kill()
+        self.process.join()
+        return self.out.close(), self.err.close()
+
+
+def start_fork(
+    forks,
+    program: Path | str,
+    arguments: tuple,
+    environment: dict[str, str],
+    streams: Path,
+) -> Fork:
+    """Start a script, or a module by its name, in a fork of a process with longspan's imports.
+
+    Args:
+        forks: the fixture.
+        streams: path that the names of its two pipes begin with.
+    """
+    out = Pipe(streams.with_suffix(".out"))
+    err = Pipe(streams.with_suffix(".err"))
+    job = {
+        "program": str(program),
+        "is_module": isinstance(program, str),
+        "arguments": [str(argument) for argument in arguments],
+        "environment": environment,
+        "folder": os.getcwd(),
+        "streams": [str(out.path), str(err.path)],
+    }
+    process = forks.Process(target=runpy.run_path, args=(str(FORKED_SCRIPT), {"JOB": job}))
+    process.start()
+    return Fork(process, out, err)
 
 
 @pytest.fixture(scope="session")
@@ -176,34 +204,52 @@ def forks():
             "longspan.launch.training",
             "longspan.trainer.run.loop",
             "longspan.trainer.engines.megatron",
+            "torch._dynamo",  # for torch's optimizers
+            "matplotlib.pyplot",
         ]
     )
     return context
 
 
 @pytest.fixture
-def ranks(forks, tmp_path):
-    """Run a script in real processes with a gloo rendezvous: ``ranks(count, script, *args)``.
+def longspan(forks, tmp_path):
+    """Run the command line: ``longspan(*args, **environment)``, a CompletedProcess.
 
-    All of them must exit with ``status``, unless it is None. It returns what each rank wrote to
-    stdout and stderr.
+    It has the imports already, but not with an environment of its own, which may change them.
     """
 
-    def start(script: Path, args: tuple, environment: dict[str, str], streams: Path) -> Rank:
-        out = Pipe(streams.with_suffix(".out"))
-        err = Pipe(streams.with_suffix(".err"))
-        job = {
-            "script": str(script),
-            "arguments": [str(arg) for arg in args],
-            "environment": environment,
-            "streams": [str(out.path), str(err.path)],
-        }
-        process = forks.Process(target=runpy.run_path, args=(str(FORKED_SCRIPT), {"JOB": job}))
-        process.start()
-        return Rank(process, out, err)
+    def run(*args: object, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "longspan", *map(str, args)]
+        if environment:
+            return subprocess.run(
+                command,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+        streams = Path(tempfile.mkdtemp(dir=tmp_path)) / "longspan"
+        fork = start_fork(forks, "longspan", args, dict(os.environ), streams)
+        try:
+            fork.process.join(400)
+        finally:
+            out, err = fork.end()
+        return subprocess.CompletedProcess(command, fork.process.exitcode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def ranks(forks, tmp_path):
+    """Run real processes with a gloo rendezvous: ``ranks(count, program, *args)``.
+
+    ``program`` is a script, or the name of a module. All processes must exit with ``status``,
+    unless it is None. It returns what each rank wrote to stdout and stderr.
+    """
 
     def run(
-        count: int, script: Path, *args: object, status: int | None = 0
+        count: int, program: Path | str, *args: object, status: int | None = 0
     ) -> list[tuple[str, str]]:
         with socket.socket() as server:
             server.bind(("localhost", 0))
@@ -223,15 +269,12 @@ def ranks(forks, tmp_path):
                 "RANK": str(number),
                 "LOCAL_RANK": str(number),
             }
-            started.append(start(script, args, environment, streams / str(number)))
+            started.append(start_fork(forks, program, args, environment, streams / str(number)))
         try:
             for rank in started:
                 rank.process.join(400)
         finally:
-            for rank in started:
-                rank.process.kill()
-                rank.process.join()
-            outputs = [(rank.out.close(), rank.err.close()) for rank in started]
+            outputs = [rank.end() for rank in started]
 
         for number, (rank, (_, errors)) in enumerate(zip(started, outputs, strict=True)):
             exit_status = rank.process.exitcode

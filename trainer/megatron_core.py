@@ -4,12 +4,19 @@ Megatron-core takes optimizers and kernels from Transformer Engine or Apex whene
 imported, as they can in NVIDIA's images. The layers here use none of them, their optimizers keep
 another state, and their sums are in another order: they are hidden from Megatron-core while it is
 imported, so that runs give the same bits in any image, and are left alone for everybody else.
+
+Two more things would cost every start seconds for nothing: wandb, which its inference imports, and
+torch's compiler, which is loaded as soon as a function is decorated with ``torch.compile``.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from importlib import import_module
+from typing import Any
+
+import torch
 
 from .errors import UserError
 from .versions import TRAINING, require_supported
@@ -20,8 +27,9 @@ _HIDDEN = (
     "apex",
     "amp_C",
     "fused_weight_gradient_mlp_cuda",
+    "wandb",
 )
-"""Modules of Transformer Engine and of Apex."""
+"""Modules of Transformer Engine and of Apex, and what is slow to import and not used."""
 
 
 @contextmanager
@@ -42,9 +50,36 @@ def _hidden(packages: tuple[str, ...]) -> Iterator[None]:
         sys.modules.update(loaded)
 
 
+@contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    """Let functions decorated with ``torch.compile`` be compiled at their first call."""
+    compile_now = torch.compile
+
+    def compile_later(function: Callable | None = None, **options: Any) -> Callable:
+        if function is None:
+            return partial(compile_later, **options)
+        compiled: list[Callable] = []
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            if torch.compiler.is_compiling():  # as a part of another function
+                return function(*args, **kwargs)
+            if not compiled:
+                compiled.append(compile_now(function, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
 require_supported(*TRAINING)
 
-with _hidden(_HIDDEN):
+with _hidden(_HIDDEN), _compiled_when_called():
     from megatron.core import optimizer, parallel_state
     from megatron.core.datasets.indexed_dataset import (
         DType,

@@ -69,12 +69,12 @@ def _blank(line: str) -> str:
 OPTIONS: dict[str, tuple[str, int, list[str]]] = {
     "tiny": ("tiny.yaml", 1, ["data.validation=corpus", "evaluation.interval=3"]),
     "tiny-cp2": ("tiny.yaml", 2, ["parallel.cp=2"]),
-    "tiny-deepspeed": ("tiny.yaml", 2, ["parallel.cp=2", "engine.name=deepspeed"]),
-    "experts": ("experts.yaml", 1, []),
 }
 """Of each run its recipe, ranks and overrides."""
 
 WIDE: dict[str, tuple[str, int, list[str]]] = {
+    "experts": ("experts.yaml", 1, []),
+    "tiny-deepspeed": ("tiny.yaml", 2, ["parallel.cp=2", "engine.name=deepspeed"]),
     "tiny-dp2": ("tiny.yaml", 2, []),
     "tiny-tp2": ("tiny.yaml", 2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
     "tiny-pp2": ("tiny.yaml", 2, ["parallel.pp=2"]),

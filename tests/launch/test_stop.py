@@ -73,6 +73,7 @@ def test_a_folder_has_one_run_at_a_time_and_its_stop_file_stops_it(
     assert "not running" in longspan("status", tmp_path / "run").stdout
 
 
+@pytest.mark.wide
 def test_a_second_signal_ends_the_run_at_once(start, tmp_path):
     # A step takes a minute.
     process = start("training.seq_length=24576", "training.global_batch_size=64")
@@ -89,6 +90,7 @@ def test_a_second_signal_ends_the_run_at_once(start, tmp_path):
     assert not any(os.path.exists(f"/proc/{child}") for child in child_pids)
 
 
+@pytest.mark.wide
 def test_a_signal_to_all_processes_is_one_request(start, tmp_path):
     """Service managers and SLURM signal all processes."""
     process = start("parallel.cp=2")

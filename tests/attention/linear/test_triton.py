@@ -29,12 +29,12 @@ FP32 = ["state:{}:gated:fp32", "out:{}:constant:fp32", "dk-decay:{}:documents:fp
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))]
 
 INTERPRETED = [
-    ["no decay", "constant", "per token, resets"],
     ["constant, documents", "per token, documents"],
-    ["one token", "63 tokens", "65 tokens", "a head for each"],
     ["mutants"],
 ]
 INTERPRETED_WIDE = [
+    ["no decay", "constant", "per token, resets"],
+    ["one token", "63 tokens", "65 tokens", "a head for each"],
     ["constant, strong", "per token", "per token, strong"],
     ["no decay, documents", "per token, documents of whole chunks", "64 tokens"],
     ["one segment", "segments of two chunks"],

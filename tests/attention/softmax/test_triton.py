@@ -24,12 +24,12 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 INTERPRETED = [
     ["causal", "s2", "window", "streaming"],
-    ["stripes alone", "dilated", "two ranges", "lists"],
     ["documents", "other sinks in each head", "shorter than the stride", "sink and softcap"],
-    ["sigmoid", "odd dims", "tiles"],
     ["mutants"],
 ]
 INTERPRETED_WIDE = [
+    ["stripes alone", "dilated", "two ranges", "lists"],
+    ["sigmoid", "odd dims", "tiles"],
     ["all at once", "two dilations"],
     ["each head its own", "lists of each row", "documents and lists"],
     ["grouped queries", "sigmoid and softcap on lists"],

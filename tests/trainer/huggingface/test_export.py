@@ -425,7 +425,7 @@ def test_dry_run_names_the_architecture(tiny_recipe, overrides, line):
 
 
 @pytest.mark.parametrize(
-    ("model", "ranks"),
+    ("model", "parallel"),
     [
         pytest.param("ministral", ["parallel.tp=2", "parallel.sequence_parallel=true"], id="tp"),
         pytest.param("minimax", ["parallel.pp=2"], id="pp", marks=WIDE),
@@ -439,13 +439,11 @@ def test_dry_run_names_the_architecture(tiny_recipe, overrides, line):
     ],
 )
 def test_commands_export_and_check_a_run_of_two_ranks(
-    longspan, tiny_recipe, tmp_path, model, ranks
+    longspan, ranks, tiny_recipe, tmp_path, model, parallel
 ):
     overrides = {**NATIVE, **MORE_NATIVE}[model]
-    training = longspan(
-        "train", tiny_recipe, "launch.processes=2", "training.steps=4", *ranks, *overrides
-    )
-    assert training.returncode == 0, training.stderr
+    options = ["launch.processes=2", "training.steps=4", *parallel, *overrides]
+    ranks(2, "longspan", "train", tiny_recipe, *options)
 
     run = tmp_path / "run"
     out = tmp_path / "model"

@@ -114,7 +114,7 @@ def test_layers_that_become_linear_start_anew(model_folder, tiny_recipe):
 
 
 @pytest.mark.parametrize("degree", ["tp", pytest.param("pp", marks=pytest.mark.wide)])
-def test_ranks_start_from_the_same_model(model_folder, tiny_recipe, longspan, tmp_path, degree):
+def test_ranks_start_from_the_same_model(model_folder, tiny_recipe, ranks, tmp_path, degree):
     """Once the run has a checkpoint, the folder is not needed."""
     folder, _ = model_folder(stack({"full": FULL}))
     options = [
@@ -124,14 +124,14 @@ def test_ranks_start_from_the_same_model(model_folder, tiny_recipe, longspan, tm
         "model.rope_theta=50000.0",
     ]
 
-    def train(*overrides):
+    def train(*overrides, processes=1):
         """Return what the command prints, and the losses."""
-        training = longspan("train", tiny_recipe, *options, *overrides)
-        assert training.returncode == 0, training.stderr
+        count = f"launch.processes={processes}"
+        outputs = ranks(processes, "longspan", "train", tiny_recipe, *options, *overrides, count)
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         losses = [record["train/loss"] for record in records if "train/loss" in record]
-        return training.stdout, losses
+        return outputs[0][0], losses
 
     output, losses = train("training.steps=2")
     assert (
@@ -140,7 +140,7 @@ def test_ranks_start_from_the_same_model(model_folder, tiny_recipe, longspan, tm
     ) in output
 
     shutil.rmtree(tmp_path / "run")
-    _, losses_of_two_ranks = train("training.steps=2", f"parallel.{degree}=2", "launch.processes=2")
+    _, losses_of_two_ranks = train("training.steps=2", f"parallel.{degree}=2", processes=2)
     assert losses_of_two_ranks == pytest.approx(losses, rel=1e-5)
     assert losses[0] > 6  # of noisy weights; the recipe's own weights start at 5.6
 
