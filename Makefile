@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A process for each core, at most 8; a file's tests run in one of them.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# A process for each core, at most 8.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: train test test-all test-part test-gpu test-matrix golden docs lint types resolve
 train: $(VENV)/installed

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""torch's names and those of the format."""
+"""torch's names and those of the format, in the order of the file: the widest first, so that all
+tensors are aligned.
+"""
 
 
 def write_weights(
@@ -47,8 +49,9 @@ def _write(
 ) -> None:
     import torch
 
-    # The widest first, so that all of them are aligned.
-    names = sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    dtypes = {name: str(weight.dtype).removeprefix("torch.") for name, weight in weights.items()}
+    order = list(_DTYPES)
+    names = sorted(weights, key=lambda name: (order.index(dtypes[name]), name))
     header: dict[str, dict] = {"__metadata__": {"step": str(step)}}
     end = 0
     for name in names:
@@ -56,7 +59,7 @@ def _write(
         start = end
         end += weight.numel() * weight.element_size()
         header[name] = {
-            "dtype": _DTYPES[str(weight.dtype).removeprefix("torch.")],
+            "dtype": _DTYPES[dtypes[name]],
             "shape": [*weight.shape],
             "data_offsets": [start, end],
         }
