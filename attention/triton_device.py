@@ -21,8 +21,11 @@ Result = TypeVar("Result")
 
 @lru_cache
 def compute_capability(device: torch.device) -> int:
-    """Return the compute capability, 90 for 9.0; 0 for a device without CUDA."""
-    if device.type != "cuda":
+    """Return the compute capability, 90 for 9.0; 0 for a device without CUDA.
+
+    AMD's GPUs have numbers of their own, some of which are those of NVIDIA's.
+    """
+    if device.type != "cuda" or torch.version.hip:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
@@ -32,6 +35,8 @@ def device_unsupported_reason(x: Tensor) -> str | None:
     """Return why no kernel can run on the device of ``x``, and what can; None if one can."""
     if not x.is_cuda and not INTERPRETED:
         return f"needs CUDA, but q is on {x.device}; use torch"
+    if torch.version.hip:
+        return "has no configurations for AMD's GPUs; use torch"
     if x.is_cuda and compute_capability(x.device) not in SUPPORTED_CAPABILITIES:
         capability = compute_capability(x.device) / 10
         return f"has no configurations for compute capability {capability}; use torch"

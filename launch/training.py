@@ -127,7 +127,7 @@ def _train_rank(recipe: Recipe) -> int:
         from ..trainer.run.loop import train as train_loop
 
         is_first = dist.get_rank() == 0
-        rank_group = RankGroup()
+        rank_group = RankGroup(timeout_s)
         folder = RunFolder(recipe.run_dir)
         recipe = _with_run_tokenizer(recipe, folder)
         with rank_group.raise_on_all():

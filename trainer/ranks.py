@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -20,10 +21,14 @@ class RankGroup:
 
     Apart from :meth:`failure`, every method is a collective: all ranks must call it, in the same
     order.
+
+    Args:
+        timeout_s: seconds after which an agreement that other ranks do not join ends the process.
     """
 
-    def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+    def __init__(self, timeout_s: float = 1800.0) -> None:
+        self.timeout = timedelta(seconds=timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=self.timeout)
         self.rank = dist.get_rank()
         self.is_first = self.rank == 0
         """Whether this is rank 0, which speaks for all of them."""

@@ -69,7 +69,7 @@ class Checkpointer:
         self._ranks = ranks
         # The background thread's own group: its collectives must not mix with those of the main
         # thread.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=ranks.timeout)
         self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread: threading.Thread | None = None
         self._outcome: SaveOutcome | None = None

@@ -214,6 +214,7 @@ def accuracy(pattern, steps):
         return float((model(keys, values, asks).argmax(-1) == values)[asks].float().mean())
 
 
+@pytest.mark.wide
 def test_moba_learns_to_retrieve_better_than_a_window_of_its_budget():
     chosen = accuracy(MoBA(BLOCK, TOP_K), 150)
     nearest = accuracy(Window(BLOCK * TOP_K), 150)

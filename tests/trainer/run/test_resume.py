@@ -465,6 +465,7 @@ def test_a_changed_corpus_is_refused(run_ranks, stopped, corpus):
     assert f"data: {corpus}: is not what the run in {stopped} began with" in first[1]
 
 
+@pytest.mark.wide
 def test_a_checkpoint_of_a_newer_format_is_refused(longspan, tiny_recipe, stopped):
     from longspan.trainer.checkpoint.files import Manifest
 
