@@ -24,6 +24,7 @@ from ..data.batches import Microbatch
 from ..errors import UserError
 from ..megatron_core import MoEAuxLossAutoScaler, parallel_state
 from ..model import weights
+from ..model.cpu import plain_torch
 from ..recipe.engine_config import DeepSpeedConfig
 from ..recipe.schema import Recipe
 from .base import EngineBase, forward
@@ -236,7 +237,7 @@ def _initialize(
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")  # torchrun sets it
-    with torch._C.DisableTorchFunction():  # what helps Megatron on a CPU misleads DeepSpeed there
+    with plain_torch():
         import deepspeed
         from deepspeed.utils.logging import logger
 
