@@ -91,25 +91,12 @@ def megatron_on_cpu() -> contextlib.AbstractContextManager:
     megatron_random._set_cuda_rng_state = lambda state, device=None, graph_safe=False: (
         torch.set_rng_state(state)
     )
-    return _cuda_means_cpu()
+    return _replaced(_replacements())
 
 
-@contextlib.contextmanager
-def plain_torch() -> Iterator[None]:
+def plain_torch() -> contextlib.AbstractContextManager:
     """Undo for a while what is done for Megatron-core, and would mislead others."""
-    with _replaced([replacement.undone() for replacement in _replacements()]):
-        yield
-
-
-@contextlib.contextmanager
-def _cuda_means_cpu() -> Iterator[None]:
-    """Let what Megatron-core makes for CUDA, or moves there, be on the CPU.
-
-    These few functions are all that it needs. A mode that looks at every call of torch took a fifth
-    of a small model's step.
-    """
-    with _replaced(_replacements()):
-        yield
+    return _replaced([replacement.undone() for replacement in _replacements()])
 
 
 class _Replacement(NamedTuple):
@@ -126,6 +113,11 @@ class _Replacement(NamedTuple):
 
 @cache
 def _replacements() -> list[_Replacement]:
+    """Return what lets things be on the CPU that Megatron-core makes for CUDA, or moves there.
+
+    These few functions are all that it needs. A mode that looks at every call of torch took a fifth
+    of a small model's step.
+    """
     replacements = {
         "cuda": lambda tensor, *_, **__: tensor,
         "type": _cuda_type,
