@@ -38,7 +38,8 @@ def softmax(choose):
     pattern = choose([Causal(), S2(4, 2, 3), Window(7), Sinks(3) | Window(5)])
     options = choose([{}, {"softcap": np.float32(3)}, {"scale": torch.tensor(0.25)}])
     schedule = choose(["auto", "ring", "gather", "heads"])
-    shapes = [(LENGTH, 4, 8), (LENGTH, 4, 8), (LENGTH, 4, 6), (LENGTH, 4, 6)]
+    # Twelve heads split over any layout's ranks.
+    shapes = [(LENGTH, 12, 8), (LENGTH, 12, 8), (LENGTH, 12, 6), (LENGTH, 12, 6)]
 
     def alone(*x, documents):
         return attention.attend(*x, pattern, documents=documents, backend="reference", **options)
