@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
+from ..backend_choice import BackendChoice, choices
 from ..documents import check_documents, document_spans
 from ..operation import operation, without_autocast
 from ..patterns import Blocks, Pattern, Selector
@@ -169,12 +170,16 @@ def choose_backend(
         return backend
     if not q.is_cuda:
         return "torch"
-    if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
+    reason = BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits)
+    chosen = "torch" if reason else "triton"
+    call = f"{type(pattern).__name__}, head dim {max(q.shape[3], v.shape[3])}, {q.dtype}"
+    refusals = (("triton", reason),) if reason else ()
+    choices[BackendChoice("softmax", call, chosen, refusals)] += 1
+    if reason:
         warnings.warn(
             f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=5
         )
-        return "torch"
-    return "triton"
+    return chosen
 
 
 @dataclass(frozen=True)
