@@ -100,6 +100,7 @@ def test_a_signal_to_all_processes_is_one_request(start, tmp_path):
     assert "stopped after step" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.wide
 def test_ranks_save_and_stop_when_the_process_that_started_them_is_killed(
     start, longspan, tmp_path
 ):

@@ -28,11 +28,9 @@ OTHER_KERNELS = ["carry:{}:constant", "decay:{}:gated", "decay:{}:documents"]
 FP32 = ["state:{}:gated:fp32", "out:{}:constant:fp32", "dk-decay:{}:documents:fp32"]
 ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))]
 
-INTERPRETED = [
-    ["constant, documents", "per token, documents"],
-    ["mutants"],
-]
+INTERPRETED = [["constant, documents", "per token, documents"]]
 INTERPRETED_WIDE = [
+    ["mutants"],
     ["no decay", "constant", "per token, resets"],
     ["one token", "63 tokens", "65 tokens", "a head for each"],
     ["constant, strong", "per token", "per token, strong"],
@@ -52,7 +50,7 @@ def test_parity_in_the_interpreter(cases):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(64, marks=pytest.mark.wide), 128])
 @pytest.mark.parametrize(
     "cases", [SCANS, pytest.param(SCANS_WIDE, marks=pytest.mark.wide)], ids=["most", "rest"]
 )

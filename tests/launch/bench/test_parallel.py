@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.wide
 def test_every_operation_is_checked_and_measured(longspan, tmp_path):
     sizes = ["--length", "512", "--head-dim", "8", "--repeats", "2"]
     completed = longspan("bench", "parallel", *sizes, "--out", tmp_path)

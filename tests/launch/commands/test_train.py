@@ -78,6 +78,7 @@ def test_two_processes_train_evaluate_plot_and_generate(longspan, tiny_recipe, c
     assert read_metrics(run) == records
 
 
+@pytest.mark.wide
 def test_tflops_follow_the_length_of_each_step(longspan, tiny_recipe, tmp_path):
     options = [
         "training.seq_length=192",
@@ -140,9 +141,8 @@ def test_offloading_more_than_the_memory_is_refused(tiny_recipe, tmp_path, overr
 
 
 def test_the_resolved_recipe_gives_the_same_losses(longspan, tiny_recipe, tmp_path):
-    completed = longspan("train", tiny_recipe, "training.steps=2", "evaluation.sample_prompt=Doc")
+    completed = longspan("train", tiny_recipe, "training.steps=2")
     assert completed.returncode == 0, completed.stderr
-    assert "a sample:\nDoc" in completed.stdout
     first = tmp_path / "run"
     assert longspan("train", first / "recipe.yaml", f"run_dir={tmp_path / 'again'}").returncode == 0
     losses = [

@@ -40,14 +40,15 @@ def left_by_engines(recipe, number: int) -> Iterator[dict[str, int]]:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+@pytest.mark.parametrize("number", [4, pytest.param(10, marks=pytest.mark.wide)])
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
-def test_ten_engines_leave_nothing(tiny_recipe, engine):
+def test_engines_leave_nothing(tiny_recipe, engine, number):
     recipe = load_recipe(
         str(tiny_recipe),
         [*SHARED_EXPERT, f"engine.name={engine}", "training.global_batch_size=1"],
     )
     with process_group(1):
-        first, second, *others = left_by_engines(recipe, 10)
+        first, second, *others = left_by_engines(recipe, number)
     assert second["groups"] == first["groups"] == 1
     assert second["threads"] == first["threads"]
     # What libraries open once for the whole process, at their first use.

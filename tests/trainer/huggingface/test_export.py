@@ -75,7 +75,13 @@ def _rates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        None,
+        *(pytest.param(each, marks=pytest.mark.wide) for each in (torch.bfloat16, torch.float16)),
+    ],
+)
 def test_decay_rates_stay_fp32_in_memory(saved_run, tmp_path, dtype):
     """In the code that goes with a model: as the folder says, and as the caller says."""
     from transformers import AutoModelForCausalLM

@@ -50,7 +50,7 @@ def batches_on(recipe_file, *overrides):
     "stack",
     [
         [],
-        [PATTERNS],
+        pytest.param([PATTERNS], marks=pytest.mark.wide),
         pytest.param(LINEAR, marks=pytest.mark.wide),
         pytest.param(LINEAR_MORE, marks=pytest.mark.wide),
     ],

@@ -406,6 +406,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.wide
 def test_the_model_needs_no_gpt_model(tiny_recipe, tmp_path):
     """It builds, trains, resumes and generates with ``GPTModel`` taken out of Megatron-core."""
     commands = [

@@ -288,7 +288,7 @@ def test_a_megatron_run_resumes_under_zero(run_ranks, stopped, expected):
         ), step
 
 
-@pytest.mark.parametrize("request_to_stop", ["term=6", wide("usr1=6")])
+@pytest.mark.parametrize("request_to_stop", [wide("term=6"), wide("usr1=6")])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     run_ranks, run, longspan, expected, request_to_stop
 ):
