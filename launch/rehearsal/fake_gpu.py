@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from ...trainer.predict.estimate import GIB, Device
 from .recorder import Recorder
@@ -29,6 +32,7 @@ def pretend_gpu(device: Device, recorder: Recorder) -> None:
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
     torch.nn.Module._apply = _apply  # type: ignore[assignment]
     _register_cuda_kernels()
+    _replace_compiler(recorder)
 
 
 def _answer(device: Device) -> None:
@@ -152,7 +156,19 @@ def _replace_random_states() -> None:
 
 def _replace_tensor_methods(recorder: Recorder) -> None:
     fake = cast(Any, FakeTensor)
-    fake.tolist = lambda self: recorder.to_list(self)
+
+    def to_list(tensor: Tensor) -> Any:
+        numbers = recorder.numbers(tensor)
+        with _disable_current_modes():
+            return numbers.tolist()
+
+    def to_numpy(tensor: Tensor) -> Any:
+        numbers = recorder.numbers(tensor)
+        with _disable_current_modes():
+            return numbers.numpy()
+
+    fake.tolist = to_list
+    fake.numpy = to_numpy
     fake.data_ptr = lambda self: self.storage_offset() * self.element_size()  # for alignments
     tensor = cast(Any, Tensor)
     tensor.record_stream = lambda self, stream: None
@@ -180,6 +196,27 @@ def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torc
         if buffer is not None:
             module._buffers[name] = function(buffer)
     return module
+
+
+def _replace_compiler(recorder: Recorder) -> None:
+    """Let a compiled function be one kernel, as what is compiled here is on a GPU."""
+
+    def compile_(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(compile_, **options)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with recorder.one_kernel(f"compiled {function.__name__}"):
+                result = function(*args, **kwargs)
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.is_cuda:
+                    recorder.memory.see(tensor, recorder.kind)
+            return result
+
+        return call
+
+    torch.compile = compile_  # type: ignore[assignment]
 
 
 _library = torch.library.Library("aten", "IMPL")

@@ -1,33 +1,39 @@
 """Where in the code something happens."""
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
 _PACKAGE = Path(__file__).parents[2]
-_SELF = str(Path(__file__).parent)
+_REHEARSAL = tuple(
+    str(_PACKAGE / "launch" / part) for part in ("rehearsal", "workers/rehearse.py", "process.py")
+)
+_OTHERS = ("megatron", "deepspeed", "fla", "triton")
+"""Packages whose code is shown beside longspan's own."""
 
 
 def place(depth: int = 3) -> str:
     """Return the innermost calls of longspan, Megatron-core and the like, the last one first.
 
-    torch's own frames are left out.
+    torch's own are left out.
     """
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < depth:
-        code = frame.f_code
-        file = code.co_filename
-        is_shown = not (file.startswith((_SELF, "<")) or "/torch/" in file or "/lib/python" in file)
-        is_shown |= "/site-packages/" in file and "/torch/" not in file
-        if is_shown:
-            found.append(f"{_short(file)}:{frame.f_lineno} {code.co_name}")
+        if file := _short(frame.f_code.co_filename):
+            found.append(f"{file}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     return " < ".join(found) or "autograd"
 
 
-def _short(file: str) -> str:
+@cache
+def _short(file: str) -> str | None:
+    """Return how a file is shown, or None if it is not."""
+    _, _, installed = file.rpartition("/site-packages/")
+    if installed != file:
+        return installed if installed.startswith(_OTHERS) else None
     path = Path(file)
-    if path.is_relative_to(_PACKAGE) and "site-packages" not in path.parts[len(_PACKAGE.parts) :]:
-        return str(path.relative_to(_PACKAGE))
-    return file.rpartition("/site-packages/")[2]
+    if file.startswith(_REHEARSAL) or not path.is_relative_to(_PACKAGE):
+        return None
+    return str(path.relative_to(_PACKAGE))

@@ -1,6 +1,8 @@
 """Records what a step does to a GPU: kernels, collectives, waits, memory, and faults."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +80,7 @@ class Recorder(TorchDispatchMode):
         self._running: dict[int, tuple[Any, CollectiveTotals, int]] = {}
         """Address of a handle -> it, what it stands for, and the kernels launched before."""
         self._num_kernels = 0
+        self._is_fused = False
 
     def wait(self, what: str) -> None:
         """Record that the host waits for the GPU here."""
@@ -91,6 +94,18 @@ class Recorder(TorchDispatchMode):
         """Record the launch of a Triton kernel."""
         self.launches[self.phase, name] += 1
         self._num_kernels += 1
+
+    @contextmanager
+    def one_kernel(self, name: str) -> Iterator[None]:
+        """Count what is done inside as a single kernel, without memory for what is in between."""
+        self.kernels[self.phase, name] += 1
+        self._num_kernels += 1
+        was_fused = self._is_fused
+        self._is_fused = True
+        try:
+            yield
+        finally:
+            self._is_fused = was_fused
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -131,6 +146,8 @@ class Recorder(TorchDispatchMode):
         results: list[Tensor],
     ) -> None:
         """Count an operation that concerns the GPU."""
+        if self._is_fused:
+            return
         for result in results:
             if result.is_cuda:
                 self.memory.see(result, self.kind)
@@ -167,15 +184,13 @@ class Recorder(TorchDispatchMode):
             return False
         return 1.0 if tensor.is_floating_point() else 1
 
-    def to_list(self, tensor: Tensor) -> Any:
-        """Return what ``tolist()`` gives: a single copy to the host, whatever the size."""
+    def numbers(self, tensor: Tensor) -> Tensor:
+        """Return numbers for what the host reads at once: the values if known, else ones."""
         if tensor.is_cuda:
             self.wait("tolist")
         twin = self.values.get(tensor)
         with unset_fake_temporarily():
-            if twin is None:
-                twin = torch.ones(tensor.shape, dtype=tensor.dtype)
-            return twin.tolist()
+            return torch.ones(tensor.shape, dtype=tensor.dtype) if twin is None else twin
 
     def _equal(self, a: Tensor, b: Tensor) -> bool:
         if a.is_cuda:
@@ -204,20 +219,21 @@ class Recorder(TorchDispatchMode):
             Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device=tensors[0].device), twins
         )
 
+    @unset_fake_temporarily()
     def _from_known_mask(self, name: str, args: tuple) -> Tensor | None:
         """Return zeros in the shape that a known mask takes of an unknown tensor."""
-        index = args[1]
+        source, index = args
+        masks = tree_leaves(index)
+        mask = self.values.get(masks[0]) if len(masks) == 1 else None
+        if mask is None:
+            return None
         if name == "aten::masked_select":
-            mask = self.values.get(index)
-            if mask is None:
-                return None
-            shape = torch.broadcast_shapes(mask.shape, args[0].shape)
-            return _zeros((_count(mask.expand(shape)),), args[0].dtype)
-        if name == "aten::index" and len(tree_leaves(index)) == 1:
-            mask = self.values.get(index[0])
-            if mask is None:
-                return None
-            return _zeros((_count(mask), *args[0].shape[mask.ndim :]), args[0].dtype)
+            mask = mask.expand(torch.broadcast_shapes(mask.shape, source.shape))
+            return torch.zeros(int(mask.sum()), dtype=source.dtype)
+        if name == "aten::index":
+            return torch.zeros(
+                int(mask.sum()), *source.shape[mask.ndim :], dtype=source.dtype
+            )
         return None
 
     def _collective(
@@ -229,7 +245,8 @@ class Recorder(TorchDispatchMode):
         kind = Collective(self.phase, name.removeprefix("c10d::").rstrip("_"), ranks, place())
         totals = self.collectives.setdefault(kind, CollectiveTotals())
         totals.count += 1
-        totals.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        # What is sent and what is received: of both, the larger one is the message.
+        totals.bytes += max((x.numel() * x.element_size() for x in tensors), default=0)
         self._started.append((totals, self._num_kernels))
         for tensor in tensors:
             if not tensor.is_contiguous():
@@ -241,6 +258,7 @@ class Recorder(TorchDispatchMode):
             return torch._C._distributed_c10d.FakeWork().boxed()
         return function(*args, **kwargs)
 
+    @unset_fake_temporarily()
     def _exchange_values(self, name: str, args: tuple, ranks: int) -> None:
         """Let every rank have what this one has, as far as that is known.
 
@@ -275,13 +293,3 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _on_gpu(tensors: list[Tensor]) -> bool:
     return any(x.is_cuda for x in tensors)
-
-
-def _count(mask: Tensor) -> int:
-    with unset_fake_temporarily():
-        return int(mask.sum())
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    with unset_fake_temporarily():
-        return torch.zeros(shape, dtype=dtype)

@@ -84,8 +84,14 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
 
 def _name_what_stays(engine: Any, memory: DeviceMemory) -> None:
     """Tell weights, gradients and the optimizer's state apart: Adam makes its own in a step."""
-    for buffer in getattr(getattr(engine, "_ddp", None), "buffers", []):
-        memory.rename(buffer.grad_data, "gradients")
+    from ...trainer.engines.megatron import MegatronEngine
+
+    if isinstance(engine, MegatronEngine):
+        for buffer in engine._ddp.buffers + engine._ddp.expert_parallel_buffers:
+            memory.rename(buffer.grad_data, "gradients")
+        for optimizer in engine._state.optimizers:
+            for parameter in optimizer.get_parameters():
+                memory.rename(parameter, "optimizer")
     for state in engine._state.optimizer_states():
         for tensor in state.values():
             if isinstance(tensor, Tensor) and tensor.is_cuda:
@@ -93,7 +99,10 @@ def _name_what_stays(engine: Any, memory: DeviceMemory) -> None:
 
 
 def _batches(recipe: Recipe, documents: int, engine: Any) -> list[Microbatch]:
-    """Return a rank's microbatches of a step: zeros, in ``documents`` documents a sequence."""
+    """Return a rank's microbatches of a step: zeros, in ``documents`` documents a sequence.
+
+    As many as the pipeline holds at a time, and at least two, say all there is to say.
+    """
     length = recipe.training.seq_length
     alignment = recipe.model.document_alignment
     starts = np.linspace(0, length // alignment, documents, endpoint=False).astype(int)
@@ -103,6 +112,7 @@ def _batches(recipe: Recipe, documents: int, engine: Any) -> list[Microbatch]:
 
     training = recipe.training
     num_batches = training.global_batch_size // recipe.data_parallel // training.micro_batch_size
+    num_batches = min(num_batches, max(2, recipe.parallel.pp))
     samples = [sample] * training.micro_batch_size
     return [
         microbatch(recipe, samples, engine.batch_shard.context_rank, engine.device)
