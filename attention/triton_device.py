@@ -13,8 +13,8 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
-SUPPORTED_CAPABILITIES = (80, 90, 100, 103)
-"""Compute capabilities that kernels have configurations for; others have less shared memory."""
+SUPPORTED_CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
+"""Compute capabilities that kernels have configurations for."""
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,15 @@ def device_unsupported_reason(x: Tensor) -> str | None:
         capability = compute_capability(x.device) / 10
         return f"has no configurations for compute capability {capability}; use torch"
     return None
+
+
+def has_bulk_copies(capability: int) -> bool:
+    """Return whether kernels are to use the GPU's bulk copies (TMA).
+
+    The consumer's Blackwell (12.0) has them and little else of what they are for: its registers
+    would not suffice.
+    """
+    return 90 <= capability < 120
 
 
 def fits_bulk_copies(*tensors: Tensor) -> bool:

@@ -161,23 +161,41 @@ def check_pattern(pattern: Pattern, kv_heads: int, batch_size: int, longest: int
 
 
 def choose_backend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    logits: LogitOptions,
+    keys_side_by_side: bool = True,
 ) -> str:
-    """Return the backend to use; raise ValueError if the given one does not support the call."""
+    """Return the backend to use; raise ValueError if the given one does not support the call.
+
+    ``auto`` prefers on CUDA our kernels, then flash-attn's, then torch; elsewhere torch.
+
+    Args:
+        keys_side_by_side: whether the keys of a tile are at consecutive positions.
+    """
     if backend != "auto":
         if reason := BACKENDS[backend]().unsupported_reason(q, k, v, pattern, logits):
             raise ValueError(f"backend {backend} {reason}")
         return backend
     if not q.is_cuda:
         return "torch"
-    reason = BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits)
-    chosen = "torch" if reason else "triton"
+    chosen = "torch"
+    refusals = []
+    for name in ("triton", "flash") if keys_side_by_side else ("triton",):
+        reason = BACKENDS[name]().unsupported_reason(q, k, v, pattern, logits)
+        if reason is None:
+            chosen = name
+            break
+        refusals.append((name, reason))
     call = f"{type(pattern).__name__}, head dim {max(q.shape[3], v.shape[3])}, {q.dtype}"
-    refusals = (("triton", reason),) if reason else ()
-    choices[BackendChoice("softmax", call, chosen, refusals)] += 1
-    if reason:
+    choices[BackendChoice("softmax", call, chosen, tuple(refusals))] += 1
+    if chosen == "torch":
+        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals)
         warnings.warn(
-            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=5
+            f"backend auto falls back to torch, which is slower here: {reasons}", stacklevel=5
         )
     return chosen
 

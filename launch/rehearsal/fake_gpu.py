@@ -79,6 +79,7 @@ def _answer(device: Device) -> None:
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
     cuda._lazy_call = lambda function, **_: function()
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     cuda.nccl.version = lambda: (2, 29, 7)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]

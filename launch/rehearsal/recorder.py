@@ -231,9 +231,7 @@ class Recorder(TorchDispatchMode):
             mask = mask.expand(torch.broadcast_shapes(mask.shape, source.shape))
             return torch.zeros(int(mask.sum()), dtype=source.dtype)
         if name == "aten::index":
-            return torch.zeros(
-                int(mask.sum()), *source.shape[mask.ndim :], dtype=source.dtype
-            )
+            return torch.zeros(int(mask.sum()), *source.shape[mask.ndim :], dtype=source.dtype)
         return None
 
     def _collective(

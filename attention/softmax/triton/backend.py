@@ -23,6 +23,7 @@ from ...triton_device import (
     compute_capability,
     device_unsupported_reason,
     fits_bulk_copies,
+    has_bulk_copies,
     on_device_of_first_argument,
 )
 from ..tiles import LogitOptions, Tile, merge_
@@ -493,7 +494,7 @@ class _Launch:
         table = self._table(config.keys)
         is_fp32 = self.q.dtype == torch.float32
         use_bulk_copies = (
-            compute_capability(self.q.device) >= 90
+            has_bulk_copies(compute_capability(self.q.device))
             and not is_fp32
             and fits_bulk_copies(self.q, self.k, self.v, *gradients)
         )

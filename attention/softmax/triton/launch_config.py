@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ...triton_device import has_bulk_copies
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -30,7 +32,7 @@ def kernel_config(
     """
     if bytes_per_number == 4:
         return KernelConfig(32, 32, 4, 1)
-    loads = "tma" if capability >= 90 else "pointers"
+    loads = "tma" if has_bulk_copies(capability) else "pointers"
     return _CONFIGS[kernel][loads, 64 if head_dim <= 64 else MAX_HEAD_DIM]
 
 

@@ -14,6 +14,7 @@ import triton
 from longspan.attention.softmax.triton.dkv import dkv_kernel
 from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 from longspan.attention.softmax.triton.launch_config import kernel_config
+from longspan.attention.triton_device import has_bulk_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -55,7 +56,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
         "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": far_rules, "LISTED": lists,
-        "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
+        "SOFTCAP": False, "SIGMOID": False, "TMA": has_bulk_copies(arch), "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
     if lists:
         constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
@@ -93,7 +94,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
 def kernel_resources(assembly: str, compiled_kernel) -> dict:
     """Assemble the PTX. Returns what the kernel needs, and counts of some of its instructions."""
     chip = re.search(r"\.target (\w+)", assembly).group(1)
-    name = "ptxas-blackwell" if chip.startswith("sm_10") else "ptxas"
+    name = "ptxas-blackwell" if chip.startswith(("sm_10", "sm_12")) else "ptxas"
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(assembly)
