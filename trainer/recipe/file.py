@@ -13,15 +13,7 @@ from .check import check_recipe
 from .schema import FOR_A_FILE, Recipe
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-# PyYAML raises ValueError and the two after it for a value that does not fit its tag: `!!int x`.
-_YAML_ERRORS = (
-    yaml.YAMLError,
-    UnicodeDecodeError,
-    ValueError,
-    AttributeError,
-    TypeError,
-    RecursionError,
-)
+_YAML_ERRORS = (yaml.YAMLError, UnicodeDecodeError, RecursionError)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -29,7 +21,19 @@ class _StrictLoader(yaml.SafeLoader):
     key is an error.
     """
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            # What PyYAML raises for a value that does not fit its tag: `!!int x`, `!!bool x`.
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.MarkedYAMLError(
+                problem=f"this is no {tag}; leave {tag} out", problem_mark=node.start_mark
+            ) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="expected a mapping", problem_mark=node.start_mark)
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:

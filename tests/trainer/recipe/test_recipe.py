@@ -303,6 +303,23 @@ def test_duplicate_keys_are_refused_with_their_line(tiny_recipe):
     ]
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("!!int", "this is no !!int; leave !!int out"),
+        ("!!int abc", "this is no !!int; leave !!int out"),
+        ("!!float", "this is no !!float; leave !!float out"),
+        ("!!bool x", "this is no !!bool; leave !!bool out"),
+        ("!!timestamp 2001-99-99", "this is no !!timestamp; leave !!timestamp out"),
+        ("!!map [a]", "expected a mapping"),
+        ("!!set x", "expected a mapping"),
+    ],
+)
+def test_values_that_do_not_fit_their_tags_are_located(tiny_recipe, value, problem):
+    tiny_recipe.write_text(f"training:\n  steps: {value}\n")
+    assert problems(tiny_recipe) == [f"{tiny_recipe}:2:10: {problem}"]
+
+
 def test_broken_yaml_and_lists_are_refused(tiny_recipe):
     tiny_recipe.write_text("a: [1\nb: 2\n")
     assert f"{tiny_recipe}:2:" in problems(tiny_recipe)[0]
