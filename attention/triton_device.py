@@ -43,13 +43,24 @@ def device_unsupported_reason(x: Tensor) -> str | None:
     return None
 
 
+def matrix_instruction(capability: int) -> str:
+    """Return how a GPU multiplies matrices, by the name of its instruction.
+
+    ``mma`` by a warp, ``wgmma`` by four warps from shared memory, ``tcgen05`` into a memory of
+    its own.
+    """
+    if 90 <= capability < 100:
+        return "wgmma"
+    return "tcgen05" if 100 <= capability < 120 else "mma"
+
+
 def has_bulk_copies(capability: int) -> bool:
     """Return whether kernels are to use the GPU's bulk copies (TMA).
 
-    The consumer's Blackwell (12.0) has them and little else of what they are for: its registers
-    would not suffice.
+    The consumer's Blackwell (12.0) has them, but not the products that read what they bring from
+    shared memory: its registers would not suffice.
     """
-    return 90 <= capability < 120
+    return matrix_instruction(capability) != "mma"
 
 
 def fits_bulk_copies(*tensors: Tensor) -> bool:

@@ -460,20 +460,18 @@ class _Launch:
         """Return the kernel's configuration, with tiles that fit into the pattern's blocks."""
         head_dim = max(_block_d(self.q), _block_d(self.v))
         capability = compute_capability(self.q.device)
+        rules = _pattern_rules(self.pattern, self.kv_heads)
+        has_relative_rules = any(rule.relative for head_rules in rules for rule in head_rules)
+        if kernel == "dkv" and has_relative_rules:
+            kernel = "dkv relative"
         config = kernel_config(kernel, capability, self.q.element_size(), head_dim)
 
         blocks = _pattern_blocks(self.pattern, self.kv_heads)
         if not self.keys.is_contiguous:
             blocks.append(self.keys.size)
-        rules = _pattern_rules(self.pattern, self.kv_heads)
-        depends_on_query_block = self.block_lists is not None or any(
-            rule.relative for head_rules in rules for rule in head_rules
-        )
-        return replace(
-            config,
-            queries=min([config.queries, *blocks]) if depends_on_query_block else config.queries,
-            keys=min([config.keys, *blocks]),
-        )
+        most_keys = min(blocks, default=config.keys)
+        depends_on_query_block = self.block_lists is not None or has_relative_rules
+        return config.fit(most_keys if depends_on_query_block else config.queries, most_keys)
 
     def _table(self, key_tile: int) -> _RuleTable:
         table = _rule_table(*self._table_key(key_tile))

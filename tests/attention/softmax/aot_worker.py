@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import triton
@@ -50,16 +51,17 @@ UNALIGNED = {
 
 def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Compile one kernel. Returns its registers, spills, shared memory and instructions."""
-    config = kernel_config(kernel, arch, 2, dim)
+    config_of = "dkv relative" if variant == "dilated-far" else kernel
+    config = kernel_config(config_of, arch, 2, dim)
     bands, fixed, far_rules, far, lists = VARIANTS[variant]
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
+    if lists:
+        config = config.fit(64, 64)
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
         "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": far_rules, "LISTED": lists,
         "SOFTCAP": False, "SIGMOID": False, "TMA": has_bulk_copies(arch), "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
-    if lists:
-        constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
     signature = {}
     hints = {}
     float_scalars = ("scale", "softcap", "sigmoid_bias")
@@ -87,7 +89,7 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
         "arch": arch,
         "dim": dim,
         "variant": variant,
-        "shape": vars(config),
+        "config": vars(config),
     } | kernel_resources(assembly, binary)
 
 
@@ -107,6 +109,8 @@ def kernel_resources(assembly: str, compiled_kernel) -> dict:
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": max(stores, loads),
         "shared": compiled_kernel.metadata.shared,
+        "exponentials": assembly.count("ex2.approx"),
+        "products": Counter(re.findall(r"(?:wgmma|mma)\.\S*?\.(m\d+n\d+k\d+)", assembly)),
         "wgmma": assembly.count("wgmma.mma_async"),
         "tma": assembly.count("cp.async.bulk.tensor"),
     }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,37 @@ def test_compiled_ahead_of_time(arch, dim, cases):
         assert arch != 90 or (kernel["wgmma"] and kernel["tma"]), kernel
         assert arch != 100 or kernel["tma"], kernel
         assert arch != 120 or not kernel["tma"], kernel
+        if kernel["variant"] != "dilated-far":
+            assert_nothing_is_computed_twice(kernel)
+
+
+def assert_nothing_is_computed_twice(kernel):
+    """Count exponentials and products of the compiled code against what its loops' tiles need.
+
+    A tile that its warps compute twice shows in no register and in no result.
+    """
+    config = kernel["config"]
+    pairs = config["queries"] * config["keys"]
+    if kernel["kernel"] == "dkv":
+        num_loops = 2  # over tiles with a mask, and without
+    else:
+        num_loops = {"causal": 2, "s2": 4, "lists": 1}[kernel["variant"]]
+
+    # Beside those of the pairs, forward scales what each query has so far by one more.
+    rescaling = 1.25 if kernel["kernel"] == "forward" else 1.0
+    if kernel["arch"] >= 100 and kernel["arch"] < 120:
+        return  # its loops are unrolled, and the sizes of its products are in descriptors
+    exponentials = 32 * config["warps"] * kernel["exponentials"]
+    assert exponentials <= rescaling * num_loops * pairs, kernel
+
+    warps_of_a_product = 4 if kernel["arch"] == 90 else 1
+    multiplications = 0
+    for shape, count in kernel["products"].items():
+        m, n, k = map(int, re.findall(r"\d+", shape))
+        multiplications += m * n * k * count
+    multiplications *= config["warps"] // warps_of_a_product
+    num_products = {"forward": 2, "dq": 3, "dkv": 4}[kernel["kernel"]]
+    assert multiplications == num_loops * num_products * pairs * kernel["dim"], kernel
 
 
 def test_without_a_gpu_the_error_names_another_backend():
