@@ -9,10 +9,22 @@ STOPPED = 75
 class UserError(Exception):
     """Bad input: each line names a key or file, what is wrong with it and what to do.
 
-    Commands print the lines and exit with ``exit_status``.
+    Commands print the lines and exit with ``exit_status``. Characters that cannot be printed, as
+    a file's name may have, are escaped.
     """
 
     exit_status = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(one_line(line) for line in message.split("\n")))
+
+
+def one_line(text: str) -> str:
+    """Return text with escapes for what cannot be printed, line breaks of any kind among it."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 class NonFiniteError(UserError):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from longspan.launch.cli import COMMANDS, Group, main
 from longspan.launch.training import train
@@ -198,6 +198,7 @@ def test_yaml(examples, tmp_path):
 
     @examine(examples)
     @given(content=damaged_yaml() | st.binary(max_size=40))
+    @example(content=b"training: {steps: !!int }")
     def check(content):
         file.write_bytes(content)
         with only_user_errors():
@@ -214,6 +215,9 @@ def test_overrides(examples, tiny_recipe):
 
     @examine(examples)
     @given(given_overrides=st.lists(overrides, min_size=1, max_size=3))
+    @example(given_overrides=["\x1e"])
+    @example(given_overrides=["a\n=1"])
+    @example(given_overrides=["\udcff=1"])
     def check(given_overrides):
         with only_user_errors():
             load_recipe(str(tiny_recipe), given_overrides)

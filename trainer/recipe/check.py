@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import UserError, suggest
+from ..errors import UserError, one_line, suggest
 from .combinations import combination_problems
 from .problem import Problem
 from .schema import Recipe
@@ -40,7 +40,8 @@ def check_recipe(content: dict, source: str) -> Recipe:
     except ValidationError as error:
         problems = _schema_problems(error)
     problems += _other_combination_problems(content, {problem.key for problem in problems})
-    raise UserError("\n".join(f"{source}: {key}: {reason}" for key, reason in problems))
+    lines = [one_line(f"{source}: {key}: {reason}") for key, reason in problems]
+    raise UserError("\n".join(lines))
 
 
 def _schema_problems(error: ValidationError) -> list[Problem]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import UserError, suggest
+from ..errors import UserError, one_line, suggest
 from ..paths import expand_path
 from .check import check_recipe
 from .schema import FOR_A_FILE, Recipe
@@ -197,7 +197,10 @@ def _merge(base: dict, over: dict) -> dict:
 def _apply_override(content: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{override}: an override is section.key=value, as in training.steps=100")
+        shown = one_line(override)
+        raise UserError(f"{shown}: an override is section.key=value, as in training.steps=100")
+    if _SURROGATE.search(override):
+        raise UserError(f"{one_line(override)}: an override is text in UTF-8")
     try:
         value = yaml.load(text, _StrictLoader)
     except _YAML_ERRORS as error:
