@@ -76,7 +76,7 @@ def scan_config(capability: int, bytes_per_number: int, dim: int) -> ScanConfig:
     if bytes_per_number == 4:  # no tensor cores
         return ScanConfig(16, 16, 8, 1)
     if not has_bulk_copies(capability):  # nor matrix products of four warps together
-        return ScanConfig(32, 64, 8, 3)
+        return ScanConfig(32, 64, 8, 2)
     return ScanConfig(64, 64, 8 if capability >= 100 else 4, 3 if dim <= 64 else 2)
 
 

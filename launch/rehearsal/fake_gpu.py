@@ -29,8 +29,8 @@ def pretend_gpu(device: Device, recorder: Recorder) -> None:
     _replace_random_states()
     _replace_tensor_methods(recorder)
     # Fake tensors would otherwise ask for the device's driver.
-    FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
-    torch.nn.Module._apply = _apply  # type: ignore[assignment]
+    cast(Any, FakeTensorMode).avoid_device_init = property(lambda self: True)
+    cast(Any, torch.nn.Module)._apply = _apply
     _register_cuda_kernels()
     _replace_compiler(recorder)
 
@@ -82,7 +82,7 @@ def _answer(device: Device) -> None:
     torch.backends.cuda.is_flash_attention_available = lambda: True
     cuda.nccl.version = lambda: (2, 29, 7)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    cast(Any, torch._C)._cuda_getCurrentRawStream = lambda device: 0
 
 
 def _replace_streams(recorder: Recorder) -> None:
@@ -146,7 +146,7 @@ def _replace_random_states() -> None:
         manual_seed = set_state
 
     cuda = cast(Any, torch.cuda)
-    for module in (cuda, sys.modules["torch.cuda.random"]):
+    for module in (cuda, cast(Any, sys.modules["torch.cuda.random"])):
         module.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
         module.set_rng_state = lambda state, device=None: None
         module._lazy_init = lambda: None
@@ -176,7 +176,7 @@ def _replace_tensor_methods(recorder: Recorder) -> None:
     tensor.pin_memory = lambda self, *_: self
     tensor.cuda = lambda self, *_, **__: self.to("cuda")
     make_empty = torch.empty
-    torch.empty = lambda *size, pin_memory=False, **options: make_empty(*size, **options)  # type: ignore[assignment]
+    cast(Any, torch).empty = lambda *size, pin_memory=False, **options: make_empty(*size, **options)
 
 
 def _apply(module: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
@@ -217,7 +217,7 @@ def _replace_compiler(recorder: Recorder) -> None:
 
         return call
 
-    torch.compile = compile_  # type: ignore[assignment]
+    cast(Any, torch).compile = compile_
 
 
 _library = torch.library.Library("aten", "IMPL")

@@ -1,8 +1,9 @@
 """A process group of any size, of which only this rank is there."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeWork
 
 from .recorder import Recorder
 
@@ -28,12 +29,13 @@ def pretend_ranks(rank: int, world_size: int, recorder: Recorder) -> None:
         recorder.wait("object sent to all ranks")
         objects[:] = [own] * len(objects)
 
-    for module in (dist, dist.distributed_c10d):
-        module.new_group = new_group  # type: ignore[attr-defined]
-        module.all_gather_object = all_gather_object  # type: ignore[attr-defined]
-        module.broadcast_object_list = lambda *_, **__: None  # type: ignore[attr-defined]
+    modules: list[Any] = [dist, dist.distributed_c10d]
+    for module in modules:
+        module.new_group = new_group
+        module.all_gather_object = all_gather_object
+        module.broadcast_object_list = lambda *_, **__: None
         # What is asked of a group's backend is whether a look at a result waits for the GPU.
-        module.get_backend = lambda group=None: "nccl"  # type: ignore[attr-defined]
+        module.get_backend = lambda group=None: "nccl"
     _follow_handles(recorder)
 
 
@@ -71,10 +73,9 @@ def _follow_handles(recorder: Recorder) -> None:
         if hasattr(dist.ProcessGroup, name):
             setattr(dist.ProcessGroup, name, followed(getattr(dist.ProcessGroup, name)))
 
-    wait = dist.Work.wait
-
-    def wait_and_tell(work: Any, *args: Any, **options: Any) -> Any:
+    def awaited(work: Any, *_: Any, **__: Any) -> bool:
         recorder.work_awaited(work)
-        return wait(work, *args, **options)
+        return True
 
-    dist.Work.wait = wait_and_tell  # type: ignore[method-assign]
+    for kind in (dist.distributed_c10d.Work, FakeWork):
+        cast(Any, kind).wait = awaited

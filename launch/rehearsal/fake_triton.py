@@ -33,8 +33,8 @@ def record_launches(recorder: Recorder) -> CompiledVariants:
 
         return launch
 
-    KernelInterface.__getitem__ = launcher  # type: ignore[method-assign]
-    JITFunction.__getitem__ = launcher  # type: ignore[method-assign]
+    KernelInterface.__getitem__ = launcher
+    JITFunction.__getitem__ = launcher
     return variants
 
 

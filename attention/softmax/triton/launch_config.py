@@ -48,7 +48,7 @@ def kernel_config(
 _CONFIGS = {
     "forward": {
         ("mma", 64): KernelConfig(128, 64, 8, 3),
-        ("mma", 128): KernelConfig(64, 64, 4, 2),
+        ("mma", 128): KernelConfig(64, 64, 8, 2),
         ("wgmma", 64): KernelConfig(128, 64, 8, 3),
         ("wgmma", 128): KernelConfig(128, 64, 8, 3),
         ("tcgen05", 64): KernelConfig(128, 64, 8, 3),
