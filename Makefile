@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # A process for each core, at most 8.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: train test test-all test-part test-gpu test-matrix golden docs lint types resolve
+.PHONY: train test test-all test-part rehearse test-gpu test-matrix golden docs lint types resolve
 train: $(VENV)/installed
 	CUDA_VISIBLE_DEVICES= $(BIN)/longspan train quickstart $(ARGS)
 
@@ -20,6 +20,10 @@ WIDE_PARTS := 6
 PART ?= $(shell echo $$(( $$(git rev-list --count HEAD) % $(WIDE_PARTS) + 1 )))
 test-part: $(VENV)/installed
 	$(PYTEST) -m "wide and not gpu" --part $(PART)/$(WIDE_PARTS)
+
+# Shipped recipes on GPUs that are not here; see docs/rehearsing.md.
+rehearse: $(VENV)/installed
+	$(PYTEST) -m "" tests/launch/rehearsal
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

@@ -1,8 +1,8 @@
 """Several documents in one sequence, marked by integer ids ``[batch, time]`` as in every operation.
 
 Every layer needs to know on the host where documents begin. Reading that from a GPU waits for it,
-so on a GPU the answer is kept for each tensor of ids. Such a tensor must only be written to by
-torch, which counts its versions.
+so on a GPU the answer is kept for each tensor of ids, and for the parts of it that layers work on.
+Such a tensor must only be written to by torch, which counts its versions.
 """
 
 from collections.abc import Iterator
@@ -24,6 +24,8 @@ class DocumentSpan(NamedTuple):
 
 _spans_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Tensor of ids -> (its version, its spans)."""
+_parts_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Tensor of ids -> (its version, its parts by their first token and the token after the last)."""
 
 
 def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -58,6 +60,35 @@ def document_spans(documents: Tensor) -> list[DocumentSpan]:
         spans = list(_find_spans(documents.cpu()))
         _spans_of_tensor[documents] = (documents._version, spans)
     return spans
+
+
+def ids_of_tokens(documents: Tensor, tokens: slice) -> Tensor:
+    """Return ``documents[:, tokens]``, ``tokens`` having a start and a stop.
+
+    On a GPU it is the same tensor at each call, whose spans are known without asking the GPU.
+    """
+    if not documents.is_cuda or documents.is_inference():
+        return documents[:, tokens]
+    version, parts = _parts_of_tensor.get(documents, (None, {}))
+    if version != documents._version:
+        parts = {}
+        _parts_of_tensor[documents] = (documents._version, parts)
+    key = (tokens.start, tokens.stop)
+    if key not in parts:
+        # A copy: a view would keep the whole tensor alive, and with it this entry.
+        part = documents[:, tokens].clone()
+        spans = [
+            DocumentSpan(
+                span.batch_row,
+                max(span.start, tokens.start) - tokens.start,
+                min(span.stop, tokens.stop) - tokens.start,
+            )
+            for span in document_spans(documents)
+            if span.start < tokens.stop and span.stop > tokens.start
+        ]
+        _spans_of_tensor[part] = (part._version, spans)
+        parts[key] = part
+    return parts[key]
 
 
 def _find_spans(documents: Tensor) -> Iterator[DocumentSpan]:

@@ -13,8 +13,8 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
-SUPPORTED_CAPABILITIES = (80, 90, 100, 103)
-"""Compute capabilities that kernels have configurations for; others have less shared memory."""
+SUPPORTED_CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
+"""Compute capabilities that kernels have configurations for."""
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,26 @@ def device_unsupported_reason(x: Tensor) -> str | None:
         capability = compute_capability(x.device) / 10
         return f"has no configurations for compute capability {capability}; use torch"
     return None
+
+
+def matrix_instruction(capability: int) -> str:
+    """Return how a GPU multiplies matrices, by the name of its instruction.
+
+    ``mma`` by a warp, ``wgmma`` by four warps from shared memory, ``tcgen05`` into a memory of
+    its own.
+    """
+    if 90 <= capability < 100:
+        return "wgmma"
+    return "tcgen05" if 100 <= capability < 120 else "mma"
+
+
+def has_bulk_copies(capability: int) -> bool:
+    """Return whether kernels are to use the GPU's bulk copies (TMA).
+
+    The consumer's Blackwell (12.0) has them, but not the products that read what they bring from
+    shared memory: its registers would not suffice.
+    """
+    return matrix_instruction(capability) != "mma"
 
 
 def fits_bulk_copies(*tensors: Tensor) -> bool:

@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "verify": Command("compare a recipe's layers over ranks with one rank", "commands.verify"),
     "plan": Command("predict memory, messages and time on GPUs", "commands.plan"),
+    "rehearse": Command(
+        "run a recipe's training step on a GPU that is not here", "commands.rehearse"
+    ),
     "slurm": Command("write, check and submit a batch script", "commands.slurm"),
     "eval": Group(
         "measure what a trained run can do",

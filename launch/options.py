@@ -4,10 +4,14 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..trainer.errors import UserError
+from ..trainer.errors import UserError, suggest
 from ..trainer.paths import expand_path
+
+if TYPE_CHECKING:
+    from ..trainer.predict.estimate import Device
+    from ..trainer.recipe.schema import Recipe
 
 Number = TypeVar("Number", int, float)
 
@@ -26,6 +30,64 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"such as {example}"
     )
+
+
+def add_gpus(parser: argparse.ArgumentParser) -> None:
+    """Add ``--gpus`` and ``--device``: how many GPUs that are not here, and of which kind.
+
+    See :func:`recipe_on_gpus` and :func:`device_named`.
+    """
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="number of GPUs (default: launch.processes of the recipe)",
+    )
+    parser.add_argument(
+        "--device",
+        default="h100",
+        help="a100, h100 (default), h200, b200, b300, a10, l40s, 4090, 5090 or pro6000",
+    )
+
+
+def device_named(name: str) -> "Device":
+    """Return the GPU that ``--device`` names."""
+    from ..trainer.predict.estimate import DEVICES
+
+    if name not in DEVICES:
+        raise UserError(
+            f"--device: unknown{suggest(name, list(DEVICES))}; known: {', '.join(DEVICES)}"
+        )
+    return DEVICES[name]
+
+
+# Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
+# number of them.
+_ANY_BATCH = 2**4 * 3**2 * 5 * 7
+
+
+def recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
+    """Load the recipe for this many GPUs, with its batch rounded up to what they need.
+
+    The batch that is asked for does not divide over any number of GPUs, and a recipe with such a
+    batch is refused. So the first recipe has a batch that always divides, only to learn how many
+    ranks are data parallel; the second has no parallelism, only to learn the batch that is asked
+    for.
+    """
+    from ..trainer.recipe.file import load_recipe
+
+    if gpus is None:
+        return load_recipe(name, overrides)
+    if gpus < 1:
+        raise UserError(f"--gpus: must be at least 1, got {gpus}")
+
+    on_gpus = [*overrides, f"launch.processes={gpus}"]
+    any_batch = load_recipe(name, [*on_gpus, f"training.global_batch_size={gpus * _ANY_BATCH}"])
+    batch_unit = any_batch.data_parallel * any_batch.training.micro_batch_size
+
+    alone = load_recipe(name, [*overrides, "parallel={}", "launch.processes=1"])
+    batch = -(-alone.training.global_batch_size // batch_unit) * batch_unit
+    return load_recipe(name, [*on_gpus, f"training.global_batch_size={batch}"])
 
 
 def add_out_folder(parser: argparse.ArgumentParser, files: str) -> None:

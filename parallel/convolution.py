@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attention.documents import ids_of_tokens
 from ..attention.linear import convolution
 from ..attention.operation import operation
 from .collectives import AllGather, check_shard
@@ -97,9 +98,12 @@ def _convolve_segment(
     reach = before.shape[1]
     ids = None
     if documents is not None:
-        ids = documents[:, segment.tokens]
-        earlier = [max(0, segment.start - reach + i) for i in range(reach)]
-        is_same_document = documents[:, earlier] == ids[:, :1]  # [batch, reach]
+        ids = ids_of_tokens(documents, segment.tokens)
+        earlier = documents[:, max(0, segment.start - reach) : segment.start]
+        # Before the sequence's first token there is none: what is there is 0.
+        num_missing = reach - earlier.shape[1]
+        earlier = torch.cat([documents[:, :1].expand(-1, num_missing), earlier], 1)
+        is_same_document = earlier == ids[:, :1]  # [batch, reach]
         before = before.where(is_same_document[..., None], 0.0)
     return convolution.short_convolution(
         x[:, segment.slots], weight, bias, state=before, documents=ids

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import attention
 from ..attention.arguments import check_number
-from ..attention.documents import check_documents
+from ..attention.documents import check_documents, ids_of_tokens
 from ..attention.linear.attention import check_linear, state_map
 from ..attention.operation import operation, recomputed
 from .collectives import AllGather, AllToAll, check_shard
@@ -203,7 +203,7 @@ class _Tokens(NamedTuple):
 
 
 def _ids(documents: Tensor | None, segment: Segment) -> Tensor | None:
-    return None if documents is None else documents[:, segment.tokens]
+    return None if documents is None else ids_of_tokens(documents, segment.tokens)
 
 
 def _choose(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -102,9 +102,10 @@ def attend(
     longest = max(document.stop - document.start for part in rows for document in part.documents)
     check_pattern(pattern, k.shape[2], q.shape[0], longest)
 
-    backend = choose_backend(backend, q, k, v, pattern, logits)
     most_segments = max(len(segments) for segments in layout.segments)
-    if backend == "flash" and most_segments > _MOST_FLASH_SEGMENTS:
+    has_few_segments = most_segments <= _MOST_FLASH_SEGMENTS
+    backend = choose_backend(backend, q, k, v, pattern, logits, has_few_segments)
+    if backend == "flash" and not has_few_segments:
         raise ValueError(
             "backend flash needs keys side by side, but this layout gives ranks many segments; "
             "use torch"

@@ -95,7 +95,12 @@ with _hidden(_HIDDEN), _compiled_when_called():
         LanguageModelEmbedding,
     )
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import (
+        MegatronOptimizer,
+        OptimizerConfig,
+        clip_grads,
+        get_megatron_optimizer,
+    )
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -129,6 +134,29 @@ with _hidden(_HIDDEN), _compiled_when_called():
 
     # Megatron's schedules would import it in the middle of a step.
     import_module("megatron.core.transformer.multi_token_prediction")
+
+
+def _l2_norm(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], *_: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm of all tensors together, ``[1]``; as Apex's function of this name is called.
+
+    Megatron-core's own waits for the GPU once for each tensor.
+    """
+    norms = torch._foreach_norm(tensor_lists[0])
+    return torch.stack(norms).norm().view(1), None
+
+
+def _scale(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], factor: float
+) -> None:
+    """Multiply the first list of tensors by a factor into the second, which is the same list."""
+    torch._foreach_mul_(tensor_lists[1], factor)
+
+
+# What Megatron-core takes from Transformer Engine or Apex where it finds them.
+clip_grads.l2_norm_impl = _l2_norm
+clip_grads.multi_tensor_scale_impl = _scale
 
 if not hasattr(moe_utils, "te_general_gemm"):
     # Megatron-core 0.16.1 reads it, and defines it only with Transformer Engine.

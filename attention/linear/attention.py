@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
+from ..backend_choice import BackendChoice, choices
 from ..documents import check_documents
 from ..operation import operation, recomputed, without_autocast
 from .backends import BACKENDS, Backend
@@ -249,7 +250,7 @@ def _choose_backend(
     else:
         candidates = ["torch"]
 
-    reason: str | None = None
+    refusals: list[tuple[str, str]] = []
     for name in candidates:
         try:
             candidate = BACKENDS[name]()
@@ -257,5 +258,17 @@ def _choose_backend(
         except ModuleNotFoundError as error:
             reason = f"needs the package {error.name}; install it, or use torch"
         if not reason:
+            if backend == "auto" and q.is_cuda:
+                call = _description(q, v, decay, beta)
+                choices[BackendChoice("linear", call, name, tuple(refusals))] += 1
             return candidate
-    raise ValueError(f"backend {candidates[-1]} {reason}")
+        refusals.append((name, reason))
+    raise ValueError("backend {} {}".format(*refusals[-1]))
+
+
+def _description(q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> str:
+    """Return what of a call decides about its backend."""
+    decays = {None: "no decay", 1: "a decay per head", 3: "a decay per token", 4: "vector decays"}
+    rule = "" if beta is None else ", delta rule"
+    dims = f"key dim {q.shape[3]}, value dim {v.shape[3]}"
+    return f"{decays[None if decay is None else decay.ndim]}{rule}, {dims}, {q.dtype}"

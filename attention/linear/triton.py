@@ -47,6 +47,7 @@ from ..triton_device import (
     compute_capability,
     device_unsupported_reason,
     fits_bulk_copies,
+    has_bulk_copies,
     tensor_descriptor,
 )
 
@@ -74,8 +75,8 @@ def scan_config(capability: int, bytes_per_number: int, dim: int) -> ScanConfig:
     """
     if bytes_per_number == 4:  # no tensor cores
         return ScanConfig(16, 16, 8, 1)
-    if capability < 90:
-        return ScanConfig(32, 64, 8, 3)
+    if not has_bulk_copies(capability):  # nor matrix products of four warps together
+        return ScanConfig(32, 64, 8, 2)
     return ScanConfig(64, 64, 8 if capability >= 100 else 4, 3 if dim <= 64 else 2)
 
 
@@ -589,7 +590,7 @@ class _Scan:
         heads = states.shape[2]
         tensors = [x, y, z] if partner is None else [x, y, z, partner]
         bulk = (
-            compute_capability(z.device) >= 90
+            has_bulk_copies(compute_capability(z.device))
             and z.dtype != torch.float32
             and fits_bulk_copies(*tensors)
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
+from ..backend_choice import BackendChoice, choices
 from ..documents import check_documents, document_spans
 from ..operation import operation, without_autocast
 from ..patterns import Blocks, Pattern, Selector
@@ -160,21 +161,43 @@ def check_pattern(pattern: Pattern, kv_heads: int, batch_size: int, longest: int
 
 
 def choose_backend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    logits: LogitOptions,
+    keys_side_by_side: bool = True,
 ) -> str:
-    """Return the backend to use; raise ValueError if the given one does not support the call."""
+    """Return the backend to use; raise ValueError if the given one does not support the call.
+
+    ``auto`` prefers on CUDA our kernels, then flash-attn's, then torch; elsewhere torch.
+
+    Args:
+        keys_side_by_side: whether the keys of a tile are at consecutive positions.
+    """
     if backend != "auto":
         if reason := BACKENDS[backend]().unsupported_reason(q, k, v, pattern, logits):
             raise ValueError(f"backend {backend} {reason}")
         return backend
     if not q.is_cuda:
         return "torch"
-    if reason := BACKENDS["triton"]().unsupported_reason(q, k, v, pattern, logits):
+    chosen = "torch"
+    refusals = []
+    for name in ("triton", "flash") if keys_side_by_side else ("triton",):
+        reason = BACKENDS[name]().unsupported_reason(q, k, v, pattern, logits)
+        if reason is None:
+            chosen = name
+            break
+        refusals.append((name, reason))
+    call = f"{type(pattern).__name__}, head dim {max(q.shape[3], v.shape[3])}, {q.dtype}"
+    choices[BackendChoice("softmax", call, chosen, tuple(refusals))] += 1
+    if chosen == "torch":
+        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals)
         warnings.warn(
-            f"backend auto falls back to torch, which is slower here: triton {reason}", stacklevel=5
+            f"backend auto falls back to torch, which is slower here: {reasons}", stacklevel=5
         )
-        return "torch"
-    return "triton"
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,22 @@
-"""Tiles by flash-attn, version 2 or 4, on CUDA: causal attention and windows of tokens.
+"""Tiles by flash-attn, version 2 or 4, or by torch's copy of version 2, on CUDA.
 
-Both versions align their masks at the bottom right: of ``n`` queries and ``m`` keys, query ``r``
-sees key ``c`` if ``c <= r + m - n``, and under a window of ``left`` also ``c >= r + m - n - left``.
-That is our mask if the last query is at the position of the last key, or if all keys come before
-all queries. :func:`split_into_calls` cuts a tile into such parts.
+They compute causal attention and windows of tokens, and align their masks at the bottom right: of
+``n`` queries and ``m`` keys, query ``r`` sees key ``c`` if ``c <= r + m - n``, and under a window
+of ``left`` also ``c >= r + m - n - left``. That is our mask if the last query is at the position of
+the last key, or if all keys come before all queries. :func:`split_into_calls` cuts a tile into such
+parts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ _PATTERNS = "supports only causal attention and windows of tokens, the same for 
 def unsupported_reason(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, logits: LogitOptions
 ) -> str | None:
-    """Return why flash-attn cannot compute the call exactly, or None if it can."""
+    """Return why no library can compute the call exactly, or None if one can."""
     if _single_band(pattern, k.shape[2]) is None:
         return f"{_PATTERNS}, but pattern is {pattern!r}; use triton or torch"
     if not logits.is_softmax:
@@ -51,7 +53,10 @@ def unsupported_reason(
     try:
         _library_for(q, v, logits)
     except ImportError as error:
-        return f"needs flash-attn, which pip builds from source: pip install flash-attn ({error})"
+        return (
+            f"needs flash-attn, which pip builds from source: pip install flash-attn ({error}); "
+            "use torch"
+        )
     return None
 
 
@@ -62,7 +67,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor
     out = q.new_zeros(*q.shape[:3], value_dim)
     lse = torch.full(q.shape[:3], -torch.inf, dtype=accumulation_dtype(q), device=q.device)
 
-    q, k, v = _pad_head_dim(library.head_dim_multiple, q, k, v)
+    q, k, v = _pad_head_dim(library, q, k, v)
     for call in split_into_calls(tile, k.shape[2]):
         call_out, call_lse = library.forward(
             q[:, call.queries], k[:, call.keys], v[:, call.keys], tile.logits, call
@@ -89,7 +94,7 @@ def backward(
 
     grad_out = grad_out.to(q.dtype)
     out = out.to(q.dtype)
-    grad_out, q, k, v, out = _pad_head_dim(library.head_dim_multiple, grad_out, q, k, v, out)
+    grad_out, q, k, v, out = _pad_head_dim(library, grad_out, q, k, v, out)
     for call in split_into_calls(tile, k.shape[2]):
         call_dq, call_dk, call_dv = library.backward(
             grad_out[:, call.queries],
@@ -194,24 +199,16 @@ def _contiguous_positions(name: str, ranges: tuple[Blocks, ...]) -> tuple[int, i
     return edges[0][0], edges[-1][1]
 
 
-@dataclass(frozen=True)
-class _Flash2:
-    """flash-attn 2, which has the same head dim for queries, keys and values, a multiple of 8.
+class _Library(Protocol):
+    """What computes a call: tensors are ``[batch, time, heads, dim]``, with one dim for all."""
 
-    A window has -1 for an open end.
-    """
-
-    interface: ModuleType
-    head_dim_multiple = 8
+    def padded_head_dim(self, dim: int) -> int:
+        """Return the head dim that the library has for one of ``dim``."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
     ) -> tuple[Tensor, Tensor]:
-        options = self._options(logits, call)
-        out, lse, *_ = self.interface._wrapped_flash_attn_forward(
-            q, k, v, **options, return_softmax=False
-        )
-        return out, lse
+        """Return the output, and the log-sum-exp ``[batch, heads, queries]`` in fp32."""
 
     def backward(
         self,
@@ -225,16 +222,46 @@ class _Flash2:
         logits: LogitOptions,
         call: FlashCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        options = self._options(logits, call) | {"deterministic": True}
+        """Return the gradients of q, k and v, from the final ``out`` and ``lse``."""
 
-        def gradients(grad_out: Tensor, v: Tensor, out: Tensor) -> list[Tensor]:
-            empty = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-            self.interface._wrapped_flash_attn_backward(
-                grad_out, q, k, v, out, lse, *empty, **options
-            )
-            return empty
 
-        dq, dk, dv = gradients(grad_out, v, out)
+class _Version2(ABC):
+    """flash-attn 2, which has a head dim that is a multiple of 8, and no gradient of ``lse``."""
+
+    def padded_head_dim(self, dim: int) -> int:
+        return -(-dim // 8) * 8
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self._gradients(grad_out, q, k, v, out, lse, logits, call)
         if grad_lse is not None:
             # The library has no argument for this gradient. A key's weight p moves lse by p: as if
             # each value had one more entry, 1, that the output does not show. A call of its own
@@ -243,9 +270,46 @@ class _Flash2:
             lse_v = v.new_zeros(v.shape)
             lse_grad_out[..., 0] = grad_lse
             lse_v[..., 0] = 1.0
-            lse_dq, lse_dk, _ = gradients(lse_grad_out, lse_v, out.new_zeros(out.shape))
+            no_out = out.new_zeros(out.shape)
+            lse_dq, lse_dk, _ = self._gradients(
+                lse_grad_out, q, k, lse_v, no_out, lse, logits, call
+            )
             dq = dq.to(lse.dtype) + lse_dq
             dk = dk.to(lse.dtype) + lse_dk
+        return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class _Flash2(_Version2):
+    """The package flash-attn, version 2. A window has -1 for an open end."""
+
+    interface: ModuleType
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
+    ) -> tuple[Tensor, Tensor]:
+        options = self._options(logits, call)
+        out, lse, *_ = self.interface._wrapped_flash_attn_forward(
+            q, k, v, **options, return_softmax=False
+        )
+        return out, lse
+
+    def _gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        options = self._options(logits, call) | {"deterministic": True}
+        self.interface._wrapped_flash_attn_backward(
+            grad_out, q, k, v, out, lse, dq, dk, dv, **options
+        )
         return dq, dk, dv
 
     @staticmethod
@@ -262,6 +326,67 @@ class _Flash2:
 
 
 @dataclass(frozen=True)
+class _TorchFlash(_Version2):
+    """torch's own build of flash-attn 2, which has no softcap. An open end is None."""
+
+    operators = torch.ops.aten
+
+    def padded_head_dim(self, dim: int) -> int:
+        # It has no gradients for the head dims between on GPUs with little shared memory.
+        return 256 if dim > 192 else super().padded_head_dim(dim)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
+    ) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = self.operators._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, call.causal, False,
+            **self._options(logits, call),
+        )  # fmt: skip
+        return out, lse
+
+    def _gradients(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        logits: LogitOptions,
+        call: FlashCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # Only dropout reads the state of random numbers.
+        random_state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        with _deterministic():
+            return self.operators._flash_attention_backward(
+                grad_out, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], 0.0, call.causal,
+                random_state, random_state[:0], **self._options(logits, call),
+            )  # fmt: skip
+
+    @staticmethod
+    def _options(logits: LogitOptions, call: FlashCall) -> dict[str, Any]:
+        return {
+            "scale": logits.scale,
+            "window_size_left": call.left,
+            "window_size_right": 0 if call.causal else None,
+        }
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Let torch's kernels add in a fixed order, as they do only where that is asked for."""
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
 class _Flash4:
     """flash-attn 4, whose gradients are wrong for head dims between multiples of 32.
 
@@ -269,7 +394,9 @@ class _Flash4:
     """
 
     interface: ModuleType
-    head_dim_multiple = 32
+
+    def padded_head_dim(self, dim: int) -> int:
+        return -(-dim // 32) * 32
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
@@ -305,22 +432,31 @@ class _Flash4:
         }
 
 
-def _library_for(q: Tensor, v: Tensor, logits: LogitOptions) -> _Flash2 | _Flash4:
-    """Return version 4 if its own tests cover both passes, else version 2.
+def _library_for(q: Tensor, v: Tensor, logits: LogitOptions) -> _Library:
+    """Return version 4 if its own tests cover both passes, else version 2, else torch's own.
 
     They do not cover the gradients of head dims above 128. Those of a softcap were reported to hang
     (its issue 2466), and beyond compute capability 11 none are deterministic.
 
     Raises:
-        ImportError: if the version is not installed, or too old.
+        ImportError: if no version is installed that can do this, or it is too old.
     """
     is_tested = logits.softcap is None and max(q.shape[3], v.shape[3]) <= 128
-    prefer_version_4 = is_tested and torch.cuda.get_device_capability(q.device)[0] in (9, 10, 11)
-    return _installed_library(prefer_version_4)
+    generation = torch.cuda.get_device_capability(q.device)[0]
+    try:
+        return _installed_library(prefer_version_4=is_tested and generation in (9, 10, 11))
+    except ImportError:
+        if logits.softcap is None and generation >= 8 and _torch_has_flash():
+            return _TorchFlash()
+        raise
+
+
+def _torch_has_flash() -> bool:
+    return torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
 
 
 @cache
-def _installed_library(prefer_version_4: bool) -> _Flash2 | _Flash4:
+def _installed_library(prefer_version_4: bool) -> _Library:
     if prefer_version_4:
         with suppress(ImportError):
             # Earlier versions had races in the gradients, sums in no fixed order, and overflows
@@ -337,13 +473,12 @@ def _import_interface(package: str, minimum: str, module: str) -> ModuleType:
     return import_module(module)
 
 
-def _pad_head_dim(multiple: int, *tensors: Tensor) -> list[Tensor]:
-    """Return tensors with dense heads, padded with zeros to one dim, a multiple of ``multiple``.
+def _pad_head_dim(library: _Library, *tensors: Tensor) -> list[Tensor]:
+    """Return tensors with dense heads, padded with zeros to one dim that the library has.
 
     Zeros added to the entries of keys or values change nothing.
     """
-    largest = max(x.shape[3] for x in tensors)
-    dim = -(-largest // multiple) * multiple
+    dim = library.padded_head_dim(max(x.shape[3] for x in tensors))
     padded = [F.pad(x, (0, dim - x.shape[3])) if x.shape[3] < dim else x for x in tensors]
     return [with_dense_heads(x) for x in padded]
 

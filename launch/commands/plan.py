@@ -4,18 +4,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...trainer.errors import UserError, suggest
-from ..options import add_recipe_arguments, user_path
+from ..options import (
+    add_gpus,
+    add_recipe_arguments,
+    device_named,
+    recipe_on_gpus,
+    user_path,
+)
 from ..table import table
 
 if TYPE_CHECKING:
     from ...trainer.layers.base import Block
     from ...trainer.predict.estimate import Device, Estimate
     from ...trainer.recipe.schema import Recipe
-
-# Sequences: a multiple of any likely size of microbatch. A batch of as many for every GPU fits any
-# number of them.
-_ANY_BATCH = 2**4 * 3**2 * 5 * 7
 
 _MOST_STAGES = 1000
 """Schedules of more stages are not drawn: planning them takes seconds."""
@@ -27,13 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Needs no GPU itself."
     )
     add_recipe_arguments(parser, example="parallel.cp=8")
-    parser.add_argument(
-        "--gpus",
-        type=int,
-        metavar="N",
-        help="number of GPUs (default: launch.processes of the recipe)",
-    )
-    parser.add_argument("--device", default="h100", help="a100, h100 (default), h200 or b200")
+    add_gpus(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -47,15 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print what is predicted, and draw what ranks receive against their number."""
     from ...trainer.data.tokenizer import recipe_vocab_size
-    from ...trainer.predict.estimate import DEVICES, estimate
+    from ...trainer.predict.estimate import estimate
 
-    if options.device not in DEVICES:
-        raise UserError(
-            f"--device: unknown{suggest(options.device, list(DEVICES))}; "
-            f"known: {', '.join(DEVICES)}"
-        )
-    device = DEVICES[options.device]
-    recipe = _recipe_on_gpus(options.recipe, options.overrides, options.gpus)
+    device = device_named(options.device)
+    recipe = recipe_on_gpus(options.recipe, options.overrides, options.gpus)
     predicted = estimate(recipe, recipe_vocab_size(recipe), device)
 
     print(f"predicted for {recipe.launch.processes} x {device.name}; nothing here was measured\n")
@@ -71,30 +61,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{picture} shows what ranks receive against their number")
     else:
         print("\nno layer has a schedule to draw: only states move")
-
-
-def _recipe_on_gpus(name: str, overrides: list[str], gpus: int | None) -> "Recipe":
-    """Load the recipe for this many GPUs, with its batch rounded up to what they need.
-
-    The batch that is asked for does not divide over any number of GPUs, and a recipe with such a
-    batch is refused. So the first recipe has a batch that always divides, only to learn how many
-    ranks are data parallel; the second has no parallelism, only to learn the batch that is asked
-    for.
-    """
-    from ...trainer.recipe.file import load_recipe
-
-    if gpus is None:
-        return load_recipe(name, overrides)
-    if gpus < 1:
-        raise UserError(f"--gpus: must be at least 1, got {gpus}")
-
-    on_gpus = [*overrides, f"launch.processes={gpus}"]
-    any_batch = load_recipe(name, [*on_gpus, f"training.global_batch_size={gpus * _ANY_BATCH}"])
-    batch_unit = any_batch.data_parallel * any_batch.training.micro_batch_size
-
-    alone = load_recipe(name, [*overrides, "parallel={}", "launch.processes=1"])
-    batch = -(-alone.training.global_batch_size // batch_unit) * batch_unit
-    return load_recipe(name, [*on_gpus, f"training.global_batch_size={batch}"])
 
 
 def _print_sizes(recipe: "Recipe", predicted: "Estimate", device: "Device") -> None:

@@ -116,19 +116,24 @@ class Batches:
             yield self._microbatch(microbatch)
 
     def _microbatch(self, samples: list[Sample]) -> Microbatch:
-        """Stack samples, and keep the tokens of this context-parallel rank."""
-        # All are [batch, time].
-        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-        labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
-        weights = torch.from_numpy(np.stack([sample.weights for sample in samples]))
-        documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+        return microbatch(self.recipe, samples, self.shard.context_rank, self.device)
 
-        rank = self.shard.context_rank
-        layout = recipe_layout(self.recipe, tokens.shape[1])
-        return Microbatch(
-            tokens=layout.shard(tokens, rank).to(self.device),  # [batch, local time]
-            labels=layout.shard(labels, rank).to(self.device),
-            weights=layout.shard(weights, rank).to(self.device),
-            sequence=Sequence(layout, rank, documents.to(self.device)),
-            padding=sum(sample.padding for sample in samples) if rank == 0 else 0,
-        )
+
+def microbatch(
+    recipe: Recipe, samples: list[Sample], context_rank: int, device: torch.device
+) -> Microbatch:
+    """Stack samples, and keep the tokens of a context-parallel rank."""
+    # All are [batch, time].
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    labels = torch.from_numpy(np.stack([sample.labels for sample in samples]))
+    weights = torch.from_numpy(np.stack([sample.weights for sample in samples]))
+    documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+
+    layout = recipe_layout(recipe, tokens.shape[1])
+    return Microbatch(
+        tokens=layout.shard(tokens, context_rank).to(device),  # [batch, local time]
+        labels=layout.shard(labels, context_rank).to(device),
+        weights=layout.shard(weights, context_rank).to(device),
+        sequence=Sequence(layout, context_rank, documents.to(device)),
+        padding=sum(sample.padding for sample in samples) if context_rank == 0 else 0,
+    )

@@ -96,11 +96,15 @@ class EngineBase(Engine):
         self, *numbers: Tensor | float, group: dist.ProcessGroup | None = None
     ) -> list[float]:
         """Sum each number in fp64 over the ranks of :attr:`data_group` or of another group."""
-        totals = torch.stack(
-            [torch.as_tensor(number, device=self.device).double() for number in numbers]
-        )
+        totals = torch.stack([self._on_device(number) for number in numbers])
         dist.all_reduce(totals, group=group or self.data_group)
         return totals.tolist()
+
+    def _on_device(self, number: Tensor | float) -> Tensor:
+        """Return a number in fp64 on the device; none is copied there, which would wait for it."""
+        if isinstance(number, Tensor):
+            return number.double()
+        return torch.full((), number, dtype=torch.float64, device=self.device)
 
     def balance_loss(self) -> float | None:
         """Return the mean balance loss of all ranks, layers and microbatches since the last call.

@@ -187,18 +187,18 @@ class MegatronEngine(EngineBase):
             **options,
         )
         # Only the last pipeline stage has records, [3] for each microbatch; it tells the others.
-        totals = torch.stack(records).sum(0) if records else (0, 0, 0)
-        loss_sum, tokens, padding = self.sum_over_ranks(*totals)
+        if records:
+            totals = torch.stack(records).sum(0)
+        else:
+            totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals, group=self.data_group)
         if self.recipe.parallel.pp > 1:
-            numbers = torch.tensor(
-                [loss_sum, tokens, padding], dtype=torch.float64, device=self.device
-            )
             dist.broadcast(
-                numbers,
+                totals,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-            loss_sum, tokens, padding = numbers.tolist()
+        loss_sum, tokens, padding = totals.tolist()
         return loss_sum, int(tokens), int(padding)
 
 

@@ -204,6 +204,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         embedding_init_method=_leave_as_is,
         bias_activation_fusion=torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
+        batch_p2p_sync=False,  # else the host waits for the GPU at every message between stages
         calculate_per_token_loss=True,
         cuda_graph_scope=[],
         **moe_config(model),

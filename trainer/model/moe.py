@@ -68,7 +68,8 @@ class GroupedExperts(SequentialMLP):
         """
         if tokens.dtype == torch.float64:  # grouped_mm has no fp64
             return super().forward(tokens, tokens_per_expert, probs)
-        expert_ends = tokens_per_expert.to(tokens.device).cumsum(0).int()
+        # From the host, where Megatron-core has the counts: few numbers, for which nobody waits.
+        expert_ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).int()
 
         def multiply(x: Tensor, name: str) -> Tensor:
             weights = torch.stack([getattr(expert, name).weight for expert in self.local_experts])

@@ -32,15 +32,26 @@ class Device(NamedTuple):
     """GB/s to the other GPUs of its node, one way."""
     network_gb_s: float
     """GB/s to other nodes through its own network card, one way."""
+    capability: int
+    """Compute capability: 90 for 9.0."""
+    processors: int
+    """Streaming multiprocessors."""
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 312, 80, 300, 25),
-        Device("h100", 989, 80, 450, 50),
-        Device("h200", 989, 141, 450, 50),
-        Device("b200", 2250, 180, 900, 50),
+        Device("a100", 312, 80, 300, 25, 80, 108),
+        Device("h100", 989, 80, 450, 50, 90, 132),
+        Device("h200", 989, 141, 450, 50, 90, 132),
+        Device("b200", 2250, 180, 900, 50, 100, 148),
+        Device("b300", 2250, 288, 900, 100, 103, 160),
+        # These have no NVLink: their link is PCIe.
+        Device("a10", 125, 24, 32, 12.5, 86, 72),
+        Device("l40s", 362, 48, 32, 25, 89, 142),
+        Device("4090", 165, 24, 32, 12.5, 89, 128),
+        Device("5090", 210, 32, 64, 12.5, 120, 170),
+        Device("pro6000", 504, 96, 64, 50, 120, 188),
     )
 }
 PER_NODE = 8

@@ -23,6 +23,7 @@ from ...triton_device import (
     compute_capability,
     device_unsupported_reason,
     fits_bulk_copies,
+    has_bulk_copies,
     on_device_of_first_argument,
 )
 from ..tiles import LogitOptions, Tile, merge_
@@ -459,20 +460,18 @@ class _Launch:
         """Return the kernel's configuration, with tiles that fit into the pattern's blocks."""
         head_dim = max(_block_d(self.q), _block_d(self.v))
         capability = compute_capability(self.q.device)
+        rules = _pattern_rules(self.pattern, self.kv_heads)
+        has_relative_rules = any(rule.relative for head_rules in rules for rule in head_rules)
+        if kernel == "dkv" and has_relative_rules:
+            kernel = "dkv relative"
         config = kernel_config(kernel, capability, self.q.element_size(), head_dim)
 
         blocks = _pattern_blocks(self.pattern, self.kv_heads)
         if not self.keys.is_contiguous:
             blocks.append(self.keys.size)
-        rules = _pattern_rules(self.pattern, self.kv_heads)
-        depends_on_query_block = self.block_lists is not None or any(
-            rule.relative for head_rules in rules for rule in head_rules
-        )
-        return replace(
-            config,
-            queries=min([config.queries, *blocks]) if depends_on_query_block else config.queries,
-            keys=min([config.keys, *blocks]),
-        )
+        most_keys = min(blocks, default=config.keys)
+        depends_on_query_block = self.block_lists is not None or has_relative_rules
+        return config.fit(most_keys if depends_on_query_block else config.queries, most_keys)
 
     def _table(self, key_tile: int) -> _RuleTable:
         table = _rule_table(*self._table_key(key_tile))
@@ -493,7 +492,7 @@ class _Launch:
         table = self._table(config.keys)
         is_fp32 = self.q.dtype == torch.float32
         use_bulk_copies = (
-            compute_capability(self.q.device) >= 90
+            has_bulk_copies(compute_capability(self.q.device))
             and not is_fp32
             and fits_bulk_copies(self.q, self.k, self.v, *gradients)
         )

@@ -16,6 +16,7 @@ from longspan.attention.linear.triton import (
     scan_config,
     state_passing_kernel,
 )
+from longspan.attention.triton_device import has_bulk_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -53,7 +54,8 @@ def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") 
         constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - tensors) | {
             "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block),
             "CHUNK": config.chunk,
-            "PER_TOKEN": per_token, "REVERSE": reverse, "TMA": arch >= 90 and dtype != "fp32",
+            "PER_TOKEN": per_token, "REVERSE": reverse,
+            "TMA": has_bulk_copies(arch) and dtype != "fp32",
             "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
         }  # fmt: skip
     elif role == "carry":

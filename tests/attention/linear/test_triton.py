@@ -26,7 +26,7 @@ SCANS_WIDE = [
 ]
 OTHER_KERNELS = ["carry:{}:constant", "decay:{}:gated", "decay:{}:documents"]
 FP32 = ["state:{}:gated:fp32", "out:{}:constant:fp32", "dk-decay:{}:documents:fp32"]
-ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in (80, 100))]
+ARCHS = [90, *(pytest.param(arch, marks=pytest.mark.wide) for arch in SHARED if arch != 90)]
 
 INTERPRETED = [["constant, documents", "per token, documents"]]
 INTERPRETED_WIDE = [
@@ -58,7 +58,8 @@ def test_chunk_scans_compiled_ahead_of_time(arch, dim, cases):
     """Few register spills, shared memory in bounds, and the instructions of the GPU are used."""
     for kernel in compiled(arch, dim, cases):
         assert arch != 90 or kernel["wgmma"], kernel
-        assert arch < 90 or kernel["tma"], kernel
+        assert arch not in (90, 100) or kernel["tma"], kernel
+        assert arch != 120 or not kernel["tma"], kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -75,7 +76,9 @@ def compiled(arch: int, dim: int, cases: list[str]) -> list[dict]:
     kernels = [json.loads(line) for line in lines]
     assert len(kernels) == len(cases)
     for kernel in kernels:
-        assert kernel["spills"] <= 64, kernel
+        # In fp32, which has no tensor cores, the consumer's Blackwell holds a little less.
+        is_fp32_on_120 = arch == 120 and kernel["dtype"] == "fp32"
+        assert kernel["spills"] <= (80 if is_fp32_on_120 else 64), kernel
         assert kernel["shared"] <= SHARED[arch], kernel
     return kernels
 

@@ -8,12 +8,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import triton
 from longspan.attention.softmax.triton.dkv import dkv_kernel
 from longspan.attention.softmax.triton.forward_dq import forward_dq_kernel
 from longspan.attention.softmax.triton.launch_config import kernel_config
+from longspan.attention.triton_device import has_bulk_copies
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -49,16 +51,17 @@ UNALIGNED = {
 
 def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     """Compile one kernel. Returns its registers, spills, shared memory and instructions."""
-    config = kernel_config(kernel, arch, 2, dim)
+    config_of = "dkv relative" if variant == "dilated-far" else kernel
+    config = kernel_config(config_of, arch, 2, dim)
     bands, fixed, far_rules, far, lists = VARIANTS[variant]
     function = dkv_kernel if kernel == "dkv" else forward_dq_kernel
+    if lists:
+        config = config.fit(64, 64)
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
         "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": far_rules, "LISTED": lists,
-        "SOFTCAP": False, "SIGMOID": False, "TMA": arch >= 90, "PRECISION": "tf32",
+        "SOFTCAP": False, "SIGMOID": False, "TMA": has_bulk_copies(arch), "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
-    if lists:
-        constants |= {"BM": min(64, config.queries), "BN": min(64, config.keys)}
     signature = {}
     hints = {}
     float_scalars = ("scale", "softcap", "sigmoid_bias")
@@ -86,14 +89,14 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
         "arch": arch,
         "dim": dim,
         "variant": variant,
-        "shape": vars(config),
+        "config": vars(config),
     } | kernel_resources(assembly, binary)
 
 
 def kernel_resources(assembly: str, compiled_kernel) -> dict:
     """Assemble the PTX. Returns what the kernel needs, and counts of some of its instructions."""
     chip = re.search(r"\.target (\w+)", assembly).group(1)
-    name = "ptxas-blackwell" if chip.startswith("sm_10") else "ptxas"
+    name = "ptxas-blackwell" if chip.startswith(("sm_10", "sm_12")) else "ptxas"
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(assembly)
@@ -106,6 +109,8 @@ def kernel_resources(assembly: str, compiled_kernel) -> dict:
         "registers": int(re.search(r"Used (\d+) registers", report).group(1)),
         "spills": max(stores, loads),
         "shared": compiled_kernel.metadata.shared,
+        "exponentials": assembly.count("ex2.approx"),
+        "products": Counter(re.findall(r"(?:wgmma|mma)\.\S*?\.(m\d+n\d+k\d+)", assembly)),
         "wgmma": assembly.count("wgmma.mma_async"),
         "tma": assembly.count("cp.async.bulk.tensor"),
     }

@@ -120,6 +120,66 @@ class Flash2(Dense):
             destination.copy_(gradient)
 
 
+class TorchFlash(Dense):
+    """torch's operators, which hand the same arguments to their copy of flash-attn 2."""
+
+    multiple = 8
+
+    def mask(self, q, k, max_q, max_k, causal, left, right):
+        assert (max_q, max_k) == (q.shape[1], k.shape[1])
+        left, right = (-1 if end is None else end for end in (left, right))
+        return Flash2.mask(max_q, max_k, causal, left, right)
+
+    def _flash_attention_forward(
+        self,
+        query,
+        key,
+        value,
+        cum_seq_q,
+        cum_seq_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        return_debug_mask,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+    ):
+        assert (cum_seq_q, cum_seq_k, dropout_p, return_debug_mask) == (None, None, 0.0, False)
+        window = window_size_left, window_size_right
+        mask = self.mask(query, key, max_q, max_k, is_causal, *window)
+        return *self.outputs(query, key, value, mask, scale, 0.0), None, None, None
+
+    def _flash_attention_backward(
+        self,
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        logsumexp,
+        cum_seq_q,
+        cum_seq_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        rng_state,
+        unused,
+        *,
+        scale=None,
+        window_size_left=None,
+        window_size_right=None,
+    ):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (cum_seq_q, cum_seq_k, dropout_p) == (None, None, 0.0)
+        window = window_size_left, window_size_right
+        mask = self.mask(query, key, max_q, max_k, is_causal, *window)
+        return self.gradients(grad_out, query, key, value, out, logsumexp, mask, scale, 0.0)
+
+
 class Flash4(Dense):
     """The interface flash_attn/cute/interface.py of 4.0.0b36, only with the arguments we pass."""
 
@@ -170,7 +230,7 @@ class Flash4(Dense):
         )
 
 
-LIBRARIES = {"flash-attn": Flash2, "flash-attn-4": Flash4}
+LIBRARIES = {"flash-attn": Flash2, "flash-attn-4": Flash4, "torch": TorchFlash}
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +254,8 @@ def installed(monkeypatch):
         monkeypatch.setattr(flash_backend, "_DEVICES", {"cpu"})
         monkeypatch.setattr(flash_backend, "_DTYPES", {torch.float64, torch.bfloat16})
         monkeypatch.setattr(flash_backend, "_import_interface", interface)
+        monkeypatch.setattr(flash_backend, "_torch_has_flash", lambda: "torch" in packages)
+        monkeypatch.setattr(flash_backend._TorchFlash, "operators", TorchFlash())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return install
@@ -213,7 +275,10 @@ POSITIONS = st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted)
 @given(st.one_of(st.just(Causal()), st.integers(1, 50).map(Window)), POSITIONS, POSITIONS)
 def test_calls_cover_exactly_the_visible_pairs(pattern, queries, keys):
     expected = pattern.mask(torch.arange(*queries), torch.arange(*keys), 1)[0]
-    times_seen = {name: torch.zeros(expected.shape, dtype=torch.int) for name in LIBRARIES}
+    times_seen = {
+        name: torch.zeros(expected.shape, dtype=torch.int)
+        for name in ("flash-attn", "flash-attn-4")
+    }
     for call in split_into_calls(make_tile(pattern, queries, keys), 1):
         num_queries = call.queries.stop - call.queries.start
         num_keys = call.keys.stop - call.keys.start
@@ -413,13 +478,47 @@ def test_tiles_at_any_position(installed, pattern, queries, keys, package):
         (LIBRARIES, (9, 0), 128, 3.0, Flash2),
         (["flash-attn"], (9, 0), 128, None, Flash2),
         (["flash-attn-4"], (9, 0), 128, None, Flash4),
+        (["flash-attn-4", "torch"], (9, 0), 136, None, TorchFlash),
+        (["torch"], (8, 6), 128, None, TorchFlash),
     ],
 )
 def test_choice_of_the_library(installed, packages, capability, dim, softcap, expected):
     installed(*packages, capability=capability)
     q = torch.empty(1, 4, 2, dim)
     library = flash_backend._library_for(q, q, LogitOptions(1.0, softcap))
-    assert isinstance(library.interface, expected)
+    interface = library.operators if expected is TorchFlash else library.interface
+    assert isinstance(interface, expected)
+
+
+@pytest.mark.parametrize(("capability", "softcap"), [((7, 5), None), ((9, 0), 3.0)])
+def test_what_the_kernels_of_torch_cannot_do(installed, capability, softcap):
+    installed("torch", capability=capability)
+    q = torch.empty(1, 4, 2, 64)
+    with pytest.raises(ImportError):
+        flash_backend._library_for(q, q, LogitOptions(1.0, softcap))
+
+
+def test_head_dims_that_the_kernels_of_torch_have():
+    library = flash_backend._TorchFlash()
+    assert [library.padded_head_dim(dim) for dim in (60, 128, 192, 200, 256)] == [
+        64, 128, 192, 256, 256,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "dim"), [(Causal(), 64), (Window(9), 200)])
+def test_the_operators_of_torch_take_these_arguments(pattern, dim):
+    """On tensors without numbers: torch's own check of arguments, dtypes and shapes."""
+    q, k, v = (
+        torch.empty(2, 73, heads, dim, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2)
+    )
+    library = flash_backend._TorchFlash()
+    q, k, v = flash_backend._pad_head_dim(library, q, k, v)
+    (call,) = split_into_calls(make_tile(pattern, (0, 73), (0, 73)), 2)
+    out, lse = library.forward(q, k, v, LogitOptions(0.3), call)
+    assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((2, 4, 73), torch.float32)
+    gradients = library.backward(out, q, k, v, out, lse, None, LogitOptions(0.3), call)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
 
 
 LISTS = BlockLists.where(8, lambda i, j, h: True, 16, num_kv_heads=2)

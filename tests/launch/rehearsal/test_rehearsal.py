@@ -1,0 +1,70 @@
+"""``longspan rehearse``: what it records, and shipped recipes on GPUs that are not here."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+HERE = Path(__file__).parent
+BUDGETS = yaml.safe_load((HERE / "budgets.yaml").read_text())
+"""For each recipe, cut to some layers: its overrides, and what a step may launch and wait for."""
+DEVICES = ["a100", "a10", "l40s", "h100", "b200", "5090"]
+
+
+def test_what_is_recorded():
+    worker = subprocess.run(
+        [sys.executable, str(HERE / "recorder_worker.py")], capture_output=True, text=True
+    )
+    assert worker.returncode == 0, worker.stderr[-3000:]
+
+
+def rehearsed(longspan, tmp_path, recipe, *arguments):
+    file = tmp_path / "found.json"
+    completed = longspan("rehearse", recipe, *arguments, "--json", file)
+    assert file.exists(), completed.stderr
+    found = json.loads(file.read_text())
+    assert completed.returncode == (1 if found["faults"] else 0)
+    return found, completed.stdout
+
+
+CASES = [
+    pytest.param(
+        recipe,
+        device,
+        marks=[] if (recipe, device) == ("phi-3-small", "h100") else [pytest.mark.wide],
+        id=f"{recipe}-{device}",
+    )
+    for recipe in BUDGETS
+    for device in DEVICES
+]
+
+
+@pytest.mark.parametrize(("recipe", "device"), CASES)
+def test_a_recipe_in_rehearsal(longspan, tmp_path, recipe, device):
+    budget = BUDGETS[recipe]
+    found, printed = rehearsed(
+        longspan, tmp_path, recipe, *budget["overrides"], "--device", device, "--documents", "2"
+    )
+    assert found["faults"] == []
+    assert found["slow_backends"] == [] or budget.get("slow_backends"), found["slow_backends"]
+    assert found["waits_per_layer"] <= budget["waits"], found["waits"]["step"]
+    assert found["kernels_per_layer"] <= budget["kernels"], found["top_kernels"]
+    assert printed.startswith("rehearsed rank 0 of ")
+    assert "would fail: none" in printed
+
+
+def test_requests_that_make_no_sense_are_refused(longspan):
+    for arguments, message in [
+        (["--device", "h1000"], "--device: unknown (did you mean h100?)"),
+        (["--rank", "8", "--gpus", "8"], "--rank: must be 0 to 7, got 8"),
+        (["--documents", "0"], "--documents: must be 1 to "),
+        (["--gpus", "0"], "--gpus: must be at least 1, got 0"),
+    ]:
+        completed = longspan("rehearse", "quickstart", *arguments)
+        assert completed.returncode == 2
+        assert message in completed.stderr
