@@ -31,7 +31,7 @@ class Outcome:
     """10^12 operations of torch's matrix products in a step after the first, by dtype."""
     backends: list[str]
     slow_backends: list[str]
-    """Those of the backends that faster ones refused."""
+    """Those of them that compute by torch's formulas what kernels refused."""
     collectives: list[dict[str, Any]]
     """Of a step after the first: name, ranks, place, count, bytes, and how many are hidden."""
     peak_bytes: int
@@ -88,7 +88,11 @@ def outcome(
             if phase == steady
         },
         backends=[_described(choice, times) for choice, times in backends.items()],
-        slow_backends=[_described(choice, n) for choice, n in backends.items() if choice.refusals],
+        slow_backends=[
+            _described(choice, times)
+            for choice, times in backends.items()
+            if choice.backend == "torch"
+        ],
         collectives=[
             {
                 "name": kind.name,

@@ -222,6 +222,8 @@ class Recorder(TorchDispatchMode):
     @unset_fake_temporarily()
     def _from_known_mask(self, name: str, args: tuple) -> Tensor | None:
         """Return zeros in the shape that a known mask takes of an unknown tensor."""
+        if name not in ("aten::masked_select", "aten::index"):
+            return None
         source, index = args
         masks = tree_leaves(index)
         mask = self.values.get(masks[0]) if len(masks) == 1 else None
@@ -230,9 +232,7 @@ class Recorder(TorchDispatchMode):
         if name == "aten::masked_select":
             mask = mask.expand(torch.broadcast_shapes(mask.shape, source.shape))
             return torch.zeros(int(mask.sum()), dtype=source.dtype)
-        if name == "aten::index":
-            return torch.zeros(int(mask.sum()), *source.shape[mask.ndim :], dtype=source.dtype)
-        return None
+        return torch.zeros(int(mask.sum()), *source.shape[mask.ndim :], dtype=source.dtype)
 
     def _collective(
         self, function: Any, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]

@@ -3,6 +3,7 @@
 # ruff: noqa: E402, N803
 
 import random
+from collections import Counter
 
 from longspan.launch.rehearsal.fake_cuda import install_fake_cuda
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from longspan.attention.documents import document_spans, ids_of_tokens
 from longspan.launch.rehearsal.device_memory import DeviceMemory
 from longspan.launch.rehearsal.fake_gpu import pretend_gpu
 from longspan.launch.rehearsal.fake_ranks import pretend_ranks
@@ -31,11 +33,20 @@ MIB = 2**20
 
 
 def waits(phase):
-    return {what: n for (at, what, _), n in recorder.waits.items() if at == phase}
+    return in_phase(recorder.waits, phase)
 
 
 def faults(phase):
-    return {what: n for (at, what, _), n in recorder.faults.items() if at == phase}
+    return in_phase(recorder.faults, phase)
+
+
+def in_phase(found, phase):
+    """Count what was found in a phase, at any place."""
+    counts = Counter()
+    for (at, what, _), times in found.items():
+        if at == phase:
+            counts[what] += times
+    return counts
 
 
 def check_waits():
@@ -90,6 +101,25 @@ def check_known_values():
     assert recorder.values.get(known) is not None
     x[0] = torch.rand(1, device="cuda").long()[0]
     assert recorder.values.get(known) is None
+
+
+def check_parts_of_documents():
+    """The host asks the GPU once where documents begin, also for parts of a sequence."""
+    recorder.phase = "documents"
+    documents = torch.arange(12, device="cuda") // torch.tensor([[5], [12]], device="cuda")
+    recorder.waits.clear()
+    for tokens in (slice(3, 9), slice(0, 5), slice(5, 12)):
+        part = ids_of_tokens(documents, tokens)
+        known = recorder.values.get(part)
+        with torch.utils._python_dispatch._disable_current_modes():
+            expected = document_spans(known)
+        assert document_spans(part) == expected
+        assert ids_of_tokens(documents, tokens) is part
+    assert waits("documents") == {"copy to the host": 1}, waits("documents")
+
+    documents[:, 6:] = 7
+    assert document_spans(ids_of_tokens(documents, slice(5, 12)))[0].stop == 1
+    assert waits("documents") == {"copy to the host": 2}, waits("documents")
 
 
 def check_memory():
@@ -163,6 +193,7 @@ with FakeTensorMode(allow_non_fake_inputs=True), recorder:
     for check in (
         check_waits,
         check_known_values,
+        check_parts_of_documents,
         check_memory,
         check_collectives,
         check_launches,
