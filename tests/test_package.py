@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_module_recipe_and_template(tmp_path):
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         name
-        for name in tracked_files("*.py", "recipes", "slurm")
+        for name in tracked_files("*.py", "*.cpp", "recipes", "slurm")
         if not name.startswith(("tests/", "docs/"))
     }
     assert inside == {f"longspan/{name}" for name in expected}
