@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -199,17 +199,20 @@ def _contiguous_positions(name: str, ranges: tuple[Blocks, ...]) -> tuple[int, i
     return edges[0][0], edges[-1][1]
 
 
-class _Library(Protocol):
+class _Library(ABC):
     """What computes a call: tensors are ``[batch, time, heads, dim]``, with one dim for all."""
 
+    @abstractmethod
     def padded_head_dim(self, dim: int) -> int:
         """Return the head dim that the library has for one of ``dim``."""
 
+    @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
     ) -> tuple[Tensor, Tensor]:
         """Return the output, and the log-sum-exp ``[batch, heads, queries]`` in fp32."""
 
+    @abstractmethod
     def backward(
         self,
         grad_out: Tensor,
@@ -225,16 +228,11 @@ class _Library(Protocol):
         """Return the gradients of q, k and v, from the final ``out`` and ``lse``."""
 
 
-class _Version2(ABC):
+class _Version2(_Library):
     """flash-attn 2, which has a head dim that is a multiple of 8, and no gradient of ``lse``."""
 
     def padded_head_dim(self, dim: int) -> int:
         return -(-dim // 8) * 8
-
-    @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, logits: LogitOptions, call: FlashCall
-    ) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def _gradients(
@@ -387,7 +385,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Flash4:
+class _Flash4(_Library):
     """flash-attn 4, whose gradients are wrong for head dims between multiples of 32.
 
     A window has None for an open end; -1 would hide keys.
@@ -443,12 +441,12 @@ def _library_for(q: Tensor, v: Tensor, logits: LogitOptions) -> _Library:
     """
     is_tested = logits.softcap is None and max(q.shape[3], v.shape[3]) <= 128
     generation = torch.cuda.get_device_capability(q.device)[0]
-    try:
-        return _installed_library(prefer_version_4=is_tested and generation in (9, 10, 11))
-    except ImportError:
-        if logits.softcap is None and generation >= 8 and _torch_has_flash():
-            return _TorchFlash()
-        raise
+    library = _installed_library(prefer_version_4=is_tested and generation in (9, 10, 11))
+    if isinstance(library, _Library):
+        return library
+    if logits.softcap is None and generation >= 8 and _torch_has_flash():
+        return _TorchFlash()
+    raise ImportError(library)
 
 
 def _torch_has_flash() -> bool:
@@ -456,14 +454,21 @@ def _torch_has_flash() -> bool:
 
 
 @cache
-def _installed_library(prefer_version_4: bool) -> _Library:
+def _installed_library(prefer_version_4: bool) -> _Library | str:
+    """Return the package's version to use, or why there is none.
+
+    Both are kept: every call of attention asks, and looking for a package takes milliseconds.
+    """
     if prefer_version_4:
         with suppress(ImportError):
             # Earlier versions had races in the gradients, sums in no fixed order, and overflows
             # from four million keys on.
             interface = _import_interface("flash-attn-4", "4.0.0b26", "flash_attn.cute.interface")
             return _Flash4(interface)
-    return _Flash2(_import_interface("flash-attn", "2.7.0", "flash_attn.flash_attn_interface"))
+    try:
+        return _Flash2(_import_interface("flash-attn", "2.7.0", "flash_attn.flash_attn_interface"))
+    except ImportError as error:
+        return str(error)
 
 
 def _import_interface(package: str, minimum: str, module: str) -> ModuleType:

@@ -73,12 +73,10 @@ def _answer(device: Device) -> None:
         "set_device": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,
-        "_lazy_init": None,
     }
     cuda = cast(Any, torch.cuda)
     for name, answer in answers.items():
         setattr(cuda, name, lambda *_, _answer=answer, **__: _answer)
-    cuda._lazy_call = lambda function, **_: function()
     torch.backends.cuda.is_flash_attention_available = lambda: True
     cuda.nccl.version = lambda: (2, 29, 7)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None

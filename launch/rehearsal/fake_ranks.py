@@ -7,7 +7,7 @@ from torch._C._distributed_c10d import FakeWork
 
 from .recorder import Recorder
 
-_PATIENCE = ("backend", "device_id", "group_desc", "pg_options", "timeout")
+_IGNORED_OPTIONS = ("backend", "device_id", "group_desc", "pg_options", "timeout")
 """Options of groups that mean nothing to a fake one."""
 
 
@@ -23,7 +23,8 @@ def pretend_ranks(rank: int, world_size: int, recorder: Recorder) -> None:
     make_group = dist.new_group
 
     def new_group(*args: Any, **options: Any) -> Any:
-        return make_group(*args, **{key: x for key, x in options.items() if key not in _PATIENCE})
+        kept = {key: value for key, value in options.items() if key not in _IGNORED_OPTIONS}
+        return make_group(*args, **kept)
 
     def all_gather_object(objects: list, own: Any, group: Any = None) -> None:
         recorder.wait("object sent to all ranks")

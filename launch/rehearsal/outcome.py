@@ -1,12 +1,12 @@
 """What a rehearsal found, as numbers and text that a test or a person can read."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ...attention.backend_choice import BackendChoice
 from .fake_triton import CompiledVariants
-from .recorder import Recorder
+from .recorder import STEADY, Recorder
 
 
 @dataclass
@@ -46,9 +46,6 @@ class Outcome:
     seconds: float
     """That the rehearsal took."""
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def outcome(
     recorder: Recorder,
@@ -63,11 +60,10 @@ def outcome(
     seconds: float,
 ) -> Outcome:
     """Return what was recorded, in the form that is reported."""
-    steady = "step"
     per_layer = num_layers * num_microbatches
-    kernels = {name: n for (phase, name), n in recorder.kernels.items() if phase == steady}
-    launches = {name: n for (phase, name), n in recorder.launches.items() if phase == steady}
-    num_waits = sum(n for (phase, _, _), n in recorder.waits.items() if phase == steady)
+    kernels = {name: n for (phase, name), n in recorder.kernels.items() if phase == STEADY}
+    launches = {name: n for (phase, name), n in recorder.launches.items() if phase == STEADY}
+    num_waits = sum(n for (phase, _, _), n in recorder.waits.items() if phase == STEADY)
     waits: dict[str, list[str]] = {phase: [] for phase, _, _ in recorder.waits}
     for (phase, what, place), times in recorder.waits.most_common():
         waits[phase].append(f"{times} {what}, {place}")
@@ -85,7 +81,7 @@ def outcome(
         product_tflop={
             dtype: n / 1e12
             for (phase, dtype), n in recorder.product_flops.items()
-            if phase == steady
+            if phase == STEADY
         },
         backends=[_described(choice, times) for choice, times in backends.items()],
         slow_backends=[
@@ -103,7 +99,7 @@ def outcome(
                 "hidden": totals.hidden,
             }
             for kind, totals in recorder.collectives.items()
-            if kind.phase == steady
+            if kind.phase == STEADY
         ],
         peak_bytes=peak,
         planned_bytes=planned,

@@ -15,6 +15,8 @@ from .device_memory import DeviceMemory
 from .known_values import KnownValues
 from .places import place
 
+FIRST, STEADY, EVALUATION, CHECKPOINT = "first step", "step", "evaluation", "checkpoint"
+"""Phases after the engine was built; a step after the first finds what that kept."""
 _WITHOUT_KERNEL = {
     "aten::_reshape_alias",
     "aten::_unsafe_view",

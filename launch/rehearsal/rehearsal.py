@@ -20,10 +20,7 @@ from .fake_ranks import pretend_ranks
 from .fake_triton import record_launches
 from .known_values import KnownValues
 from .outcome import Outcome, outcome
-from .recorder import Recorder
-
-FIRST, STEADY, EVALUATION, CHECKPOINT = "first step", "step", "evaluation", "checkpoint"
-"""What is rehearsed after the engine was built; a step after the first finds what that kept."""
+from .recorder import CHECKPOINT, EVALUATION, FIRST, STEADY, Recorder
 
 
 def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outcome:
@@ -42,7 +39,6 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
     variants = record_launches(recorder)
     began = time.monotonic()
     vocab_size = recipe_vocab_size(recipe)
-    peaks = {}
     with FakeTensorMode(allow_non_fake_inputs=True), recorder:
         from ...trainer.engines.build import build_engine
 
@@ -59,7 +55,7 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
             _name_what_stays(engine, memory)
             engine.step(batches, lr=1e-4)
             memory.finish()
-            peaks[phase] = memory.peak
+        peak = memory.peak
         kinds_at_peak = dict(memory.kinds_at_peak)
         places_at_peak = dict(memory.places_at_peak.most_common(12))
 
@@ -74,7 +70,7 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
         backends=choices,
         num_microbatches=len(batches),
         num_layers=len(engine.model.decoder.layers),  # type: ignore[attr-defined]
-        peak=peaks[STEADY],
+        peak=peak,
         planned=int(sum(estimate(recipe, vocab_size, device).memory)),
         kinds_at_peak=kinds_at_peak,
         places_at_peak=places_at_peak,

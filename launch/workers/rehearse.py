@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from ..process import exit_status, quiet_libraries
@@ -27,7 +28,7 @@ def main() -> None:
 
     recipe = load_recipe(str(options.recipe))
     found = rehearse(recipe, DEVICES[options.device], options.rank, options.documents)
-    options.out.write_text(json.dumps(found.as_dict(), indent=1))
+    options.out.write_text(json.dumps(asdict(found), indent=1))
 
 
 if __name__ == "__main__":

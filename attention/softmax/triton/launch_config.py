@@ -71,10 +71,10 @@ _CONFIGS = {
         ("tcgen05", 128): KernelConfig(32, 64, 8, 2),
     },
 }
-# Registers would not suffice for fewer warps, although these compute half of the products twice.
-_CONFIGS["dkv relative"] = _CONFIGS["dkv"] | {("wgmma", 128): KernelConfig(32, 64, 8, 2)}
 """By kernel, by how the GPU multiplies matrices, and by head dim.
 
 More warps than a tile has rows for would compute some of its products twice, which no bound on
 registers shows: the ahead-of-time tests count products and exponentials.
 """
+# Registers would not suffice for fewer warps, although these compute half of the products twice.
+_CONFIGS["dkv relative"] = _CONFIGS["dkv"] | {("wgmma", 128): KernelConfig(32, 64, 8, 2)}
