@@ -46,9 +46,9 @@ def _load_torch() -> Backend:
 
 
 def _load_triton() -> Backend:
-    from . import triton
+    from .triton import backend
 
-    return triton
+    return backend
 
 
 def _load_fla() -> Backend:

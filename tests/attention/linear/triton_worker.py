@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
-from longspan.attention.linear import triton as linear_triton
+from longspan.attention.linear.triton import backend, scalar
 
 from tests.attention.linear.recurrence import document_ids, errors, make
 
@@ -66,13 +66,13 @@ CASES = {
 
 
 def run(q, k, v, state, decay=None, scale=1.0, documents=None):
-    return linear_triton.forward(q, k, v, decay, None, scale, state, documents)
+    return backend.forward(q, k, v, decay, None, scale, state, documents)
 
 
 def compare(
     segment=64, strided=False, resets=False, scale=1.0, documents=None, **shape
 ) -> dict[str, float]:
-    linear_triton._segment = lambda *_: segment
+    scalar._segment = lambda *_: segment
     arguments = make(**{"heads": 2, "key_heads": 1, "length": 200} | shape, dtype=torch.float32)
     if resets:  # some decays erase the state, among weak ones whose sum must stay precise
         kinds = torch.arange(arguments["decay"].numel()).view_as(arguments["decay"]) % 37
@@ -93,7 +93,7 @@ def compare(
 
 def mutants() -> None:
     """Check that states decayed once more, or ignored documents, fail the comparison."""
-    launch = linear_triton._Scan._launch
+    launch = scalar._Scan._launch
 
     def extra_decay(self, x, y, z, states, *rest, **options):
         if "out" in options:
@@ -104,7 +104,7 @@ def mutants() -> None:
         launch(replace(self, documents=None), *rest, **options)
 
     for mutant in (extra_decay, without_documents):
-        linear_triton._Scan._launch = mutant
+        scalar._Scan._launch = mutant
         error_by_name = compare(family="constant", length=130, documents=[[100, 30], [30, 100]])
         assert max(error_by_name.values()) > 1e-3, error_by_name
 
