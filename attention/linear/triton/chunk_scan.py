@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ...triton_device import tensor_descriptor
-from .pieces import load_document, load_piece
+from .pieces import load_document, load_piece, load_slots
 from .tiles import load_decay_sums
 
 
@@ -97,7 +97,7 @@ def chunk_scan_kernel(
     blocks: tl.constexpr = (DZ + BLOCK_Z - 1) // BLOCK_Z
     segment = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
     x_head = h // x_group
     z_head = h // z_group
@@ -118,7 +118,7 @@ def chunk_scan_kernel(
     dims_x = tl.arange(0, BLOCK_X)
     dims_z = block * BLOCK_Z + tl.arange(0, BLOCK_Z)
     slot = before if (OUT is None) == REVERSE else after
-    edge = (slot.to(tl.int64) * heads + h) * (DX * DZ)
+    edge = (slot * heads + h) * (DX * DZ)
     state_offsets = edge + dims_x[:, None] * s_x + dims_z[None, :] * s_z
     state_mask = (dims_x < DX)[:, None] & (dims_z < DZ)[None, :] & (slot >= 0)
     if OUT is None:
@@ -212,22 +212,21 @@ def state_passing_kernel(
     blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     document = tl.program_id(0) // blocks
     dims = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
     first_segment, segments = load_document(DOCUMENTS, document)
 
     # The document's first state, in the direction of the scan.
-    first = first_segment + (segments - 1 if REVERSE else 0)
-    _, _, _, before, after = load_piece(SEGMENTS, first)
-    slot = (after if REVERSE else before).to(tl.int64)
+    before, after = load_slots(SEGMENTS, first_segment + (segments - 1 if REVERSE else 0))
+    slot = after if REVERSE else before
     state = tl.load(
         STATES + (slot * heads + h) * SIZE + dims, mask=(dims < SIZE) & (slot >= 0), other=0.0
     )
 
     for n in range(segments):
         segment = first_segment + (segments - 1 - n if REVERSE else n)
-        _, _, _, before, after = load_piece(SEGMENTS, segment)
-        slot = (before if REVERSE else after).to(tl.int64)
+        before, after = load_slots(SEGMENTS, segment)
+        slot = before if REVERSE else after
         edge = STATES + (slot * heads + h) * SIZE + dims
         is_kept = (dims < SIZE) & (slot >= 0)
         carry = tl.load(CARRY + segment * heads + h)

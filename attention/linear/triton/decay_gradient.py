@@ -13,14 +13,14 @@ def decay_gradient_kernel(TOKEN_DOTS, EDGE_DOTS, SEGMENTS, OUT, length, CHUNK: t
     ``TOKEN_DOTS``: ``q . dq - k . dk`` of each token, ``[batch, time, heads]``. ``EDGE_DOTS``:
     ``<S, dS>`` at the segments' edges, ``[slots, heads]``. ``OUT``: ``[batch, time, heads]``.
     """
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1)
     b, start, stop, before, after = load_piece(SEGMENTS, tl.program_id(0))
     i = tl.arange(0, CHUNK)
     first_token = b * length * heads + h  # of [batch, time, heads]
     # The gradient at the token after the chunk.
     gradient_after = tl.load(
-        EDGE_DOTS + after.to(tl.int64) * heads + h, mask=after >= 0, other=0.0
+        EDGE_DOTS + after * heads + h, mask=after >= 0, other=0.0
     ).to(tl.float64)
 
     chunks = tl.cdiv(stop - start, CHUNK)

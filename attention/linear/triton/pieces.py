@@ -102,14 +102,22 @@ def _cut(
 
 @triton.jit
 def load_piece(PIECES, n):
-    """Load what a row of the table says.
+    """Load what the table says of a piece.
 
-    The batch row (int64), the first token, the token after the last, and the slots before and after
-    the piece.
+    Its batch row (int64), its first token, the token after its last, and the slots before and after
+    it.
     """
-    PIECES += n * 5
-    row = tl.load(PIECES).to(tl.int64)
-    return row, tl.load(PIECES + 1), tl.load(PIECES + 2), tl.load(PIECES + 3), tl.load(PIECES + 4)
+    row = tl.load(PIECES + n * 5).to(tl.int64)
+    start = tl.load(PIECES + n * 5 + 1)
+    stop = tl.load(PIECES + n * 5 + 2)
+    before, after = load_slots(PIECES, n)
+    return row, start, stop, before, after
+
+
+@triton.jit
+def load_slots(PIECES, n):
+    """Load the slots before and after a piece."""
+    return tl.load(PIECES + n * 5 + 3), tl.load(PIECES + n * 5 + 4)
 
 
 @triton.jit

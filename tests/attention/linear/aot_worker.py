@@ -1,6 +1,10 @@
 """Compile linear attention's kernels ahead of time and print their resources as JSON lines.
 
-Arguments: ARCH ROLE:DIM:VARIANT[:DTYPE] ...
+Each case runs forward and backward on the CPU, with a kernel's launches recorded instead of made:
+what is compiled is what the backend would launch on that GPU. Kernels of a call that differ in
+nothing are compiled once.
+
+Arguments: ARCH FAMILY:KEY_DIM:VALUE_DIM[:DTYPE] ..., or FAMILY/KERNEL to compile one of them.
 """
 
 import json
@@ -9,82 +13,102 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+import torch
 import triton
-from longspan.attention.linear.triton import (
-    chunk_scan_kernel,
-    decay_kernel,
-    scan_config,
-    state_passing_kernel,
-)
-from longspan.attention.triton_device import has_bulk_copies
+from longspan.attention.linear.triton import backend, scalar, stages
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+from tests.attention.linear.recurrence import make
 from tests.attention.softmax.aot_worker import kernel_resources
 
-# The chunk scan's roles: whether it runs in reverse, whether the state is transposed, and which of
-# the optional tensors it has.
-ROLES = {
-    "state": (False, False, {"CARRY"}),
-    "out": (False, False, {"OUT"}),
-    "state-back": (True, False, {"CARRY"}),
-    "dv": (True, False, {"OUT"}),
-    "dq": (False, True, {"OUT"}),
-    "dk": (True, True, {"OUT"}),
-    "dq-decay": (False, True, {"OUT", "PARTNER", "DOTS"}),
-    "dk-decay": (True, True, {"OUT", "PARTNER", "DOTS"}),
-}
-# Whether decays are per token, and whether there are documents.
-VARIANTS = {"constant": (False, False), "gated": (True, False), "documents": (True, True)}
-TYPES = dict.fromkeys(("X", "Y", "Z", "PARTNER"), "*{}") | {"scale": "fp32", "DOCUMENTS": "*i32"}
-TYPES |= dict.fromkeys(("DECAY", "STATES", "CARRY", "DOTS", "TOKEN_DOTS", "EDGE_DOTS"), "*fp32")
-# Arguments that the launcher cannot promise to be multiples of 16.
-UNALIGNED = {"scale", "heads", "x_group", "z_group", "length", "chunks", "segments"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
 
 
-def compiled(arch: int, role: str, dim: int, variant: str, dtype: str = "bf16") -> dict:
-    """Return the resources of the chunk scan in a role, or of one of the two small kernels."""
-    per_token, has_documents = VARIANTS[variant]
-    config = scan_config(arch, 4 if dtype == "fp32" else 2, dim)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    constants = {} if has_documents else {"DOCUMENTS": None}
-    if role in ROLES:
-        kernel = chunk_scan_kernel
-        reverse, transposed, tensors = ROLES[role]
-        constants |= dict.fromkeys({"PARTNER", "CARRY", "OUT", "DOTS"} - tensors) | {
-            "DX": dim, "DZ": dim, "BLOCK_X": dim, "BLOCK_Z": min(dim, config.block),
-            "CHUNK": config.chunk,
-            "PER_TOKEN": per_token, "REVERSE": reverse,
-            "TMA": has_bulk_copies(arch) and dtype != "fp32",
-            "PRECISION": "ieee" if dtype == "fp32" else "tf32", ("s_x" if transposed else "s_z"): 1,
-        }  # fmt: skip
-    elif role == "carry":
-        kernel = state_passing_kernel
-        constants = {"SIZE": dim * dim, "BLOCK": 1024, "REVERSE": True}
-        options = {}
-    else:
-        kernel = decay_kernel
-        options = {}
-        constants["CHUNK"] = 64
-    types = TYPES | {"OUT": "*fp32" if role == "decay" else f"*{dtype}"}
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32").format(dtype)
-        for name in names
+class Launches(list):
+    """The launches, as pairs of a kernel and its arguments, constants and options by name."""
+
+    def record(self) -> None:
+        """Let launches of this process be recorded from here on."""
+
+        def launcher(kernel, grid):
+            def launch(*arguments, **keywords):
+                named = dict(zip(kernel.arg_names, arguments, strict=False))
+                self.append((kernel, named | keywords))
+
+            return launch
+
+        JITFunction.__getitem__ = launcher
+
+
+def source(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """Return what Triton would compile for the launch."""
+    signature = {}
+    constants = {}
+    hints = {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        is_free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and is_free):
+            signature[parameter.name] = "constexpr"
+            constants[index,] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            hints[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and is_free and value % 16 == 0:
+                hints[index,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+
+
+def compiled(arch: int, case: str) -> None:
+    """Print the resources of each kernel of a case."""
+    family, key_dim, value_dim, *rest = case.split(":")
+    family, _, only = family.partition("/")
+    (dtype,) = rest or ["bf16"]
+    for module in (scalar, stages):
+        module.compute_capability = lambda device: arch
+        module.INTERPRETED = False
+    launches = Launches()
+    launches.record()
+    inputs = make(
+        family, 64, heads=32, key_heads=16, dim=int(key_dim), value_dim=int(value_dim), batch=1,
+        dtype=torch.float32,
+    )  # fmt: skip
+    inputs = {
+        name: x if name in ("decay", "state") else x.detach().to(DTYPES[dtype]).requires_grad_()
+        for name, x in inputs.items()
     }
-    hints = {
-        (n,): [["tt.divisibility", 16]]
-        for n, name in enumerate(names)
-        if name not in constants and name not in UNALIGNED
-    }
-    values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    case = {"role": role, "arch": arch, "dim": dim, "variant": variant, "dtype": dtype}
-    return case | {"shape": vars(config)} | kernel_resources(binary.asm["ptx"], binary)
+    arguments = {"decay": None, "beta": None} | inputs
+    out, last = backend.forward(**arguments, scale=0.5, documents=None)
+    torch.autograd.grad(out.sum() + last.sum(), list(inputs.values()))
+
+    done = set()
+    for kernel, arguments in launches:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        if only and only != name:
+            continue
+        options = {option: arguments[option] for option in OPTIONS if option in arguments}
+        program = source(kernel, arguments)
+        key = (name, program.hash(), str(options))
+        if key in done:
+            continue
+        done.add(key)
+        binary = triton.compile(program, target=GPUTarget("cuda", arch, 32), options=options)
+        found = {"kernel": name, "arch": arch, "case": case, "dtype": dtype, "options": options}
+        constants = {
+            parameter.name: arguments[parameter.name]
+            for parameter in kernel.params
+            if parameter.is_constexpr
+        }
+        resources = kernel_resources(binary.asm["ptx"], binary)
+        print(json.dumps(found | {"constants": constants} | resources), flush=True)
 
 
 if __name__ == "__main__":
     for case in sys.argv[2:]:
-        role, dim, *rest = case.split(":")
-        print(json.dumps(compiled(int(sys.argv[1]), role, int(dim), *rest)), flush=True)
+        compiled(int(sys.argv[1]), case)
