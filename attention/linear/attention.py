@@ -60,9 +60,9 @@ def linear_attention(
         return_state: also return the state after the last token, fp32 (fp64 for fp64). Given as
             ``state`` with later tokens, it continues the sequence; a single token is a step of the
             recurrence.
-        backend: ``torch`` (chunks; any device), ``triton`` (our kernels: the scalar family on
-            CUDA), ``fla`` (flash-linear-attention's kernels, CUDA), ``reference`` (token by token)
-            or ``auto``.
+        backend: ``torch`` (chunks; any device), ``triton`` (our kernels: every family on CUDA, key
+            dims up to 256), ``fla`` (flash-linear-attention's kernels, CUDA), ``reference`` (token
+            by token) or ``auto``.
 
     Returns:
         ``[batch, time, heads, value_dim]`` in the dtype of ``v``, and the last state with

@@ -19,9 +19,7 @@ from ..table import Column, table
 REQUIRED = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy")
 OPTIONAL = {
     "flash-attn": "causal attention and windows run on longspan's Triton kernels instead",
-    "flash-linear-attention": (
-        "the delta rule and per-key decays run in torch on GPUs, several times slower"
-    ),
+    "flash-linear-attention": "linear attention runs on longspan's Triton kernels instead",
     "wandb": "metrics.wandb is refused",
     "tensorboard": "metrics.tensorboard is refused",
     "pyarrow": "data build cannot read .parquet",

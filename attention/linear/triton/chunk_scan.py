@@ -108,9 +108,7 @@ def chunk_scan_kernel(
     ys = tensor_descriptor(Y + b * y_b + x_head * y_h, stop, y_t, CHUNK, DX, BLOCK_X, TMA)
     zs = tensor_descriptor(Z + b * z_b + z_head * z_h, stop, z_t, CHUNK, DZ, BLOCK_Z, TMA)
     if PARTNER is not None:
-        ps = tensor_descriptor(
-            PARTNER + b * p_b + z_head * p_h, stop, p_t, CHUNK, DZ, BLOCK_Z, TMA
-        )
+        ps = tensor_descriptor(PARTNER + b * p_b + z_head * p_h, stop, p_t, CHUNK, DZ, BLOCK_Z, TMA)
     first_token = b * length * heads + h  # of [batch, time, heads]
 
     # The state at the segment's edge: where the scan starts, or ends if there is no OUT.

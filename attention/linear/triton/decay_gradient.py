@@ -19,9 +19,9 @@ def decay_gradient_kernel(TOKEN_DOTS, EDGE_DOTS, SEGMENTS, OUT, length, CHUNK: t
     i = tl.arange(0, CHUNK)
     first_token = b * length * heads + h  # of [batch, time, heads]
     # The gradient at the token after the chunk.
-    gradient_after = tl.load(
-        EDGE_DOTS + after * heads + h, mask=after >= 0, other=0.0
-    ).to(tl.float64)
+    gradient_after = tl.load(EDGE_DOTS + after * heads + h, mask=after >= 0, other=0.0).to(
+        tl.float64
+    )
 
     chunks = tl.cdiv(stop - start, CHUNK)
     for n in range(chunks):

@@ -1,4 +1,4 @@
-"""The inverse that the delta rule needs of each chunk (its UT transform, arXiv 2406.06484 sec. 3)."""
+"""The inverse that the delta rule needs in each chunk (UT transform, arXiv 2406.06484 sec. 3)."""
 
 import triton
 import triton.language as tl
@@ -12,9 +12,10 @@ def unit_lower_inverse(below, CHUNK: tl.constexpr, MERGES: tl.constexpr):
     """Return ``(I + below)^-1`` of a strictly lower triangular ``[CHUNK, CHUNK]``, fp32.
 
     Blocks of 16 on the diagonal first, by forward substitution. Then pairs of neighbors are merged,
-    ``MERGES`` times, until there is one: the inverse of ``[[A, 0], [N, B]]`` is
-    ``[[A', 0], [-B' N A', B']]`` with the inverses ``A'`` and ``B'``. Powers of ``below``, which may
-    grow huge before they cancel, are not formed.
+    ``MERGES`` times, until there is one: the inverse of ``[[A, 0], [N, B]]`` is ``[[A', 0], [-B' N
+    A', B']]`` with the inverses ``A'`` and ``B'``. Powers of ``below`` are not formed: they may
+    grow huge before they cancel. Products are in TF32, more precise than what is made of the
+    result; fp32 has chunks of 16, and no products.
     """
     BLOCKS: tl.constexpr = CHUNK // _SIZE
     block = tl.arange(0, BLOCKS)

@@ -79,9 +79,7 @@ class StagesConfig:
     input_gradients: KernelConfig
 
 
-def stages_config(
-    capability: int, bytes_per_number: int, dim: int, by_key: bool
-) -> StagesConfig:
+def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool) -> StagesConfig:
     """Return how to launch the stages, so that registers all but suffice.
 
     Args:
@@ -123,5 +121,5 @@ def stages_config(
 
 
 def padded_dim(dim: int) -> int:
-    """Return the dims of a tile that holds ``dim``: matrix products need 16, tiles powers of two."""
+    """Return the dims of a tile that holds ``dim``, a power of two; matrix products need 16."""
     return max(16, 1 << (dim - 1).bit_length())

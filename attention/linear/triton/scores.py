@@ -11,10 +11,10 @@ from .tiles import load_decay_sums, load_rows, store_rows
 
 @triton.jit
 def join_blocks(from_start, to_end, total, i, level):
-    """Return the sums of decays in blocks of twice as many tokens as ``1 << level``.
+    """Return the sums of decays in pairs of blocks from those in blocks of ``1 << level`` tokens.
 
-    From those in blocks of so many, ``[tokens, dims]``: the sum from the block's start up to each
-    token, that of what comes after it in the block, and the block's. They are only ever added up: a difference of two sums
+    All are ``[tokens, dims]``: the sum from the block's start up to each token, that of what comes
+    after it in the block, and the block's. They are only ever added up: a difference of two sums
     would lose the small decays beside strong ones.
     """
     is_late = ((i >> level) % 2 == 1)[:, None]

@@ -238,9 +238,7 @@ class _Stages:
         v = self.v
         length, heads = v.shape[1:3]
         dims = self._scan_dims(self.config.states)
-        states = v.new_empty(
-            self.chunks.slots, heads, dims["D"], dims["DV"], dtype=_wide_dtype(v)
-        )
+        states = v.new_empty(self.chunks.slots, heads, dims["D"], dims["DV"], dtype=_wide_dtype(v))
         written = v if scores.inverse is None else v.new_empty(v.shape)
         last = torch.empty_like(first)
         blocks = triton.cdiv(dims["DV"], dims["BLOCK_V"])
@@ -318,8 +316,10 @@ class _Stages:
         )  # fmt: skip
         d_decay, d_beta = None, None
         if needs_decay:
-            shape = (batch, length, heads, dims["D"]) if self._by_key else (
-                blocks, batch, length, heads
+            shape = (
+                (batch, length, heads, dims["D"])
+                if self._by_key
+                else (blocks, batch, length, heads)
             )
             d_decay = self.decay.new_empty(shape)
         if self.beta is not None:

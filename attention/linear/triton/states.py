@@ -12,9 +12,7 @@ def _carried(state, CARRY, chunk, h, heads, D: tl.constexpr, BLOCK: tl.constexpr
     """Return the state ``[BLOCK, values]`` decayed over a chunk."""
     if BY_KEY:
         dims = tl.arange(0, BLOCK)
-        carry = tl.load(
-            CARRY + (chunk * heads + h) * D + dims, mask=dims < D, other=0.0
-        )
+        carry = tl.load(CARRY + (chunk * heads + h) * D + dims, mask=dims < D, other=0.0)
         state *= carry[:, None]
     else:
         state *= tl.load(CARRY + chunk * heads + h)
@@ -53,9 +51,9 @@ def states_kernel(
 ):
     """Scan the chunks of a document from the first to the last, for ``BLOCK_V`` of the value dims.
 
-    ``K`` recalls and ``WRITING`` writes, see ``scores_kernel``; without ``WRITING``, ``K`` does both
-    and has factors. With ``INVERSE``, ``WRITTEN`` ``[batch, time, heads, DV]`` becomes what tokens
-    write instead of ``V``.
+    ``K`` recalls and ``WRITING`` writes, see ``scores_kernel``; without ``WRITING``, ``K`` does
+    both and has factors. With ``INVERSE``, ``WRITTEN`` ``[batch, time, heads, DV]`` becomes what
+    tokens write instead of ``V``.
 
     ``STATES`` ``[slots, heads, D, DV]`` are those before the chunks; ``FIRST`` and ``LAST``
     ``[batch, heads, D, DV]`` those before and after each batch row.

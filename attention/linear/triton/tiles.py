@@ -50,9 +50,7 @@ def state_tile(slot, head, heads, first_key, first_value, D, DV, BLOCK, BLOCK_V)
 
 
 @triton.jit
-def load_decay_sums(
-    DECAY, tokens, head, start, stop, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr
-):
+def load_decay_sums(DECAY, tokens, head, start, stop, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr):
     """Load a chunk's log-decays and add them up.
 
     A sum is ``(coarse + fine) * rate``, to base 2. Differences of two sums are exact if those of

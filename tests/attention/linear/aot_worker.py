@@ -52,7 +52,8 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         is_free = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and is_free):
+        is_one = type(value) is int and value == 1 and is_free
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name] = "constexpr"
             constants[index,] = value
         elif isinstance(value, torch.Tensor):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from longspan.attention import linear_attention
 
-from .recurrence import document_ids, errors, make
+from .recurrence import FAMILIES, document_ids, errors, make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,7 +12,6 @@ pytestmark = [
 ]
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-FAMILIES = ("none", "constant", "scalar")
 LENGTH = 300  # three segments, the last of them short; longer ones make the recurrence slow
 DOCUMENTS = [
     [17, 1, 110, 64, 1, 107],
@@ -22,7 +21,7 @@ DOCUMENTS = [
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
-    monkeypatch.setattr("longspan.attention.linear.triton._SHORTEST", 128)
+    monkeypatch.setattr("longspan.attention.linear.triton.scalar._SHORTEST", 128)
 
 
 def run(**arguments):
@@ -71,22 +70,27 @@ def test_documents(family):
 
 
 @pytest.mark.parametrize("strength", [5.0, 1000.0])
-@pytest.mark.parametrize("family", ["constant", "scalar"])
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x not in ("none", "delta")])
 def test_strong_decays(family, strength):
     check(arguments(family, 64, torch.bfloat16, strength=strength))
 
 
-@pytest.mark.parametrize(("dim", "value_dim"), [(16, 128), (128, 16), (96, 96), (36, 100)])
-def test_odd_dims(dim, value_dim):
-    check(arguments("scalar", dim, torch.bfloat16, value_dim))
+@pytest.mark.parametrize(
+    ("dim", "value_dim"),
+    [(16, 128), (128, 16), (96, 96), (36, 100), (153, 64), (256, 256), (64, 512)],
+)
+@pytest.mark.parametrize("family", ["scalar", "vector", "gated delta", "gated delta by key"])
+def test_odd_dims(family, dim, value_dim):
+    check(arguments(family, dim, torch.bfloat16, value_dim))
 
 
-def on_the_gpu(length):
-    inputs = make("scalar", length, heads=4, key_heads=2, dim=64, value_dim=64, dtype=torch.float32)
+def on_the_gpu(family, length):
+    inputs = make(family, length, heads=4, key_heads=2, dim=64, value_dim=64, dtype=torch.float32)
     return {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
 
 
-def gradients(inputs):
+def results(inputs):
+    """Return the output, the last state and the gradients."""
     low = {name: x if name in ("decay", "state") else x.bfloat16() for name, x in inputs.items()}
     out, last = linear_attention(**low, return_state=True, backend="triton")
     return [
@@ -96,23 +100,29 @@ def gradients(inputs):
     ]
 
 
-def test_reruns_are_bitwise_equal():
-    inputs = on_the_gpu(9000)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(inputs), gradients(inputs), strict=True))
+@pytest.mark.parametrize("family", ["scalar", "gated delta", "gated delta by key"])
+def test_reruns_are_bitwise_equal(family):
+    inputs = on_the_gpu(family, 9000)
+    again = results(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(results(inputs), again, strict=True))
 
 
-def test_another_length_does_not_recompile():
-    from longspan.attention.linear.triton import (
-        chunk_scan_kernel,
-        decay_kernel,
-        state_passing_kernel,
+@pytest.mark.parametrize("family", ["scalar", "gated delta", "gated delta by key"])
+def test_another_length_does_not_recompile(family):
+    from longspan.attention.linear.triton import chunk_scan, gradients, outputs, scores, states
+
+    kernels = (
+        chunk_scan.chunk_scan_kernel,
+        chunk_scan.state_passing_kernel,
+        scores.scores_kernel,
+        states.states_kernel,
+        states.state_gradients_kernel,
+        outputs.outputs_kernel,
+        gradients.input_gradients_kernel,
     )
 
     def compiled_variants(length):
-        gradients(on_the_gpu(length))
-        return [
-            len(kernel.device_caches[0][0])
-            for kernel in (chunk_scan_kernel, state_passing_kernel, decay_kernel)
-        ]
+        results(on_the_gpu(family, length))
+        return [len(kernel.device_caches[0][0]) for kernel in kernels]
 
     assert compiled_variants(640) == compiled_variants(1111) == compiled_variants(2048)
