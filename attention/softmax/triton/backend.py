@@ -30,7 +30,7 @@ from ...triton_device import (
 )
 from ..backends import Gradients
 from ..tile_batch import TileBatch
-from ..tiles import LogitOptions
+from ..tiles import LogitOptions, new_lse
 from .block_lists import lists_by_key, lists_by_query
 from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
 from .forward_dq import forward_dq_kernel
@@ -110,6 +110,8 @@ def backward(
     """See :func:`~longspan.attention.softmax.backends.backward_`."""
     triton.set_allocator(allocate_workspace)
     grad_out, q, k, v, out = map(with_dense_heads, (grad_out, q, k, v, out))
+    if lse.stride(1) != 1:  # kernels read a head's queries side by side
+        lse = new_lse(q, lse.dtype).copy_(lse)
     delta = _delta(out, grad_out, lse, grad_lse)
     for call in _calls(q, k, v, pattern, logits, tiles):
         call.launch_forward_dq("dq", gradients.q, lse, grad_out, delta, gradients.accumulate)
@@ -124,7 +126,7 @@ def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) 
     if delta.numel():
         delta_kernel[triton.cdiv(queries, 64), batch * heads](
             out, grad_out, grad_lse, delta,
-            *out.stride()[:3], *grad_out.stride()[:3], *grad_lse_strides, *lse.stride(),
+            *out.stride()[:3], *grad_out.stride()[:3], *grad_lse_strides, *delta.stride()[::2],
             heads, queries, DV=dim, BLOCK_DV=triton.next_power_of_2(dim), BM=64,
         )  # fmt: skip
     return delta
@@ -208,7 +210,7 @@ class _Call:
             self.q, self.k, self.v, out, lse, do, lse if delta is None else delta,
             plan.rules, lists, plan.places, plan.programs, *self.scales,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
-            *out.stride()[:3], *do.stride()[:3], *lse.stride(), *list_strides, *plan.keys,
+            *out.stride()[:3], *do.stride()[:3], *lse.stride()[::2], *list_strides, *plan.keys,
             GRAD=kernel == "dq", **plan.constants,
         )  # fmt: skip
 
@@ -277,7 +279,7 @@ class _Call:
             self.q, self.k, self.v, lse, grad_out, delta, dk, dv,
             plan.rules, pointers, lists, plan.places, plan.programs, *self.scales,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
-            *grad_out.stride()[:3], *lse.stride(), *dk.stride()[:3], *dv.stride()[:3],
+            *grad_out.stride()[:3], *lse.stride()[::2], *dk.stride()[:3], *dv.stride()[:3],
             *list_strides, *plan.keys, FAR=far, **plan.constants,
         )  # fmt: skip
 

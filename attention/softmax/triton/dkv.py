@@ -47,7 +47,7 @@ from .rules import (
 def dkv_kernel(
     Q, K, V, LSE, DO, DELTA, DK, DV_OUT, TABLE, POINTERS, LISTS, PLACES, PROGRAMS,
     scale, softcap, sigmoid_bias,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, l_b, l_t, l_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, l_b, l_h,
     dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, list_b, list_h, group, k_step, k_size,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
@@ -80,11 +80,9 @@ def dkv_kernel(
     table = TABLE + (key_range * tl.num_programs(1) + kv) * (BANDS + FARS) * COLUMNS
     Q += b * q_b + kv * group * q_h + q_slot * q_t
     DO += b * g_b + kv * group * g_h + q_slot * g_t
-    LSE += b * l_b + kv * group * l_h + q_slot * l_t
-    DELTA += b * l_b + kv * group * l_h + q_slot * l_t
+    first_query = b * l_b + kv * group * l_h + q_slot  # in LSE and DELTA
     K += b * k_b + kv * k_h + k_column * k_t
     V += b * v_b + kv * v_h + k_column * v_t
-    first_tile = q_start - q_start % BM  # tiles of queries begin at multiples of BM in the document
     q_end = q_start + q_len
 
     # Which keys the tile has, and their first and last position.
@@ -160,14 +158,13 @@ def dkv_kernel(
                     is_mine = is_mine & shown
             i_end = tl.where(is_mine, i_end, 0)
 
-        # As tiles.
+        # As tiles, which begin at multiples of BM in the document.
         i_begin = tl.maximum(i_begin, q_start)
         i_end = tl.minimum(i_end, q_end)
-        begin = (i_begin - first_tile) // BM
-        end = tl.cdiv(tl.maximum(i_end - first_tile, 0), BM)
-        full = tl.cdiv(tl.maximum(i_full - first_tile, q_start - first_tile), BM)
-        full_end = (tl.maximum(tl.minimum(i_full_end, q_end), first_tile) - first_tile) // BM
-        end = tl.where(i_end > i_begin, end, begin)
+        begin = i_begin // BM
+        end = tl.where(i_end > i_begin, tl.cdiv(i_end, BM), begin)
+        full = tl.cdiv(tl.maximum(i_full, q_start), BM)
+        full_end = tl.minimum(i_full_end, q_end) // BM
 
         if FAR >= FIXED:
             # A relative rule: every `block_step`-th block of queries from `first_block` on.
@@ -199,11 +196,12 @@ def dkv_kernel(
 
         # Tiles of queries that see all keys, without a mask.
         for n in range(full, full_end):
-            q_offset = first_tile + n * BM - q_start
+            q_offset = n * BM - q_start
             q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, False, TMA)
             do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, False, TMA)
-            lse = tl.load(LSE + (q_offset + tl.arange(0, BM)) * l_t) * LOG2E
-            delta = tl.load(DELTA + (q_offset + tl.arange(0, BM)) * l_t)
+            query_index = first_query + q_offset + tl.arange(0, BM)
+            lse = tl.load(LSE + query_index) * LOG2E
+            delta = tl.load(DELTA + query_index)
             dk, dv = _add_queries(
                 dk, dv, q, do, lse, delta, k, v, True, scale, softcap, sigmoid_bias,
                 SOFTCAP, SIGMOID, PRECISION, False,
@@ -212,7 +210,7 @@ def dkv_kernel(
         # Those before and after them, with a mask.
         for step in range(begin, end - (full_end - full)):
             n = tl.where(step < full, step, step + full_end - full)
-            i0 = first_tile + n * BM
+            i0 = n * BM
             if LISTED:
                 i0 = (tl.load(entries + n // tiles_per_block) << shift) + n % tiles_per_block * BM
             elif FAR >= FIXED:
@@ -223,9 +221,9 @@ def dkv_kernel(
             is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
             q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
             do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
-            lse_index = (q_offset + tl.arange(0, BM)) * l_t
-            lse = tl.load(LSE + lse_index, mask=is_query, other=0.0) * LOG2E
-            delta = tl.load(DELTA + lse_index, mask=is_query, other=0.0)
+            query_index = first_query + q_offset + tl.arange(0, BM)
+            lse = tl.load(LSE + query_index, mask=is_query, other=0.0) * LOG2E
+            delta = tl.load(DELTA + query_index, mask=is_query, other=0.0)
             visible = (i >= j[:, None]) & is_query[None, :] & is_key[:, None]
             if not LISTED:
                 if FAR < 0:
@@ -241,8 +239,7 @@ def dkv_kernel(
         # The next query head of the group.
         Q += q_h
         DO += g_h
-        LSE += l_h
-        DELTA += l_h
+        first_query += l_h
 
     if FAR >= 0:
         # To the program's own sums.
@@ -252,6 +249,11 @@ def dkv_kernel(
         store_tile(DK, 0, BN, D, dk * scale, BN, D, BLOCK_D)
         store_tile(DV_OUT, 0, BN, DV, dv, BN, DV, BLOCK_DV)
     else:
+        place = program_field(PROGRAMS, PLACE)
+        b = place_field(PLACES, place, BATCH_ROW).to(tl.int64)
+        k_column = place_field(PLACES, place, K_COLUMN).to(tl.int64)
+        k_len = place_field(PLACES, place, K_LEN)
+        k_offset = program_field(PROGRAMS, PART) * BN
         DK += b * dk_b + kv * dk_h + k_column * dk_t
         DV_OUT += b * dv_b + kv * dv_h + k_column * dv_t
         store_tile(DK, k_offset, k_len, dk_t, dk * scale, BN, D, BLOCK_D, ADD)
@@ -347,7 +349,7 @@ def reduce_splits_kernel(
 
 @triton.jit(do_not_specialize=["q_len", *SEQUENCE_ARGUMENTS])
 def delta_kernel(
-    OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, dl_b, dl_t, dl_h, l_b, l_t, l_h,
+    OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, dl_b, dl_t, dl_h, l_b, l_h,
     heads, q_len,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -367,4 +369,4 @@ def delta_kernel(
     if DLSE is not None:
         dlse = tl.load(DLSE + b * dl_b + h * dl_h + queries * dl_t, mask=queries < q_len, other=0.0)
         delta -= dlse.to(tl.float32)
-    tl.store(DELTA + b * l_b + h * l_h + queries * l_t, delta, mask=queries < q_len)
+    tl.store(DELTA + b * l_b + h * l_h + queries, delta, mask=queries < q_len)

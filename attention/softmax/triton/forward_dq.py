@@ -83,7 +83,7 @@ def _visit(
 @triton.jit(do_not_specialize=[*SEQUENCE_ARGUMENTS, "list_q"])
 def forward_dq_kernel(
     Q, K, V, OUT, LSE, DO, DELTA, TABLE, LISTS, PLACES, PROGRAMS, scale, softcap, sigmoid_bias,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h, l_b, l_t, l_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h, l_b, l_h,
     list_b, list_h, list_q, group, k_step, k_size,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
@@ -96,7 +96,7 @@ def forward_dq_kernel(
 
     Program ids: row of ``PROGRAMS``, head. ``OUT`` is the output or dQ. Arguments ``x_b``, ``x_t``,
     ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for ``DO``, ``l`` for ``LSE``
-    and ``DELTA``). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far
+    and ``DELTA``, of which a head's queries are side by side). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far
     rules, of which the first ``FIXED`` have fixed stripes.
     """
     # Which queries and keys.
@@ -131,7 +131,7 @@ def forward_dq_kernel(
     q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
     k_tiles = tensor_descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
     v_tiles = tensor_descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
-    lse_index = b * l_b + h * l_h + (q_slot + q_offset + tl.arange(0, BM)) * l_t
+    lse_index = b * l_b + h * l_h + q_slot + q_offset + tl.arange(0, BM)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     do, lse, delta = q, m, l  # unused by the forward pass

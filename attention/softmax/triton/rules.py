@@ -64,14 +64,14 @@ SEQUENCE_ARGUMENTS = ["l_b", "l_h", "list_b", "list_h"]
 
 @triton.jit
 def program_field(PROGRAMS, column: tl.constexpr):
-    """Load one column of this program's row."""
-    return tl.load(PROGRAMS + tl.program_id(0) * PROGRAM_COLUMNS + column)
+    """Load one column of this program's row, anew at each call: registers are short in the loops."""
+    return tl.load(PROGRAMS + tl.program_id(0) * PROGRAM_COLUMNS + column, volatile=True)
 
 
 @triton.jit
 def place_field(PLACES, place, column: tl.constexpr):
-    """Load one column of a place."""
-    return tl.load(PLACES + place * PLACE_COLUMNS + column)
+    """Load one column of a place, anew at each call."""
+    return tl.load(PLACES + place * PLACE_COLUMNS + column, volatile=True)
 
 
 @triton.jit

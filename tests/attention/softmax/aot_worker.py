@@ -37,7 +37,6 @@ UNALIGNED = {
     "k_step",
     "k_size",
     "l_b",
-    "l_t",
     "l_h",
     "list_b",
     "list_h",
