@@ -332,8 +332,8 @@ class PlanStage:
         """The tiles, as few groups as possible, in an order that keeps that of a query's tiles."""
         of_document: dict[tuple, list[TileJob]] = {}
         for job in self.jobs:
-            key = (job.batch.start, job.batch.stop, job.document)
-            of_document.setdefault(key, []).append(job)
+            rows = (job.batch.start, job.batch.stop)
+            of_document.setdefault((rows, job.document), []).append(job)
 
         jobs_of_group: dict[tuple, list[TileJob]] = {}
         for jobs in of_document.values():  # tiles of different documents share no tokens

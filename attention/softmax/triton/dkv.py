@@ -350,16 +350,17 @@ def reduce_splits_kernel(
 @triton.jit(do_not_specialize=["q_len", *SEQUENCE_ARGUMENTS])
 def delta_kernel(
     OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, dl_b, dl_t, dl_h, l_b, l_h,
-    heads, q_len,
+    q_len,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Compute ``sum(out * grad_out) - grad_lse`` of each query: ``[batch, queries, heads]``.
 
     ``DLSE`` is the gradient of the log-sum-exp, or None; ``dl`` are its strides.
     """
-    h = (tl.program_id(1) % heads).to(tl.int64)
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    q_offset = tl.program_id(0) * BM
+    tiles = tl.cdiv(q_len, BM)
+    h = tl.program_id(1).to(tl.int64)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    q_offset = tl.program_id(0) % tiles * BM
     OUT += b * o_b + h * o_h
     DO += b * g_b + h * g_h
     out = load_tile(OUT, OUT, q_offset, q_len, o_t, BM, DV, BLOCK_DV, True, False)

@@ -96,8 +96,9 @@ def forward_dq_kernel(
 
     Program ids: row of ``PROGRAMS``, head. ``OUT`` is the output or dQ. Arguments ``x_b``, ``x_t``,
     ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for ``DO``, ``l`` for ``LSE``
-    and ``DELTA``, of which a head's queries are side by side). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far
-    rules, of which the first ``FIXED`` have fixed stripes.
+    and ``DELTA``, of which a head's queries are side by side). The key tiles have ``BN`` keys. The
+    table has ``BANDS`` bands and ``FARS`` far rules, of which the first ``FIXED`` have fixed
+    stripes.
     """
     # Which queries and keys.
     place = program_field(PROGRAMS, PLACE)

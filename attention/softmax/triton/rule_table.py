@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from ...patterns.block_lists import BlockLists
@@ -112,14 +110,6 @@ def rule_table(heads: HeadRules, ranges: tuple[Blocks, ...], key_tile: int) -> R
     num_far = num_fixed + num_relative
     shape = (len(ranges), len(heads), num_bands + num_far, len(_NO_RULE))
     return RuleTable(np.array(table, np.int32).reshape(shape), num_bands, num_fixed, num_far)
-
-
-@lru_cache(maxsize=256)
-def rule_table_on(
-    device: torch.device, heads: HeadRules, ranges: tuple[Blocks, ...], key_tile: int
-) -> Tensor:
-    """Return the rules of :func:`rule_table` on a device."""
-    return torch.from_numpy(rule_table(heads, ranges, key_tile).rules).to(device)
 
 
 def _nearest_first(rule: Rule) -> tuple[bool, int]:

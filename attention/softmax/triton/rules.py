@@ -64,7 +64,7 @@ SEQUENCE_ARGUMENTS = ["l_b", "l_h", "list_b", "list_h"]
 
 @triton.jit
 def program_field(PROGRAMS, column: tl.constexpr):
-    """Load one column of this program's row, anew at each call: registers are short in the loops."""
+    """Load one column of this program's row, anew at each call, as registers are few in loops."""
     return tl.load(PROGRAMS + tl.program_id(0) * PROGRAM_COLUMNS + column, volatile=True)
 
 

@@ -198,7 +198,6 @@ def mutants() -> None:
     for mutant in (shifted_stripe, shortened_band):
         rule_table._table_row = mutant
         rule_table.rule_table.cache_clear()
-        rule_table.rule_table_on.cache_clear()
         error_by_name = compare(S2(16, 2, 3))
         assert min(error_by_name.values()) > 1e-3, error_by_name
 
