@@ -28,16 +28,22 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Tensor of ids -> (its version, what was made of these ids, by key)."""
 
 
+def is_kept(documents: Tensor) -> bool:
+    """Return whether what is made of these ids is kept.
+
+    On the CPU making it is cheap, and code outside torch may write to the memory. Tensors made in
+    inference mode have no version that counts writes.
+    """
+    return documents.is_cuda and not documents.is_inference()
+
+
 def kept_for(documents: Tensor, key: Hashable, make: Callable[[], Kept]) -> Kept:
     """Return ``make()``, on a GPU the same object as long as the ids are the same.
-
-    On the CPU it is made at each call: that is cheap, and code outside torch may write to the
-    memory. Tensors made in inference mode have no version that counts writes.
 
     Args:
         key: of what is made, different for each ``make``.
     """
-    if not documents.is_cuda or documents.is_inference():
+    if not is_kept(documents):
         return make()
     made = _kept_of_version(documents)
     if key not in made:
@@ -84,7 +90,7 @@ def ids_of_tokens(documents: Tensor, tokens: slice) -> Tensor:
 
     On a GPU it is the same tensor at each call, whose spans are known without asking the GPU.
     """
-    if not documents.is_cuda or documents.is_inference():
+    if not is_kept(documents):
         return documents[:, tokens]
 
     def cut() -> Tensor:

@@ -69,12 +69,15 @@ def fits_bulk_copies(*tensors: Tensor) -> bool:
     The tensors are ``[batch, time, heads, dim]``. Bulk copies need addresses and strides that are
     multiples of 16 bytes, and tokens that are not repeated.
     """
-    return all(
-        x.stride(1) > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
+    for x in tensors:
+        if x.data_ptr() % 16 or not _strides_fit_bulk_copies(x.stride(), x.element_size()):
+            return False
+    return True
+
+
+@lru_cache
+def _strides_fit_bulk_copies(strides: tuple[int, ...], bytes_per_number: int) -> bool:
+    return strides[1] > 0 and all(stride * bytes_per_number % 16 == 0 for stride in strides[:3])
 
 
 def on_device_of_first_argument(function: Callable[..., Result]) -> Callable[..., Result]:

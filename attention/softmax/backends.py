@@ -5,6 +5,7 @@ To add one, write a module with the functions of :class:`TileBackend` and a load
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -105,24 +106,28 @@ class BatchBackend(Backend, Protocol):
         """Compute what is described at :func:`backward_`."""
 
 
+@cache
 def _load_torch() -> TileBackend:
     from . import torch
 
     return torch
 
 
+@cache
 def _load_triton() -> BatchBackend:
     from .triton import backend
 
     return backend
 
 
+@cache
 def _load_flash() -> TileBackend:
     from . import flash
 
     return flash
 
 
+@cache
 def _load_reference() -> TileBackend:
     from . import reference
 

@@ -4,6 +4,8 @@ One launch for the queries of all tiles of a batch, whatever their number, and a
 one for the bands, and one for each far rule.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -28,7 +30,7 @@ from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
 from .forward_dq import forward_dq_kernel
 from .launch_config import MAX_HEAD_DIM
 from .launch_plan import CallShapes, LaunchPlans, block_dim, launch_plans
-from .rule_table import pattern_blocks
+from .rule_table import smallest_block
 
 _MIN_BLOCK = 16 if INTERPRETED else 64
 """The smallest block of a pattern: wgmma multiplies tiles of 64; the interpreter accepts less."""
@@ -50,13 +52,42 @@ def unsupported_reason(
             f"supports head dims up to {MAX_HEAD_DIM}, not {head_dim}; "
             "use torch, or flash for causal and windows"
         )
-    smallest_block = min(pattern_blocks(pattern, k.shape[2]), default=_MIN_BLOCK)
-    if smallest_block < _MIN_BLOCK:
+    block = smallest_block(pattern, k.shape[2])
+    if block is not None and block < _MIN_BLOCK:
         return (
-            f"needs blocks of at least {_MIN_BLOCK} tokens, but {pattern!r} has {smallest_block}; "
-            "use torch"
+            f"needs blocks of at least {_MIN_BLOCK} tokens, but {pattern!r} has {block}; use torch"
         )
     return None
+
+
+class _Inputs(NamedTuple):
+    """What the kernels read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    """In forward it is written."""
+    use_bulk_copies: bool
+    grad_out: Tensor | None = None
+    """In backward, as is ``delta``."""
+    delta: Tensor | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of batch, time and heads of queries, keys and values."""
+        return self.q.stride()[:3] + self.k.stride()[:3] + self.v.stride()[:3]
+
+    @property
+    def lse_strides(self) -> tuple[int, int]:
+        """Of batch and heads; those of ``delta`` are the same."""
+        batch, _, heads = self.lse.stride()
+        return batch, heads
+
+
+def _use_bulk_copies(*tensors: Tensor) -> bool:
+    has_them = has_bulk_copies(compute_capability(tensors[0].device))
+    return has_them and tensors[0].dtype != torch.float32 and fits_bulk_copies(*tensors)
 
 
 @on_device_of_first_argument
@@ -73,8 +104,9 @@ def forward(
     """See :func:`~longspan.attention.softmax.backends.forward_`."""
     triton.set_allocator(allocate_workspace)  # of this thread: autograd has its own
     q, k, v = map(with_dense_heads, (q, k, v))
+    inputs = _Inputs(q, k, v, lse, _use_bulk_copies(q, k, v))
     for plans in launch_plans(pattern, logits, tiles, _shapes(q, v)):
-        _launch_forward_dq("forward", plans, q, k, v, out, lse, None, None, not tiles.is_first)
+        _launch_forward_dq("forward", plans, inputs, out, not tiles.is_first)
 
 
 @on_device_of_first_argument
@@ -97,11 +129,11 @@ def backward(
     if lse.stride(1) != 1:  # kernels read a head's queries side by side
         lse = new_lse(q, lse.dtype).copy_(lse)
     delta = _delta(out, grad_out, lse, grad_lse)
+    bulk = _use_bulk_copies(q, k, v, grad_out)
+    inputs = _Inputs(q, k, v, lse, bulk, grad_out, delta)
     for plans in launch_plans(pattern, logits, tiles, _shapes(q, v)):
-        _launch_forward_dq(
-            "dq", plans, q, k, v, gradients.q, lse, grad_out, delta, gradients.accumulate
-        )
-        _key_gradients(plans, q, k, v, grad_out, lse, delta, gradients)
+        _launch_forward_dq("dq", plans, inputs, gradients.q, gradients.accumulate)
+        _launch_all_dkv(plans, inputs, gradients)
 
 
 def _shapes(q: Tensor, v: Tensor) -> CallShapes:
@@ -122,31 +154,15 @@ def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) 
     return delta
 
 
-def _use_bulk_copies(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> bool:
-    return (
-        q.dtype != torch.float32
-        and has_bulk_copies(compute_capability(q.device))
-        and fits_bulk_copies(q, k, v, do)
-    )
-
-
 def _launch_forward_dq(
-    kernel: str,
-    plans: LaunchPlans,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor | None,
-    delta: Tensor | None,
-    add: bool,
+    kernel: str, plans: LaunchPlans, inputs: _Inputs, out: Tensor, add: bool
 ) -> None:
-    """Launch the kernel as ``forward``, or as ``dq`` with ``grad_out`` and ``delta``."""
-    do = out if grad_out is None else grad_out
-    plan = plans.plan(kernel, add, _use_bulk_copies(q, k, v, do))
+    """Launch the kernel as ``forward``, or as ``dq`` with the gradient of the output."""
+    plan = plans.plan(kernel, add, inputs.use_bulk_copies)
     if plan is None:
         return
+    q, k, v, lse, _, grad_out, delta = inputs
+    do = out if grad_out is None else grad_out  # not read in forward
     lists = lse  # any pointer
     list_strides = (0, 0, 0)
     if plans.block_lists is not None:
@@ -156,72 +172,54 @@ def _launch_forward_dq(
     forward_dq_kernel[plan.grid](
         q, k, v, out, lse, do, lse if delta is None else delta,
         plan.rules, lists, *plan.tables, *plans.scales,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *do.stride()[:3],
-        *lse.stride()[::2], *list_strides, *plan.keys,
-        GRAD=kernel == "dq", **plan.constants,
+        *inputs.strides, *out.stride()[:3], *do.stride()[:3], *inputs.lse_strides,
+        *list_strides, *plan.keys, GRAD=kernel == "dq", **plan.constants,
     )  # fmt: skip
 
 
-def _key_gradients(
-    plans: LaunchPlans,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    gradients: Gradients,
-) -> None:
+def _launch_all_dkv(plans: LaunchPlans, inputs: _Inputs, gradients: Gradients) -> None:
     """Compute dK and dV.
 
     One launch computes what the bands show, and one for each far rule adds what they leave.
     """
     rules = plans.key_rules
-    inputs = (q, k, v, grad_out, lse, delta)
+    dk, dv = gradients.k, gradients.v
     if rules.num_bands > 0 or plans.block_lists is not None:
-        _launch_dkv(plans, *inputs, gradients.k, gradients.v, gradients.accumulate)
+        _launch_dkv(plans, inputs, dk, dv, gradients.accumulate)
     elif not gradients.accumulate:
-        gradients.k.zero_()
-        gradients.v.zero_()
+        dk.zero_()
+        dv.zero_()
     if plans.block_lists is not None:
         return
     for far in range(rules.num_far):
-        plan = plans.plan("dkv", False, _use_bulk_copies(q, k, v, grad_out), far)
+        plan = plans.plan("dkv", False, inputs.use_bulk_copies, far)
         if plan is None:
             continue
-        # The sums of each program, which are added to the places of the keys in a fixed order.
-        key_tile = plan.constants["BN"]
-        dk, dv = (
-            torch.empty(*plan.grid, key_tile, x.shape[3], dtype=torch.float32, device=x.device)
-            for x in (k, v)
+        # The sums of each program, which are then added to the keys' gradients in a fixed order.
+        tile = plan.constants["BN"]
+        dk_parts, dv_parts = (
+            torch.empty(*plan.grid, tile, x.shape[3], dtype=torch.float32, device=x.device)
+            for x in (dk, dv)
         )
-        _launch_dkv(plans, *inputs, dk, dv, False, far)
-        for parts, out in ((dk, gradients.k), (dv, gradients.v)):
+        _launch_dkv(plans, inputs, dk_parts, dv_parts, False, far)
+        for parts, out, dim in ((dk_parts, dk, "D"), (dv_parts, dv, "DV")):
             reduce_splits_kernel[plan.grid](
                 parts, out, plan.rules, *plan.tables, *out.stride()[:3],
-                D=out.shape[3], BLOCK_D=block_dim(out.shape[3]), BN=key_tile,
+                D=plan.constants[dim], BLOCK_D=plan.constants[f"BLOCK_{dim}"], BN=tile,
                 RULES=rules.num_bands + rules.num_far, RULE=rules.num_bands + far,
                 RELATIVE=far >= rules.num_fixed,
             )  # fmt: skip
 
 
 def _launch_dkv(
-    plans: LaunchPlans,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    add: bool,
-    far: int = -1,
+    plans: LaunchPlans, inputs: _Inputs, dk: Tensor, dv: Tensor, add: bool, far: int = -1
 ) -> None:
     """Launch the kernel for the bands or lists (``far`` is -1), or for one far rule."""
-    plan = plans.plan("dkv", add, _use_bulk_copies(q, k, v, grad_out), far)
+    plan = plans.plan("dkv", add, inputs.use_bulk_copies, far)
     if plan is None:
         return
+    q, k, v, lse, _, grad_out, delta = inputs
+    assert grad_out is not None
     pointers = lists = lse  # any pointer
     list_strides = (0, 0)
     if plans.block_lists is not None:
@@ -234,7 +232,6 @@ def _launch_dkv(
     dkv_kernel[plan.grid](
         q, k, v, lse, grad_out, delta, dk, dv,
         plan.rules, pointers, lists, *plan.tables, *plans.scales,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad_out.stride()[:3],
-        *lse.stride()[::2], *dk.stride()[:3], *dv.stride()[:3], *list_strides, *plan.keys,
-        FAR=far, **plan.constants,
+        *inputs.strides, *grad_out.stride()[:3], *inputs.lse_strides,
+        *dk.stride()[:3], *dv.stride()[:3], *list_strides, *plan.keys, FAR=far, **plan.constants,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ..tile_batch import TileBatch
 from ..tiles import LogitOptions
 from .launch_config import KernelConfig, kernel_config
 from .programs import Places, on_device
-from .rule_table import HeadRules, RuleTable, pattern_blocks, pattern_rules, rule_table
+from .rule_table import HeadRules, RuleTable, pattern_rules, rule_table, smallest_block
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class LaunchPlans:
             kernel = "dkv relative"
         config = kernel_config(kernel, capability, self.shapes.dtype.itemsize, head_dim)
 
-        blocks = pattern_blocks(self.pattern, self.shapes.kv_heads)
+        block = smallest_block(self.pattern, self.shapes.kv_heads)
+        most_keys = config.keys if block is None else block
         if self.places.key_step > 1:
-            blocks.append(self.places.key_size)
-        most_keys = min(blocks, default=config.keys)
+            most_keys = min(most_keys, self.places.key_size)
         depends_on_query_block = self.block_lists is not None or has_relative_rules
         return config.fit(most_keys if depends_on_query_block else config.queries, most_keys)
 

@@ -14,25 +14,26 @@ HeadRules = tuple[tuple[Rule, ...], ...]
 """The rules of each KV head."""
 
 
-@lru_cache(maxsize=256)
-def _rules_of_heads(pattern: ClosedFormPattern, kv_heads: int) -> HeadRules:
-    return tuple(pattern.rules(head) for head in range(kv_heads))
-
-
 def pattern_rules(pattern: Pattern, kv_heads: int) -> HeadRules:
     """Return the rules of each head; for block lists the block, as a rule that shows nothing."""
     if isinstance(pattern, BlockLists):
         return ((Rule(pattern.block, stop=0),),) * kv_heads
     assert isinstance(pattern, ClosedFormPattern)
-    return _rules_of_heads(pattern, kv_heads)
+    return tuple(pattern.rules(head) for head in range(kv_heads))
 
 
-def pattern_blocks(pattern: Pattern, kv_heads: int) -> list[int]:
-    """Return the block sizes of everything in the pattern that comes in whole blocks."""
+def smallest_block(pattern: Pattern, kv_heads: int) -> int | None:
+    """Return the smallest block of what comes in whole blocks; None if nothing does."""
     if isinstance(pattern, BlockLists):
-        return [pattern.block]
+        return pattern.block
+    return _smallest_stripe(pattern, kv_heads)
+
+
+@lru_cache(maxsize=256)
+def _smallest_stripe(pattern: Pattern, kv_heads: int) -> int | None:
     rules_of_heads = pattern_rules(pattern, kv_heads)
-    return [rule.block for rules in rules_of_heads for rule in rules if rule.step > 1]
+    blocks = [rule.block for rules in rules_of_heads for rule in rules if rule.step > 1]
+    return min(blocks, default=None)
 
 
 @dataclass(frozen=True)
