@@ -25,7 +25,10 @@ def bench_launch(options: Namespace) -> None:
         if not 1 <= number <= _MOST_DOCUMENTS:
             raise UserError(f"--documents: must be 1 to {_MOST_DOCUMENTS}, got {number}")
     for pattern in options.patterns:
-        parse_pattern(pattern)
+        try:
+            parse_pattern(pattern).check(sizes["kv_heads"], _MOST_DOCUMENTS)
+        except ValueError as error:
+            raise UserError(f"--patterns: {error}") from None
     out = out_folder(options)
 
     worker = [sys.executable, "-m", "longspan.launch.workers.host_time"]

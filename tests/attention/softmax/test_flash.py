@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from longspan.attention import S2, BlockLists, Causal, Dilated, PerHead, Sinks, Window, attend
 from longspan.attention.patterns.rules import Blocks
 from longspan.attention.softmax import flash as flash_backend
-from longspan.attention.softmax.backends import tile_backward, tile_forward
+from longspan.attention.softmax.backends import TILE_BACKENDS
 from longspan.attention.softmax.flash import FlashCall, split_into_calls
 from longspan.attention.softmax.tiles import LogitOptions, Tile
 
@@ -450,8 +450,8 @@ def test_tiles_at_any_position(installed, pattern, queries, keys, package):
     k = k[:, slice(*keys)]
     v = v[:, slice(*keys)]
     tile = make_tile(pattern, queries, keys)
-    out, lse = tile_forward(q, k, v, tile, "flash")
-    expected_out, expected_lse = tile_forward(q, k, v, tile, "reference")
+    out, lse = TILE_BACKENDS["flash"]().forward(q, k, v, tile)
+    expected_out, expected_lse = TILE_BACKENDS["reference"]().forward(q, k, v, tile)
     assert torch.equal(lse.isinf(), expected_lse.isinf())
     assert relative(out, expected_out) < 1e-10
     assert relative(lse.nan_to_num(), expected_lse.nan_to_num()) < 1e-10
@@ -460,7 +460,9 @@ def test_tiles_at_any_position(installed, pattern, queries, keys, package):
     final_out = torch.randn_like(out)
     final_lse = lse.clamp(min=0.0) + 1.0
     ours, expected = (
-        tile_backward(grad_out, q, k, v, final_out, final_lse, tile, backend, torch.ones_like(lse))
+        TILE_BACKENDS[backend]().backward(
+            grad_out, q, k, v, final_out, final_lse, tile, torch.ones_like(lse)
+        )
         for backend in ("flash", "reference")
     )
     for a, b in zip(ours, expected, strict=True):
@@ -664,8 +666,8 @@ class TestOnCuda:
         k = k[:, slice(*keys)]
         v = v[:, slice(*keys)]
         tile = make_tile(pattern, queries, keys)
-        ours = tile_forward(q, k, v, tile, "flash")
-        expected = tile_forward(q, k, v, tile, "reference")
+        ours = TILE_BACKENDS["flash"]().forward(q, k, v, tile)
+        expected = TILE_BACKENDS["reference"]().forward(q, k, v, tile)
         assert torch.equal(ours[1].isinf(), expected[1].isinf())
         for a, b in zip(ours, expected, strict=True):
             assert relative(a.nan_to_num(neginf=0.0), b.nan_to_num(neginf=0.0)) < 5e-3
