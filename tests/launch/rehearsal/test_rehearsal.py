@@ -58,6 +58,27 @@ def test_a_recipe_in_rehearsal(longspan, tmp_path, recipe, device):
     assert "would fail: none" in printed
 
 
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "documents"),
+    [
+        ("llama-1.3b", [], 1000),
+        ("s2-llama-1.3b", [], 128),  # as many as there are blocks
+        ("s2-llama-1.3b", ["parallel.cp=4", "--gpus", "8", "--rank", "1"], 128),
+    ],
+)
+def test_many_documents_launch_no_more_than_one(longspan, tmp_path, recipe, arguments, documents):
+    kernels = []
+    for number in (1, documents):
+        found, _ = rehearsed(
+            longspan, tmp_path, recipe, "model.num_hidden_layers=4", *arguments,
+            "--documents", str(number),
+        )  # fmt: skip
+        assert found["faults"] == []
+        kernels.append(found["kernels_per_layer"])
+    assert kernels[1] <= kernels[0]
+
+
 def test_requests_that_make_no_sense_are_refused(longspan):
     for arguments, message in [
         (["--device", "h1000"], "--device: unknown (did you mean h100?)"),
