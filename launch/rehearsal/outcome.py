@@ -85,9 +85,7 @@ def outcome(
         },
         backends=[_described(choice, times) for choice, times in backends.items()],
         slow_backends=[
-            _described(choice, times)
-            for choice, times in backends.items()
-            if choice.backend == "torch"
+            _described(choice, times) for choice, times in backends.items() if choice.is_slow
         ],
         collectives=[
             {
@@ -112,6 +110,5 @@ def outcome(
 
 
 def _described(choice: BackendChoice, times: int) -> str:
-    reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals)
-    because = f" ({reasons})" if reasons else ""
+    because = f" ({choice.reasons})" if choice.reasons else ""
     return f"{choice.operation} {choice.call}: {choice.backend}, {times} times{because}"

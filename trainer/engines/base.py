@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention.gpu import compute_capability
 from ...parallel import Sequence
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
@@ -50,7 +51,8 @@ class EngineBase(Engine):
         model_parallel_cuda_manual_seed(recipe.training.seed)
 
         self.device = _device()
-        self.dtype = _dtype(recipe)
+        self.capability = compute_capability(self.device) if self.device.type == "cuda" else None
+        self.dtype = getattr(torch, recipe.training.dtype_on(self.capability))
         self.num_parameters = parameter_count(recipe.model, vocab_size)
         self.rank_layout = (
             f"{self.device.type} dp {recipe.data_parallel} cp {parallel.cp} "
@@ -212,10 +214,3 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    name = recipe.training.dtype
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)

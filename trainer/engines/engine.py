@@ -53,6 +53,8 @@ class Engine(Protocol):
     """
 
     device: torch.device
+    capability: int | None
+    """Compute capability of the GPU, 90 for 9.0, 0 for one of AMD's; None on a CPU."""
     dtype: torch.dtype
     """The dtype of weights and activations."""
     num_parameters: int

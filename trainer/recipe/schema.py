@@ -266,6 +266,17 @@ class TrainingConfig(Section):
     max_skipped_steps: Positive = 10
     """Number of consecutive steps that skip may skip before it stops."""
 
+    def dtype_on(self, capability: int | None) -> Literal["float32", "bfloat16"]:
+        """Return the type of weights and activations on a GPU, or on a CPU.
+
+        Args:
+            capability: compute capability of the GPU, 90 for 9.0, 0 for one of AMD's; None for a
+                CPU.
+        """
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if capability is None else "bfloat16"
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"

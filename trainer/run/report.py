@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ..checkpoint.run_folder import RunFolder
 from ..engines.engine import Engine, StepResult
 from ..errors import UserError
+from ..predict.backends import backend_lines
 from ..predict.communication import choices
 from ..recipe.schema import Recipe
 from ..recipe.stages import Stage
@@ -84,6 +85,9 @@ class Report:
         if self._recipe.parallel.cp > 1:
             for choice in choices(self._recipe, engine.dtype.itemsize):
                 self.say(str(choice))
+        if engine.capability is not None:
+            for line in backend_lines(self._recipe, engine.capability):
+                self.say(line)
         for warning in recipe_warnings(self._recipe):
             self.say(f"warning: {warning}")
 
