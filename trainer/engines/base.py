@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...attention.gpu import compute_capability
 from ...parallel import Sequence
+from ..checkpoint.files import LOSS_SCALE
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
 from ..layers.mixer import Mixer
@@ -29,6 +30,7 @@ from ..predict.flops import parameter_count
 from ..recipe.schema import Recipe
 from .engine import Engine
 from .engine_state import EngineState
+from .loss_scale import LossScale
 
 
 class EngineBase(Engine):
@@ -53,6 +55,7 @@ class EngineBase(Engine):
         self.device = _device()
         self.capability = compute_capability(self.device) if self.device.type == "cuda" else None
         self.dtype = getattr(torch, recipe.training.dtype_on(self.capability))
+        self.loss_scale = LossScale() if self.dtype == torch.float16 else None
         self.num_parameters = parameter_count(recipe.model, vocab_size)
         self.rank_layout = (
             f"{self.device.type} dp {recipe.data_parallel} cp {parallel.cp} "
@@ -82,9 +85,14 @@ class EngineBase(Engine):
                 module.rope_theta = recipe.model.rope_theta
 
     def state(self) -> dict[str, Shards]:
-        return self._state.shards()
+        state = self._state.shards()
+        if self.loss_scale:
+            state[LOSS_SCALE] = Shards.whole(self.loss_scale.state, owner=dist.get_rank() == 0)
+        return state
 
     def load_state(self, state: dict[str, Shards]) -> None:
+        if self.loss_scale and LOSS_SCALE in state:
+            self.loss_scale.load(state[LOSS_SCALE].boxes[0].data)
         self._state.load(state)
 
     def weight_dtypes(self) -> dict[str, torch.dtype]:

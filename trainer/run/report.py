@@ -109,6 +109,8 @@ class Report:
             self._display.step(step, result.loss, bits_per_byte, tokens_per_second)
         if not result.updated:
             what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            if result.scaled and result.scaled.overflowed:
+                what = f"gradients overflow float16; the loss is scaled by {result.scaled.scale:,g}"
             self.say(f"step {step}: {what}: skipped, without an update")
             self.record(step, {"train/skipped": 1})
 
@@ -169,6 +171,9 @@ def train_metrics(
     }
     if result.balance_loss is not None:
         metrics["train/balance_loss"] = result.balance_loss
+    if result.scaled is not None:
+        metrics["train/loss_scale"] = result.scaled.scale
+        metrics["train/overflows"] = result.scaled.overflows
     metrics["data/padding_ratio"] = result.padding / tokens_per_step
     return metrics
 
