@@ -1,4 +1,4 @@
-"""``first_light.sh``: a part that fails or hangs does not stop the others, and all of them are told."""
+"""``first_light.sh``: parts that fail or hang do not stop the others, and all are told."""
 
 import re
 import shutil
