@@ -177,9 +177,9 @@ def _print_dry_run(recipe: Recipe) -> None:
         f"processes        {recipe.launch.processes} = dp {recipe.data_parallel} "
         f"x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}"
     )
-    print(f"longspan export  {describe_target(ModelToExport.of_recipe(recipe))}")
     for line in _backend_lines(recipe):
         print(line)
+    print(f"longspan export  {describe_target(ModelToExport.of_recipe(recipe))}")
     if notice := _extension_notice(recipe):
         print(notice)
 
