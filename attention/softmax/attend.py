@@ -186,6 +186,28 @@ def choose_backend(
         return backend
     if not q.is_cuda:
         return "torch"
+    choice = fastest_backend(q, k, v, pattern, logits, keys_side_by_side)
+    choices[choice] += 1
+    if choice.is_slow:
+        warnings.warn(
+            f"backend auto falls back to torch, which is slower here: {choice.reasons}",
+            stacklevel=5,
+        )
+    return choice.backend
+
+
+def fastest_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    logits: LogitOptions,
+    keys_side_by_side: bool = True,
+) -> BackendChoice:
+    """Return the fastest backend on CUDA that supports the call, and what kept others from it.
+
+    Of the tensors only shapes, dtypes and devices are read: they may be fake.
+    """
     chosen = "torch"
     refusals = []
     for name in ("triton", "flash") if keys_side_by_side else ("triton",):
@@ -195,13 +217,7 @@ def choose_backend(
             break
         refusals.append((name, reason))
     call = f"{type(pattern).__name__}, head dim {max(q.shape[3], v.shape[3])}, {q.dtype}"
-    choices[BackendChoice("softmax", call, chosen, tuple(refusals))] += 1
-    if chosen == "torch":
-        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals)
-        warnings.warn(
-            f"backend auto falls back to torch, which is slower here: {reasons}", stacklevel=5
-        )
-    return chosen
+    return BackendChoice("softmax", call, chosen, tuple(refusals))
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def empty_cache():
 def installed(monkeypatch):
     """Let the backend accept fp64 on the CPU, and find these packages for a GPU of a capability."""
 
-    def install(*packages, capability=(9, 0)):
+    def install(*packages, capability=90):
         def interface(package, least, module):
             if package not in packages:
                 raise ImportError(f"no {package}")
@@ -254,9 +254,9 @@ def installed(monkeypatch):
         monkeypatch.setattr(flash_backend, "_DEVICES", {"cpu"})
         monkeypatch.setattr(flash_backend, "_DTYPES", {torch.float64, torch.bfloat16})
         monkeypatch.setattr(flash_backend, "_import_interface", interface)
-        monkeypatch.setattr(flash_backend, "_torch_has_flash", lambda: "torch" in packages)
+        monkeypatch.setattr(flash_backend, "torch_has_flash", lambda: "torch" in packages)
         monkeypatch.setattr(flash_backend._TorchFlash, "operators", TorchFlash())
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(flash_backend, "compute_capability", lambda device: capability)
 
     return install
 
@@ -472,16 +472,16 @@ def test_tiles_at_any_position(installed, pattern, queries, keys, package):
 @pytest.mark.parametrize(
     ("packages", "capability", "dim", "softcap", "expected"),
     [
-        (LIBRARIES, (9, 0), 128, None, Flash4),
-        (LIBRARIES, (10, 3), 64, None, Flash4),
-        (LIBRARIES, (8, 0), 128, None, Flash2),
-        (LIBRARIES, (12, 0), 128, None, Flash2),
-        (LIBRARIES, (9, 0), 136, None, Flash2),
-        (LIBRARIES, (9, 0), 128, 3.0, Flash2),
-        (["flash-attn"], (9, 0), 128, None, Flash2),
-        (["flash-attn-4"], (9, 0), 128, None, Flash4),
-        (["flash-attn-4", "torch"], (9, 0), 136, None, TorchFlash),
-        (["torch"], (8, 6), 128, None, TorchFlash),
+        (LIBRARIES, 90, 128, None, Flash4),
+        (LIBRARIES, 103, 64, None, Flash4),
+        (LIBRARIES, 80, 128, None, Flash2),
+        (LIBRARIES, 120, 128, None, Flash2),
+        (LIBRARIES, 90, 136, None, Flash2),
+        (LIBRARIES, 90, 128, 3.0, Flash2),
+        (["flash-attn"], 90, 128, None, Flash2),
+        (["flash-attn-4"], 90, 128, None, Flash4),
+        (["flash-attn-4", "torch"], 90, 136, None, TorchFlash),
+        (["torch"], 86, 128, None, TorchFlash),
     ],
 )
 def test_choice_of_the_library(installed, packages, capability, dim, softcap, expected):
@@ -492,7 +492,7 @@ def test_choice_of_the_library(installed, packages, capability, dim, softcap, ex
     assert isinstance(interface, expected)
 
 
-@pytest.mark.parametrize(("capability", "softcap"), [((7, 5), None), ((9, 0), 3.0)])
+@pytest.mark.parametrize(("capability", "softcap"), [(75, None), (90, 3.0)])
 def test_what_the_kernels_of_torch_cannot_do(installed, capability, softcap):
     installed("torch", capability=capability)
     q = torch.empty(1, 4, 2, 64)
@@ -573,7 +573,7 @@ def test_missing_or_old_packages_are_reported(monkeypatch, versions, message):
 
     monkeypatch.setattr(flash_backend, "_DEVICES", {"cpu"})
     monkeypatch.setattr(flash_backend, "version", version)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(flash_backend, "compute_capability", lambda device: 90)
     q = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=message):
         attend(q, q, q, Causal(), backend="flash")
