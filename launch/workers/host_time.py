@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
-from ...attention import attend, triton_device
+from ...attention import attend, gpu
 from ...attention import documents as document_ids
 from ...attention.patterns.expression import parse_pattern
 
@@ -59,7 +59,7 @@ def measure(pattern: str, documents: int, heads: int, kv_heads: int, repeats: in
     launched = _leave_out_launches()
     # As on a GPU. Kernels' modules are imported at the first call.
     vars(document_ids)["is_kept"] = lambda ids: True
-    vars(triton_device)["compute_capability"] = lambda device: 90
+    vars(gpu)["compute_capability"] = lambda device: 90
     q, k, v, grad_out = (
         torch.zeros(1, _TOKENS, count, _HEAD_DIM, dtype=torch.bfloat16)
         for count in (heads, kv_heads, kv_heads, heads)

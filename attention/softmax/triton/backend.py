@@ -11,12 +11,12 @@ import triton
 from torch import Tensor
 
 from ...arguments import with_dense_heads
+from ...gpu import compute_capability
 from ...patterns import Pattern
 from ...patterns.token_lists import TokenLists
 from ...triton_device import (
     INTERPRETED,
     allocate_workspace,
-    compute_capability,
     device_unsupported_reason,
     fits_bulk_copies,
     has_bulk_copies,

@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ...gpu import compute_capability
 from ...patterns import ClosedFormPattern, Pattern
 from ...patterns.block_lists import BlockLists
-from ...triton_device import compute_capability
 from ..tile_batch import TileBatch
 from ..tiles import LogitOptions
 from .launch_config import KernelConfig, kernel_config
