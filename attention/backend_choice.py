@@ -15,6 +15,16 @@ class BackendChoice(NamedTuple):
     refusals: tuple[tuple[str, str], ...]
     """(backend, reason) for those that are faster where they can be had."""
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether torch computes by its formulas what kernels refused."""
+        return self.backend == "torch" and bool(self.refusals)
+
+    @property
+    def reasons(self) -> str:
+        """What kept faster backends from it, in a line; empty if nothing did."""
+        return "; ".join(f"{name} {reason}" for name, reason in self.refusals)
+
 
 choices: Counter[BackendChoice] = Counter()
 """How often each choice was made in this process."""

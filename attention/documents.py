@@ -1,13 +1,13 @@
 """Several documents in one sequence, marked by integer ids ``[batch, time]`` as in every operation.
 
 Every layer needs to know on the host where documents begin. Reading that from a GPU waits for it,
-so on a GPU the answer is kept for each tensor of ids, and for the parts of it that layers work on.
-Such a tensor must only be written to by torch, which counts its versions.
+so on a GPU the answer is kept for each tensor of ids, with what layers make of it: see
+:func:`kept_for`. Such a tensor must only be written to by torch, which counts its versions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,41 @@ class DocumentSpan(NamedTuple):
     stop: int
 
 
-_spans_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Tensor of ids -> (its version, its spans)."""
-_parts_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Tensor of ids -> (its version, its parts by their first token and the token after the last)."""
+Kept = TypeVar("Kept")
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Tensor of ids -> (its version, what was made of these ids, by key)."""
+
+
+def is_kept(documents: Tensor) -> bool:
+    """Return whether what is made of these ids is kept.
+
+    On the CPU making it is cheap, and code outside torch may write to the memory. Tensors made in
+    inference mode have no version that counts writes.
+    """
+    return documents.is_cuda and not documents.is_inference()
+
+
+def kept_for(documents: Tensor, key: Hashable, make: Callable[[], Kept]) -> Kept:
+    """Return ``make()``, on a GPU the same object as long as the ids are the same.
+
+    Args:
+        key: of what is made, different for each ``make``.
+    """
+    if not is_kept(documents):
+        return make()
+    made = _kept_of_version(documents)
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def _kept_of_version(documents: Tensor) -> dict[Hashable, Any]:
+    version, made = _kept.get(documents, (None, {}))
+    if version != documents._version:
+        made = {}
+        _kept[documents] = (documents._version, made)
+    return made
 
 
 def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
@@ -51,15 +82,7 @@ def check_documents(documents: Tensor | None, shape: tuple[int, int]) -> Tensor 
 
 def document_spans(documents: Tensor) -> list[DocumentSpan]:
     """Return the span of each document, row by row in order."""
-    # On the CPU finding them is cheap, and code outside torch may write to the memory. Tensors made
-    # in inference mode have no version that counts writes.
-    if not documents.is_cuda or documents.is_inference():
-        return list(_find_spans(documents.cpu()))
-    version, spans = _spans_of_tensor.get(documents, (None, []))
-    if version != documents._version:
-        spans = list(_find_spans(documents.cpu()))
-        _spans_of_tensor[documents] = (documents._version, spans)
-    return spans
+    return kept_for(documents, "spans", lambda: list(_find_spans(documents.cpu())))
 
 
 def ids_of_tokens(documents: Tensor, tokens: slice) -> Tensor:
@@ -67,17 +90,13 @@ def ids_of_tokens(documents: Tensor, tokens: slice) -> Tensor:
 
     On a GPU it is the same tensor at each call, whose spans are known without asking the GPU.
     """
-    if not documents.is_cuda or documents.is_inference():
+    if not is_kept(documents):
         return documents[:, tokens]
-    version, parts = _parts_of_tensor.get(documents, (None, {}))
-    if version != documents._version:
-        parts = {}
-        _parts_of_tensor[documents] = (documents._version, parts)
-    key = (tokens.start, tokens.stop)
-    if key not in parts:
+
+    def cut() -> Tensor:
         # A copy: a view would keep the whole tensor alive, and with it this entry.
         part = documents[:, tokens].clone()
-        spans = [
+        _kept_of_version(part)["spans"] = [
             DocumentSpan(
                 span.batch_row,
                 max(span.start, tokens.start) - tokens.start,
@@ -86,9 +105,9 @@ def ids_of_tokens(documents: Tensor, tokens: slice) -> Tensor:
             for span in document_spans(documents)
             if span.start < tokens.stop and span.stop > tokens.start
         ]
-        _spans_of_tensor[part] = (part._version, spans)
-        parts[key] = part
-    return parts[key]
+        return part
+
+    return kept_for(documents, ("ids", tokens.start, tokens.stop), cut)
 
 
 def _find_spans(documents: Tensor) -> Iterator[DocumentSpan]:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu import compute_capability
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -19,27 +21,15 @@ SUPPORTED_CAPABILITIES = (80, 86, 89, 90, 100, 103, 120)
 Result = TypeVar("Result")
 
 
-@lru_cache
-def compute_capability(device: torch.device) -> int:
-    """Return the compute capability, 90 for 9.0; 0 for a device without CUDA.
-
-    AMD's GPUs have numbers of their own, some of which are those of NVIDIA's.
-    """
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
 def device_unsupported_reason(x: Tensor) -> str | None:
     """Return why no kernel can run on the device of ``x``, and what can; None if one can."""
     if not x.is_cuda and not INTERPRETED:
         return f"needs CUDA, but q is on {x.device}; use torch"
-    if torch.version.hip:
+    capability = compute_capability(x.device)
+    if x.is_cuda and not capability:
         return "has no configurations for AMD's GPUs; use torch"
-    if x.is_cuda and compute_capability(x.device) not in SUPPORTED_CAPABILITIES:
-        capability = compute_capability(x.device) / 10
-        return f"has no configurations for compute capability {capability}; use torch"
+    if x.is_cuda and capability not in SUPPORTED_CAPABILITIES:
+        return f"has no configurations for compute capability {capability / 10}; use torch"
     return None
 
 
@@ -69,12 +59,15 @@ def fits_bulk_copies(*tensors: Tensor) -> bool:
     The tensors are ``[batch, time, heads, dim]``. Bulk copies need addresses and strides that are
     multiples of 16 bytes, and tokens that are not repeated.
     """
-    return all(
-        x.stride(1) > 0
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
-        for x in tensors
-    )
+    for x in tensors:
+        if x.data_ptr() % 16 or not _strides_fit_bulk_copies(x.stride(), x.element_size()):
+            return False
+    return True
+
+
+@lru_cache
+def _strides_fit_bulk_copies(strides: tuple[int, ...], bytes_per_number: int) -> bool:
+    return strides[1] > 0 and all(stride * bytes_per_number % 16 == 0 for stride in strides[:3])
 
 
 def on_device_of_first_argument(function: Callable[..., Result]) -> Callable[..., Result]:

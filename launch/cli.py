@@ -85,6 +85,7 @@ COMMANDS: dict[str, Command | Group] = {
             "memory": Command(
                 "memory of a training step, and the longest sequence", "commands.bench_memory"
             ),
+            "launch": Command("what a call of attention costs the host", "commands.bench_launch"),
             "train": Command("the training loop against a plain one", "commands.bench_train"),
             "mqar": Command("recall (MQAR) of the mixers", "commands.bench_mqar"),
         },

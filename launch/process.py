@@ -79,6 +79,7 @@ def process_group(threads: int, alone: bool = False, timeout_s: float = 1800.0) 
         # Told which GPU it has, NCCL connects the ranks now and not within the first step, and
         # barriers do not guess.
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        _prepare_gpu()
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(threads)
@@ -103,6 +104,16 @@ def process_group(threads: int, alone: bool = False, timeout_s: float = 1800.0) 
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _prepare_gpu() -> None:
+    """Set what must be set before the GPU is first used, whoever has started this process."""
+    import torch
+
+    # Kernels start in the order in which they are launched: Megatron relies on it to hide messages.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # NVIDIA's images let products of fp32 be rounded to TF32, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    torch.set_float32_matmul_precision("highest")
 
 
 def _rendezvous_store(rank: int, world_size: int) -> "Store":

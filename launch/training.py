@@ -177,9 +177,31 @@ def _print_dry_run(recipe: Recipe) -> None:
         f"processes        {recipe.launch.processes} = dp {recipe.data_parallel} "
         f"x cp {parallel.cp} x pp {parallel.pp} x tp {parallel.tp}"
     )
+    for line in _backend_lines(recipe):
+        print(line)
     print(f"longspan export  {describe_target(ModelToExport.of_recipe(recipe))}")
     if notice := _extension_notice(recipe):
         print(notice)
+
+
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Of NVIDIA, of Windows' subsystem for Linux, and of AMD."""
+
+
+def _backend_lines(recipe: Recipe) -> list[str]:
+    """Return what to say of the mixers' backends on this machine.
+
+    torch, which takes seconds to import, is only asked where there may be a GPU.
+    """
+    if any(map(os.path.exists, _GPU_DRIVERS)):
+        import torch
+
+        if torch.cuda.is_available():
+            from ..attention.gpu import compute_capability
+            from ..trainer.predict.backends import backend_lines
+
+            return backend_lines(recipe, compute_capability(torch.device("cuda", 0)))
+    return ["backends: torch, as there is no GPU here; longspan plan --device shows a GPU's"]
 
 
 def _extension_notice(recipe: Recipe) -> str | None:

@@ -26,15 +26,15 @@ from ..attention.softmax.attend import (
     queries_without_keys,
     sink_logits_gradient,
 )
-from ..attention.softmax.backends import tile_backward, tile_forward
-from ..attention.softmax.tiles import LogitOptions, Tile, merge_
+from ..attention.softmax.backends import Gradients, backward_, forward_
+from ..attention.softmax.tiles import LogitOptions, new_lse
 from .collectives import check_same_plan, check_shard, gather_sequence
 from .head_exchange import gather_tokens, scatter_tokens
 from .kv_exchange import GradientReturn, KVExchange, as_buffer, new_buffer_rows
 from .layout import Layout
 from .schedules.choose import choose_schedule, key_of, plan_attention
 from .schedules.names import Schedule
-from .schedules.plan import Plan, PlanStage, TileJob, batch_rows
+from .schedules.plan import Plan, PlanStage, TileGroup, batch_rows
 
 _MOST_FLASH_SEGMENTS = 2
 """Of a rank: flash-attn computes keys side by side, one call for each pair of segments."""
@@ -170,14 +170,11 @@ class _DistributedCall:
     backend: str
     group: dist.ProcessGroup
 
-    def tile(self, job: TileJob) -> Tile:
-        """Return the tile of a job, whose pattern counts heads and tokens as the job does."""
-        pattern: Pattern = Causal() if job.sees_all else self.pattern
-        pattern = pattern.in_document(job.batch, *job.document)
-        first_head = self.plan.first_kv_head + job.kv_heads.start
-        if first_head:
-            pattern = pattern.from_head(first_head)
-        return Tile(pattern, (job.q_positions,), (job.k_positions,), self.logits)
+    def pattern_of(self, group: TileGroup) -> Pattern:
+        """Return the pattern of a group's heads."""
+        pattern: Pattern = Causal() if group.sees_all else self.pattern
+        first_head = self.plan.first_kv_head + group.kv_heads.start
+        return pattern.from_head(first_head) if first_head else pattern
 
     def stages(self, k: Tensor, v: Tensor) -> Iterator[_StageKV]:
         """Yield each stage with its keys and values; the next ones are on their way meanwhile."""
@@ -206,18 +203,14 @@ class _DistributedCall:
         """
         dtype = accumulation_dtype(q)
         out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
-        lse = q.new_empty(q.shape[:3], dtype=dtype)
+        lse = new_lse(q, dtype)
         for stage, keys, values in self.stages(k, v):
-            for job in stage.jobs:
-                queries, columns = _tile_indices(job, q, k)
-                new_out, new_lse = tile_forward(
-                    q[queries], keys[columns], values[columns], self.tile(job), self.backend
-                )
-                if job.is_first:
-                    out[queries] = new_out
-                    lse[queries] = new_lse
-                else:
-                    merge_(out[queries], lse[queries], new_out, new_lse, self.logits)
+            for group in stage.groups:
+                heads, kv_heads = _head_indices(group, q, k)
+                forward_(
+                    q[heads], keys[kv_heads], values[kv_heads], self.pattern_of(group), self.logits,
+                    group.tiles, self.backend, out[heads], lse[heads],
+                )  # fmt: skip
         return out.to(q.dtype), lse
 
     def backward(
@@ -254,22 +247,14 @@ class _DistributedCall:
                 grad_kv = as_buffer(grad_rows, exchange, local_grad_kv)  # the same memory
             dk, dv = grad_kv.split(dims, -1)
 
-            for job in stage.jobs:
-                queries, columns = _tile_indices(job, q, k)
-                tile_dq, tile_dk, tile_dv = tile_backward(
-                    grad_out[queries],
-                    q[queries],
-                    keys[columns],
-                    values[columns],
-                    out[queries],
-                    lse[queries],
-                    self.tile(job),
-                    self.backend,
-                    None if grad_lse is None else grad_lse[queries],
-                )
-                dq[queries] += tile_dq
-                dk[columns] += tile_dk
-                dv[columns] += tile_dv
+            for group in stage.groups:
+                heads, kv_heads = _head_indices(group, q, k)
+                backward_(
+                    grad_out[heads], q[heads], keys[kv_heads], values[kv_heads], out[heads],
+                    lse[heads], None if grad_lse is None else grad_lse[heads],
+                    self.pattern_of(group), self.logits, group.tiles, self.backend,
+                    Gradients(dq[heads], dk[kv_heads], dv[kv_heads], accumulate=True),
+                )  # fmt: skip
 
             # The previous stage's gradients are added only now, when this stage had time to hide
             # them, and always in the order of the stages: sums are the same in every run.
@@ -290,11 +275,13 @@ class _DistributedCall:
 _Index = tuple[slice, slice, slice]
 
 
-def _tile_indices(job: TileJob, q: Tensor, k: Tensor) -> tuple[_Index, _Index]:
-    """Return where a tile's queries are in ``q``, and its keys in their buffer."""
-    group_size = q.shape[2] // k.shape[2]  # query heads that read the same KV head
-    heads = slice(job.kv_heads.start * group_size, job.kv_heads.stop * group_size)
-    return (job.batch, job.query_slots, heads), (job.batch, job.key_columns, job.kv_heads)
+def _head_indices(group: TileGroup, q: Tensor, k: Tensor) -> tuple[_Index, _Index]:
+    """Return where a group's query heads and KV heads are in ``[batch, time, heads, dim]``."""
+    queries_per_head = q.shape[2] // k.shape[2]  # query heads that read the same KV head
+    first, stop = group.kv_heads.start, group.kv_heads.stop
+    heads = slice(first * queries_per_head, stop * queries_per_head)
+    everything = slice(None)
+    return (everything, everything, heads), (everything, everything, slice(first, stop))
 
 
 class _AttendOverRanks(torch.autograd.Function):

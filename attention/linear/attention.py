@@ -236,34 +236,52 @@ def check_linear(
 def _choose_backend(
     backend: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
 ) -> Backend:
-    """Return the first backend that supports the call.
+    """Return the backend to use; raise ValueError if the given one does not support the call.
 
     ``auto`` prefers the recurrence for a single token; on CUDA our kernels, then fla's, then torch;
     elsewhere torch.
     """
-    if backend != "auto":
-        candidates = [backend]
-    elif q.shape[1] == 1:
-        candidates = ["reference"]
-    elif q.is_cuda:
-        candidates = ["triton", "fla", "torch"]
-    else:
-        candidates = ["torch"]
+    if backend == "auto":
+        if q.shape[1] == 1:
+            backend = "reference"
+        elif q.is_cuda:
+            choice = fastest_backend(q, k, v, decay, beta)
+            choices[choice] += 1
+            return BACKENDS[choice.backend]()
+        else:
+            backend = "torch"
+    if reason := _unsupported_reason(backend, q, k, v, decay, beta):
+        raise ValueError(f"backend {backend} {reason}")
+    return BACKENDS[backend]()
 
+
+def fastest_backend(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> BackendChoice:
+    """Return the fastest backend on CUDA that supports the call, and what kept others from it.
+
+    Of the tensors only shapes, dtypes and devices are read: they may be fake.
+
+    Raises:
+        ValueError: none supports it.
+    """
+    call = _description(q, v, decay, beta)
     refusals: list[tuple[str, str]] = []
-    for name in candidates:
-        try:
-            candidate = BACKENDS[name]()
-            reason = candidate.unsupported_reason(q, k, v, decay, beta)
-        except ModuleNotFoundError as error:
-            reason = f"needs the package {error.name}; install it, or use torch"
+    for name in ("triton", "fla", "torch"):
+        reason = _unsupported_reason(name, q, k, v, decay, beta)
         if not reason:
-            if backend == "auto" and q.is_cuda:
-                call = _description(q, v, decay, beta)
-                choices[BackendChoice("linear", call, name, tuple(refusals))] += 1
-            return candidate
+            return BackendChoice("linear", call, name, tuple(refusals))
         refusals.append((name, reason))
     raise ValueError("backend {} {}".format(*refusals[-1]))
+
+
+def _unsupported_reason(
+    name: str, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
+) -> str | None:
+    try:
+        return BACKENDS[name]().unsupported_reason(q, k, v, decay, beta)
+    except ModuleNotFoundError as error:
+        return f"needs the package {error.name}; install it, or use torch"
 
 
 def _description(q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> str:

@@ -21,6 +21,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..documents import DocumentSpan, document_spans
+from ..gpu import compute_capability
 
 _OPERATIONS = {
     ("none", False): "chunk_simple_gla",
@@ -66,7 +67,8 @@ def unsupported_reason(
         return f"needs CUDA, but q is on {q.device}; use torch"
     if missing := _missing():
         return f"needs a package: pip install 'longspan[gpu]' ({missing})"
-    if _decay_kind(decay) == "scalar" and (triton_version := _miscompiled_by(q.device)):
+    triton_version = _miscompiled_by(compute_capability(q.device))
+    if _decay_kind(decay) == "scalar" and triton_version:
         return (
             f"has wrong gradients of one decay per head on Hopper by Triton {triton_version}, "
             "must be at least 3.7.1; use torch"
@@ -182,7 +184,7 @@ def _missing() -> str | None:
 
 
 @cache
-def _miscompiled_by(device: torch.device) -> str | None:
+def _miscompiled_by(capability: int) -> str | None:
     """Return Triton's version if with it fla refuses the backward of a scalar decay, else None.
 
     On Hopper, fla's issue 640.
@@ -190,5 +192,4 @@ def _miscompiled_by(device: torch.device) -> str | None:
     installed = import_module("triton").__version__
     if not Version("3.4.0") <= Version(installed) < Version("3.7.1"):
         return None
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return installed if is_hopper else None
+    return installed if capability // 10 == 9 else None

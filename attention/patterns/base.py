@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -172,8 +173,7 @@ class ClosedFormPattern(Pattern):
         return np.cumsum(change)[:length]
 
     def every_query_sees_keys(self, num_kv_heads: int) -> bool:
-        # In a band each query sees at least itself.
-        return all(any(rule.is_band for rule in self.rules(head)) for head in range(num_kv_heads))
+        return _has_bands(self, num_kv_heads)
 
     def covers(self, num_kv_heads: int) -> bool:
         all_rules = {rule for head in range(num_kv_heads) for rule in self.rules(head)}
@@ -181,6 +181,13 @@ class ClosedFormPattern(Pattern):
         # A relative rule shows other keys to each query.
         fixed = [rule for rule in unlimited if not (rule.relative and rule.step > 1)]
         return _cover_everything(sorted(fixed, key=lambda rule: rule.step))
+
+
+@lru_cache(maxsize=256)
+def _has_bands(pattern: ClosedFormPattern, num_kv_heads: int) -> bool:
+    """Return whether each head has a band, in which a query sees at least itself."""
+    rules_of_heads = map(pattern.rules, range(num_kv_heads))
+    return all(any(rule.is_band for rule in rules) for rules in rules_of_heads)
 
 
 def _cover_everything(fixed_rules: list[Rule]) -> bool:

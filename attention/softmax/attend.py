@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -9,12 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from ..arguments import accumulation_dtype, check_backend, check_dims, check_number
 from ..backend_choice import BackendChoice, choices
-from ..documents import check_documents, document_spans
+from ..documents import check_documents, document_spans, kept_for
 from ..operation import operation, without_autocast
-from ..patterns import Blocks, Pattern, Selector
+from ..patterns import Pattern, Selector
 from ..patterns.token_lists import select_token_lists
-from .backends import BACKENDS, tile_backward, tile_forward
-from .tiles import LogitOptions, Tile
+from .backends import BACKENDS, TILE_BACKENDS, Gradients, backward_, forward_, place_tile
+from .tile_batch import TileBatch
+from .tiles import LogitOptions, Tile, new_lse
 
 
 @operation
@@ -69,12 +71,11 @@ def attend(
     if isinstance(pattern, Selector):
         pattern = _select(pattern, q, k, documents)
 
-    spans = _document_slices(documents, length)
-    longest = max(tokens.stop - tokens.start for _, tokens in spans)
-    check_pattern(pattern, k.shape[2], batch, longest)
+    tiles = _tiles_of_documents(documents, batch, length)
+    check_pattern(pattern, k.shape[2], batch, tiles.longest_document)
 
     backend = choose_backend(backend, q, k, v, pattern, logits)
-    out, lse = _Attend.apply(q, k, v, sinks, _AttentionCall(pattern, spans, logits, backend))
+    out, lse = _Attend.apply(q, k, v, sinks, _AttentionCall(pattern, logits, tiles, backend))
     return (out, lse) if return_lse else out
 
 
@@ -84,16 +85,19 @@ def _select(selector: Selector, q: Tensor, k: Tensor, documents: Tensor | None) 
     return select_token_lists(selector, q, selector.summaries(k), all_tokens, documents)
 
 
-def _document_slices(documents: Tensor | None, length: int) -> list[tuple[slice, slice]]:
-    """Return the batch rows and the tokens of each document.
-
-    A single pair covers the batch if every row is one document.
-    """
+def _tiles_of_documents(documents: Tensor | None, batch_size: int, length: int) -> TileBatch:
     if documents is None:
-        return [(slice(None), slice(0, length))]
-    return [
-        (slice(row, row + 1), slice(start, stop)) for row, start, stop in document_spans(documents)
-    ]
+        return _tiles_of_rows(batch_size, length)
+    return kept_for(
+        documents,
+        "tiles",
+        lambda: TileBatch.of_documents(batch_size, length, document_spans(documents)),
+    )
+
+
+@lru_cache(maxsize=16)
+def _tiles_of_rows(batch_size: int, length: int) -> TileBatch:
+    return TileBatch.of_documents(batch_size, length, ())
 
 
 def check_attention(
@@ -182,6 +186,28 @@ def choose_backend(
         return backend
     if not q.is_cuda:
         return "torch"
+    choice = fastest_backend(q, k, v, pattern, logits, keys_side_by_side)
+    choices[choice] += 1
+    if choice.is_slow:
+        warnings.warn(
+            f"backend auto falls back to torch, which is slower here: {choice.reasons}",
+            stacklevel=5,
+        )
+    return choice.backend
+
+
+def fastest_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    logits: LogitOptions,
+    keys_side_by_side: bool = True,
+) -> BackendChoice:
+    """Return the fastest backend on CUDA that supports the call, and what kept others from it.
+
+    Of the tensors only shapes, dtypes and devices are read: they may be fake.
+    """
     chosen = "torch"
     refusals = []
     for name in ("triton", "flash") if keys_side_by_side else ("triton",):
@@ -191,42 +217,32 @@ def choose_backend(
             break
         refusals.append((name, reason))
     call = f"{type(pattern).__name__}, head dim {max(q.shape[3], v.shape[3])}, {q.dtype}"
-    choices[BackendChoice("softmax", call, chosen, tuple(refusals))] += 1
-    if chosen == "torch":
-        reasons = "; ".join(f"{name} {reason}" for name, reason in refusals)
-        warnings.warn(
-            f"backend auto falls back to torch, which is slower here: {reasons}", stacklevel=5
-        )
-    return chosen
+    return BackendChoice("softmax", call, chosen, tuple(refusals))
 
 
 @dataclass(frozen=True)
 class _AttentionCall:
-    """An attention over documents, each of which is a tile of its own."""
+    """An attention over whole sequences, of which every document is a tile."""
 
     pattern: Pattern
-    documents: list[tuple[slice, slice]]
-    """Batch rows and tokens of each document; a single pair if every row is one document."""
     logits: LogitOptions
+    documents: TileBatch
     backend: str
 
-    def tile(self, batch_rows: slice, tokens: slice) -> Tile:
-        """Return the tile of a document: all of its queries and keys."""
-        pattern = self.pattern.in_document(batch_rows, tokens.start, tokens.stop)
-        positions = (Blocks(0, 1, tokens.stop - tokens.start),)
-        return Tile(pattern, positions, positions, self.logits)
+    @property
+    def only_tile(self) -> Tile | None:
+        """The tile of all tokens, for a backend whose results for it need not be copied."""
+        if len(self.documents.places) > 1 or self.backend not in TILE_BACKENDS:
+            return None
+        return place_tile(self.documents.places[0], self.pattern, self.logits)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output and log-sum-exp of ``q``, without sinks."""
-        if len(self.documents) == 1:
-            return tile_forward(q, k, v, self.tile(*self.documents[0]), self.backend)
+        if tile := self.only_tile:
+            return TILE_BACKENDS[self.backend]().forward(q, k, v, tile)
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q))
-        for document in self.documents:
-            tile = self.tile(*document)
-            out[document], lse[document] = tile_forward(
-                q[document], k[document], v[document], tile, self.backend
-            )
+        lse = new_lse(q, accumulation_dtype(q))
+        forward_(q, k, v, self.pattern, self.logits, self.documents, self.backend, out, lse)
         return out, lse
 
     def backward(
@@ -240,24 +256,16 @@ class _AttentionCall:
         lse: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64)."""
-        if len(self.documents) == 1:
-            tile = self.tile(*self.documents[0])
-            return tile_backward(grad_out, q, k, v, out, lse, tile, self.backend, grad_lse)
+        if tile := self.only_tile:
+            backend = TILE_BACKENDS[self.backend]()
+            return backend.backward(grad_out, q, k, v, out, lse, tile, grad_lse)
 
         dtype = accumulation_dtype(q)
         dq, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-        for document in self.documents:
-            dq[document], dk[document], dv[document] = tile_backward(
-                grad_out[document],
-                q[document],
-                k[document],
-                v[document],
-                out[document],
-                lse[document],
-                self.tile(*document),
-                self.backend,
-                None if grad_lse is None else grad_lse[document],
-            )
+        backward_(
+            grad_out, q, k, v, out, lse, grad_lse, self.pattern, self.logits, self.documents,
+            self.backend, Gradients(dq, dk, dv, accumulate=False),
+        )  # fmt: skip
         return dq, dk, dv
 
 

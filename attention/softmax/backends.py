@@ -1,16 +1,28 @@
 """The backends of softmax attention: what each of them must have, and the table of all.
 
-To add one, write a module with the three functions of :class:`Backend` and a loader in
-:data:`BACKENDS`.
+To add one, write a module with the functions of :class:`TileBackend` and a loader in
+:data:`TILE_BACKENDS`.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from functools import cache
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..patterns import Pattern
-from .tiles import LogitOptions, Tile
+from .tile_batch import TileBatch, TilePlace
+from .tiles import LogitOptions, Tile, merge_
+
+
+class Gradients(NamedTuple):
+    """Memory for the gradients of queries, keys and values, in fp32 (fp64 for fp64)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    accumulate: bool
+    """Whether to add to what is there. Otherwise the tiles hold every token."""
 
 
 class Backend(Protocol):
@@ -24,8 +36,23 @@ class Backend(Protocol):
         The reason names another backend that can.
         """
 
+
+class TileBackend(Backend, Protocol):
+    """A module that computes one tile at a time."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Compute the output and the log-sum-exp, as described at :func:`tile_forward`."""
+        """Compute the attention of one tile.
+
+        Args:
+            q: ``[batch, queries, heads, head_dim]``, at ``tile.q_positions`` of their document.
+            k: ``[batch, keys, kv_heads, head_dim]``, at ``tile.k_positions``.
+            v: ``[batch, keys, kv_heads, value_dim]``.
+
+        Returns:
+            The output ``[batch, queries, heads, value_dim]`` in the dtype of ``q``, and the
+            log-sum-exp of each query's logits ``[batch, queries, heads]`` in fp32 (fp64 for fp64).
+            A query that sees no key gives 0 and minus infinity.
+        """
 
     def backward(
         self,
@@ -38,33 +65,81 @@ class Backend(Protocol):
         tile: Tile,
         grad_lse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute the gradients of q, k and v, as described at :func:`tile_backward`."""
+        """Compute the gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64).
+
+        Args:
+            out, lse: the queries' final output and log-sum-exp, over all keys that they see.
+            grad_lse: gradient of ``lse``; None if the loss does not depend on it.
+        """
 
 
-def _load_torch() -> Backend:
+class BatchBackend(Backend, Protocol):
+    """A module that computes all tiles of a batch at once."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        logits: LogitOptions,
+        tiles: TileBatch,
+        out: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Compute what is described at :func:`forward_`."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None,
+        pattern: Pattern,
+        logits: LogitOptions,
+        tiles: TileBatch,
+        gradients: Gradients,
+    ) -> None:
+        """Compute what is described at :func:`backward_`."""
+
+
+@cache
+def _load_torch() -> TileBackend:
     from . import torch
 
     return torch
 
 
-def _load_triton() -> Backend:
+@cache
+def _load_triton() -> BatchBackend:
     from .triton import backend
 
     return backend
 
 
-def _load_flash() -> Backend:
+@cache
+def _load_flash() -> TileBackend:
     from . import flash
 
     return flash
 
 
-def _load_reference() -> Backend:
+@cache
+def _load_reference() -> TileBackend:
     from . import reference
 
     return reference
 
 
+TILE_BACKENDS: dict[str, Callable[[], TileBackend]] = {
+    "torch": _load_torch,
+    "flash": _load_flash,
+    "reference": _load_reference,
+}
+BATCH_BACKENDS: dict[str, Callable[[], BatchBackend]] = {"triton": _load_triton}
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "torch": _load_torch,
     "triton": _load_triton,
@@ -74,40 +149,96 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 """Name -> loader. A backend is imported on first use: some need packages that may be missing."""
 
 
-def tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, backend: str
-) -> tuple[Tensor, Tensor]:
-    """Compute the attention of one tile.
+def forward_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    logits: LogitOptions,
+    tiles: TileBatch,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Compute the attention of tiles and write it to their queries' places in ``out`` and ``lse``.
+
+    Unless the tiles are the first of their queries, it is merged with what is there.
 
     Args:
-        q: ``[batch, queries, heads, head_dim]``, at ``tile.q_positions`` of their document.
-        k: ``[batch, keys, kv_heads, head_dim]``, at ``tile.k_positions``.
-        v: ``[batch, keys, kv_heads, value_dim]``.
+        q: ``[batch, query slots, heads, head_dim]``.
+        k: ``[batch, key columns, kv_heads, head_dim]``.
+        v: ``[batch, key columns, kv_heads, value_dim]``.
+        pattern: of these heads, in whatever document.
         backend: a name in :data:`BACKENDS`.
-
-    Returns:
-        The output ``[batch, queries, heads, value_dim]`` in the dtype of ``q``, and the log-sum-exp
-        of each query's logits ``[batch, queries, heads]`` in fp32 (fp64 for fp64). A query that
-        sees no key gives 0 and minus infinity.
+        out: ``[batch, query slots, heads, value_dim]``. A query that sees no key gets 0, ...
+        lse: ``[batch, query slots, heads]`` in fp32 (fp64 for fp64), ... and minus infinity.
     """
-    return BACKENDS[backend]().forward(q, k, v, tile)
+    if backend in BATCH_BACKENDS:
+        BATCH_BACKENDS[backend]().forward(q, k, v, pattern, logits, tiles, out, lse)
+        return
+    for place in tiles.places:
+        queries, keys = _indices(place)
+        tile = place_tile(place, pattern, logits)
+        new_out, new_lse = TILE_BACKENDS[backend]().forward(q[queries], k[keys], v[keys], tile)
+        if tiles.is_first:
+            out[queries] = new_out
+            lse[queries] = new_lse
+        else:
+            merge_(out[queries], lse[queries], new_out, new_lse, logits)
 
 
-def tile_backward(
+def backward_(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tile: Tile,
+    grad_lse: Tensor | None,
+    pattern: Pattern,
+    logits: LogitOptions,
+    tiles: TileBatch,
     backend: str,
-    grad_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of ``q``, ``k`` and ``v`` in fp32 (fp64 for fp64).
+    gradients: Gradients,
+) -> None:
+    """Compute the gradients of the attention of tiles, and write or add them to ``gradients``.
 
     Args:
         out, lse: the queries' final output and log-sum-exp, over all keys that they see.
         grad_lse: gradient of ``lse``; None if the loss does not depend on it.
     """
-    return BACKENDS[backend]().backward(grad_out, q, k, v, out, lse, tile, grad_lse)
+    if backend in BATCH_BACKENDS:
+        BATCH_BACKENDS[backend]().backward(
+            grad_out, q, k, v, out, lse, grad_lse, pattern, logits, tiles, gradients
+        )
+        return
+    for place in tiles.places:
+        queries, keys = _indices(place)
+        of_tile = TILE_BACKENDS[backend]().backward(
+            grad_out[queries],
+            q[queries],
+            k[keys],
+            v[keys],
+            out[queries],
+            lse[queries],
+            place_tile(place, pattern, logits),
+            None if grad_lse is None else grad_lse[queries],
+        )
+        for total, index, gradient in zip(
+            gradients[:3], (queries, keys, keys), of_tile, strict=True
+        ):
+            if gradients.accumulate:
+                total[index] += gradient
+            else:
+                total[index] = gradient
+
+
+def _indices(place: TilePlace) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Return where a tile's queries and keys are in their tensors."""
+    return (place.batch, place.query_slots), (place.batch, place.key_columns)
+
+
+def place_tile(place: TilePlace, pattern: Pattern, logits: LogitOptions) -> Tile:
+    """Return the tile at a place, whose pattern is the one of its document."""
+    of_document = pattern.in_document(place.batch, *place.document)
+    return Tile(of_document, (place.q_positions,), (place.k_positions,), logits)

@@ -24,6 +24,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..arguments import accumulation_dtype, with_dense_heads
+from ..gpu import compute_capability, torch_has_flash
 from ..patterns import Blocks, ClosedFormPattern, Pattern, Rule
 from .tiles import LogitOptions, Tile
 
@@ -440,17 +441,13 @@ def _library_for(q: Tensor, v: Tensor, logits: LogitOptions) -> _Library:
         ImportError: if no version is installed that can do this, or it is too old.
     """
     is_tested = logits.softcap is None and max(q.shape[3], v.shape[3]) <= 128
-    generation = torch.cuda.get_device_capability(q.device)[0]
+    generation = compute_capability(q.device) // 10
     library = _installed_library(prefer_version_4=is_tested and generation in (9, 10, 11))
     if isinstance(library, _Library):
         return library
-    if logits.softcap is None and generation >= 8 and _torch_has_flash():
+    if logits.softcap is None and generation >= 8 and torch_has_flash():
         return _TorchFlash()
     raise ImportError(library)
-
-
-def _torch_has_flash() -> bool:
-    return torch.version.hip is None and torch.backends.cuda.is_flash_attention_available()
 
 
 @cache

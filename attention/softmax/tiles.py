@@ -1,5 +1,4 @@
 """Tiles: queries and keys anywhere in a document, and how partial results of a query add up.
-
 A tile's forward pass gives the log-sum-exp beside the output. Its backward pass needs the *final*
 output and log-sum-exp of a query, whatever share of the query's keys the tile holds. So partial
 results add up: over parts of a tile in a backend, over ranks in :mod:`longspan.parallel`.
@@ -54,6 +53,15 @@ class Tile:
     q_positions: tuple[Blocks, ...]
     k_positions: tuple[Blocks, ...]
     logits: LogitOptions
+
+
+def new_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for the log-sum-exp of each query of ``q``: ``[batch, time, heads]``.
+
+    The queries of a head are side by side in it, as kernels read them.
+    """
+    batch, length, heads, _ = q.shape
+    return q.new_empty(batch, heads, length, dtype=dtype).transpose(1, 2)
 
 
 def merge_(

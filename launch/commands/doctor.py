@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ...trainer.versions import unsupported, version_of
+from ..gpu_support import backend_rows, kernel_rows
 from ..options import user_path
 from ..process import host_memory
 from ..ranks import run_ranks
@@ -71,8 +72,18 @@ def doctor(folder: str) -> int:
 
     import torch
 
+    from ...attention.gpu import compute_capability
+
     num_gpus = torch.cuda.device_count()
     print(_table([*_hardware(num_gpus), ("disk", _disk(Path(folder)))]), flush=True)
+    rows, compiles = kernel_rows()
+    print(f"\n{_table(rows)}", flush=True)
+    if num_gpus:
+        gpus = [torch.device("cuda", number) for number in range(num_gpus)]
+        print(f"\n{_table(backend_rows(list(map(compute_capability, gpus))))}", flush=True)
+        if not compiles:
+            print("\ncannot train on the GPUs: Triton compiles no kernel for them")
+            return 1
 
     num_ranks = num_gpus or min(2, os.cpu_count() or 1)
     if num_ranks < 2:
@@ -95,7 +106,9 @@ def _hardware(num_gpus: int) -> list[tuple[str, str]]:
 
     for number in range(num_gpus):
         gpu = torch.cuda.get_device_properties(number)
-        rows.append((f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"))
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        size = f"{gpu.total_memory / 2**30:.0f} GiB"
+        rows.append((f"GPU {number}", f"{gpu.name}, {size}, {capability}"))
     return [*rows, ("NCCL", ".".join(map(str, torch.cuda.nccl.version())))]
 
 

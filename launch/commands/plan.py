@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"predicted for {recipe.launch.processes} x {device.name}; nothing here was measured\n")
     _print_sizes(recipe, predicted, device)
     _print_layers(predicted)
+    _print_backends(recipe, device)
     _print_speed(predicted, device)
 
     blocks = {name: recipe.model.layers.blocks[name] for name in recipe.model.stack_names}
@@ -123,6 +124,14 @@ def _print_layers(predicted: "Estimate") -> None:
     for kind in predicted.kinds:
         if kind.choice:
             print(kind.choice)
+
+
+def _print_backends(recipe: "Recipe", device: "Device") -> None:
+    from ...trainer.predict.backends import backend_lines
+
+    print()
+    for line in backend_lines(recipe, device.capability):
+        print(line)
 
 
 def _print_speed(predicted: "Estimate", device: "Device") -> None:

@@ -191,12 +191,17 @@ def _seconds(time: str) -> int | None:
 
 def render(options: argparse.Namespace, recipe: "Recipe") -> str:
     """Fill in the template of the script."""
+    cpus_per_task = options.cpus_per_task
+    if (
+        cpus_per_task is None and not options.gpus_per_node
+    ):  # with GPUs, the whole node is asked for
+        cpus_per_task = _processes_per_node(options)
     requested = {
         "account": options.account,
         "partition": options.partition,
         "qos": options.qos,
         "gpus-per-node": options.gpus_per_node or None,
-        "cpus-per-task": options.cpus_per_task,
+        "cpus-per-task": cpus_per_task,
         "mem": 0 if options.gpus_per_node else None,  # 0 is all memory of the node
     }
     directives = [

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...attention.backend_choice import BackendChoice
 from .fake_triton import CompiledVariants
@@ -47,20 +47,34 @@ class Outcome:
     """That the rehearsal took."""
 
 
+class Peak(NamedTuple):
+    """The memory of a step after the first, where it is fullest."""
+
+    bytes: int
+    by_kind: dict[str, int]
+    """Bytes by what they hold."""
+    by_place: dict[str, int]
+    """Bytes by the code that allocated them; the largest."""
+
+
+class Size(NamedTuple):
+    """What was rehearsed."""
+
+    layers: int
+    microbatches: int
+
+
 def outcome(
     recorder: Recorder,
     variants: CompiledVariants,
     backends: Counter[BackendChoice],
-    num_microbatches: int,
-    num_layers: int,
-    peak: int,
+    size: Size,
+    peak: Peak,
     planned: int,
-    kinds_at_peak: dict[str, int],
-    places_at_peak: dict[str, int],
     seconds: float,
 ) -> Outcome:
     """Return what was recorded, in the form that is reported."""
-    per_layer = num_layers * num_microbatches
+    per_layer = size.layers * size.microbatches
     kernels = {name: n for (phase, name), n in recorder.kernels.items() if phase == STEADY}
     launches = {name: n for (phase, name), n in recorder.launches.items() if phase == STEADY}
     num_waits = sum(n for (phase, _, _), n in recorder.waits.items() if phase == STEADY)
@@ -85,9 +99,7 @@ def outcome(
         },
         backends=[_described(choice, times) for choice, times in backends.items()],
         slow_backends=[
-            _described(choice, times)
-            for choice, times in backends.items()
-            if choice.backend == "torch"
+            _described(choice, times) for choice, times in backends.items() if choice.is_slow
         ],
         collectives=[
             {
@@ -101,17 +113,16 @@ def outcome(
             for kind, totals in recorder.collectives.items()
             if kind.phase == STEADY
         ],
-        peak_bytes=peak,
+        peak_bytes=peak.bytes,
         planned_bytes=planned,
-        bytes_at_peak=kinds_at_peak,
-        places_at_peak=places_at_peak,
-        layers=num_layers,
-        microbatches=num_microbatches,
+        bytes_at_peak=peak.by_kind,
+        places_at_peak=peak.by_place,
+        layers=size.layers,
+        microbatches=size.microbatches,
         seconds=seconds,
     )
 
 
 def _described(choice: BackendChoice, times: int) -> str:
-    reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals)
-    because = f" ({reasons})" if reasons else ""
+    because = f" ({choice.reasons})" if choice.reasons else ""
     return f"{choice.operation} {choice.call}: {choice.backend}, {times} times{because}"

@@ -19,7 +19,7 @@ from .fake_gpu import pretend_gpu
 from .fake_ranks import pretend_ranks
 from .fake_triton import record_launches
 from .known_values import KnownValues
-from .outcome import Outcome, outcome
+from .outcome import Outcome, Peak, Size, outcome
 from .recorder import CHECKPOINT, EVALUATION, FIRST, STEADY, Recorder
 
 
@@ -55,9 +55,11 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
             _name_what_stays(engine, memory)
             engine.step(batches, lr=1e-4)
             memory.finish()
-        peak = memory.peak
-        kinds_at_peak = dict(memory.kinds_at_peak)
-        places_at_peak = dict(memory.places_at_peak.most_common(12))
+        peak = Peak(
+            bytes=memory.peak,
+            by_kind=dict(memory.kinds_at_peak),
+            by_place=dict(memory.places_at_peak.most_common(12)),
+        )
 
         recorder.phase = EVALUATION
         engine.evaluate(batches[0])
@@ -68,12 +70,12 @@ def rehearse(recipe: Recipe, device: Device, rank: int, documents: int) -> Outco
         recorder=recorder,
         variants=variants,
         backends=choices,
-        num_microbatches=len(batches),
-        num_layers=len(engine.model.decoder.layers),  # type: ignore[attr-defined]
+        size=Size(
+            layers=len(engine.model.decoder.layers),  # type: ignore[attr-defined]
+            microbatches=len(batches),
+        ),
         peak=peak,
         planned=int(sum(estimate(recipe, vocab_size, device).memory)),
-        kinds_at_peak=kinds_at_peak,
-        places_at_peak=places_at_peak,
         seconds=time.monotonic() - began,
     )
 

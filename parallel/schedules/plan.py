@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...attention.patterns import Blocks, ClosedFormPattern, Rule
+from ...attention.softmax.tile_batch import Document, TileBatch, TilePlace
 from ..layout import Layout, Segment
 from .heads import HeadSplit
 from .ranges import as_progressions, expand
@@ -28,13 +29,6 @@ from .ranges import as_progressions, expand
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-
-class Document(NamedTuple):
-    """The tokens ``start`` to ``stop - 1`` of a batch row, which attend to each other only."""
-
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -302,29 +296,28 @@ class ExchangeIndex(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TileJob:
+class TileJob(TilePlace):
     """A tile: queries of this rank against the keys in columns of a buffer.
 
     Args:
-        batch: rows of the batch.
         kv_heads: KV heads, with the query heads that read them.
-        query_slots: slots of the queries.
-        key_columns: columns of the keys.
-        document: the document; ``q_positions`` and ``k_positions`` count from its first token.
         is_first: whether these queries have no result from an earlier tile.
         sees_all: every query sees every key, whatever the pattern. ``q_positions`` and
             ``k_positions`` are then stand-ins, under which a causal mask shows everything.
     """
 
-    batch: slice
     kv_heads: slice
-    query_slots: slice
-    key_columns: slice
-    document: Document
-    q_positions: Blocks
-    k_positions: Blocks
     is_first: bool = False
     sees_all: bool = False
+
+
+@dataclass(frozen=True)
+class TileGroup:
+    """Tiles of a stage that are computed together."""
+
+    kv_heads: slice
+    sees_all: bool
+    tiles: TileBatch
 
 
 @dataclass(frozen=True)
@@ -333,6 +326,50 @@ class PlanStage:
 
     exchange: Exchange | None
     jobs: tuple[TileJob, ...]
+
+    @cached_property
+    def groups(self) -> list[TileGroup]:
+        """The tiles, as few groups as possible, in an order that keeps that of a query's tiles."""
+        of_document: dict[tuple, list[TileJob]] = {}
+        for job in self.jobs:
+            rows = (job.batch.start, job.batch.stop)
+            of_document.setdefault((rows, job.document), []).append(job)
+
+        jobs_of_group: dict[tuple, list[TileJob]] = {}
+        for jobs in of_document.values():  # tiles of different documents share no tokens
+            for job, turn in zip(jobs, _turns(jobs), strict=True):
+                heads = (job.kv_heads.start, job.kv_heads.stop)
+                # A kernel reads keys that are side by side, or blocks at one distance.
+                keys = job.k_positions
+                distance = (1, 1) if keys.is_contiguous else (keys.step, keys.size)
+                key = (turn, *heads, job.sees_all, job.is_first, distance)
+                jobs_of_group.setdefault(key, []).append(job)
+        return [
+            TileGroup(jobs[0].kv_heads, jobs[0].sees_all, TileBatch(tuple(jobs), jobs[0].is_first))
+            for _, jobs in sorted(jobs_of_group.items(), key=itemgetter(0))
+        ]
+
+
+def _turns(jobs: list[TileJob]) -> list[int]:
+    """Return when to compute each tile of a document, as soon as possible.
+
+    Tiles that share queries, or keys, have different turns, and keep their order.
+    """
+    # [jobs, (heads, queries, keys), (start, stop)]
+    ranges = np.array(
+        [
+            [(part.start, part.stop) for part in (job.kv_heads, job.query_slots, job.key_columns)]
+            for job in jobs
+        ]
+    )
+    turns = np.zeros(len(jobs), np.int64)
+    for number in range(1, len(jobs)):
+        before = ranges[:number]
+        overlaps = (before[..., 0] < ranges[number, :, 1]) & (before[..., 1] > ranges[number, :, 0])
+        conflicts = overlaps[:, 0] & (overlaps[:, 1] | overlaps[:, 2])
+        if conflicts.any():
+            turns[number] = turns[:number][conflicts].max() + 1
+    return turns.tolist()
 
 
 class PositionRun(NamedTuple):

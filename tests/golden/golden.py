@@ -258,8 +258,13 @@ def undrawn() -> contextlib.AbstractContextManager:
     return mock.patch.object(plan_command, "_draw", return_value=None)
 
 
+def without_backends() -> contextlib.AbstractContextManager:
+    """``plan`` without the backends, which depend on packages of the machine."""
+    return mock.patch.object(plan_command, "_print_backends", return_value=None)
+
+
 def _plans_of(name: str) -> Iterator[str]:
-    with undrawn():
+    with undrawn(), without_backends():
         for options in ("", *_more_gpus(name)):
             yield said(f"plan {name} {options}".strip())
 
@@ -382,7 +387,7 @@ def _drawn() -> str:
             )
             return real(axes, *points, **style)
 
-        with mock.patch.object(Axes, "plot", plot):
+        with mock.patch.object(Axes, "plot", plot), without_backends():
             text = said("plan quickstart")
         return "\n".join([text, *found, "", *map(said, faulty.DRAWN)])
 
@@ -435,7 +440,7 @@ def _faulty_calls() -> str:
 
 @golden("commands.txt")
 def _commands_said() -> str:
-    with workplace() as folder, undrawn():
+    with workplace() as folder, undrawn(), without_backends():
         answers = [*map(said, faulty.GOOD_COMMANDS)]
         for script in sorted(folder.rglob("*.sbatch")):
             answers.append(f"== {script.relative_to(folder)}\n{anywhere(script.read_text())}")

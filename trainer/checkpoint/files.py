@@ -24,6 +24,8 @@ from ..errors import UserError
 
 VERSION = 1
 """Version of the format of manifests; a newer one is refused."""
+LOSS_SCALE = "optimizer.loss_scale"
+"""Name of the tensor that only checkpoints of float16 runs have."""
 _NAME = re.compile(r"step-(\d+)")
 
 

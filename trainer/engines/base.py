@@ -11,7 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention.gpu import compute_capability
 from ...parallel import Sequence
+from ..checkpoint.files import LOSS_SCALE
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
 from ..layers.mixer import Mixer
@@ -28,6 +30,7 @@ from ..predict.flops import parameter_count
 from ..recipe.schema import Recipe
 from .engine import Engine
 from .engine_state import EngineState
+from .loss_scale import LossScale
 
 
 class EngineBase(Engine):
@@ -50,7 +53,9 @@ class EngineBase(Engine):
         model_parallel_cuda_manual_seed(recipe.training.seed)
 
         self.device = _device()
-        self.dtype = _dtype(recipe)
+        self.capability = compute_capability(self.device) if self.device.type == "cuda" else None
+        self.dtype = getattr(torch, recipe.training.dtype_on(self.capability))
+        self.loss_scale = LossScale() if self.dtype == torch.float16 else None
         self.num_parameters = parameter_count(recipe.model, vocab_size)
         self.rank_layout = (
             f"{self.device.type} dp {recipe.data_parallel} cp {parallel.cp} "
@@ -80,9 +85,14 @@ class EngineBase(Engine):
                 module.rope_theta = recipe.model.rope_theta
 
     def state(self) -> dict[str, Shards]:
-        return self._state.shards()
+        state = self._state.shards()
+        if self.loss_scale:
+            state[LOSS_SCALE] = Shards.whole(self.loss_scale.state, owner=dist.get_rank() == 0)
+        return state
 
     def load_state(self, state: dict[str, Shards]) -> None:
+        if self.loss_scale and LOSS_SCALE in state:
+            self.loss_scale.load(state[LOSS_SCALE].boxes[0].data)
         self._state.load(state)
 
     def weight_dtypes(self) -> dict[str, torch.dtype]:
@@ -212,10 +222,3 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    name = recipe.training.dtype
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)

@@ -61,7 +61,9 @@ class DeepSpeedEngine(EngineBase):
             {"params": matrices},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        config = deepspeed_config(recipe, engine_config, bf16=self.dtype == torch.bfloat16)
+        if self.dtype == torch.float16:
+            _require_float16()
+        config = deepspeed_config(recipe, engine_config, self.dtype)
         self._engine = _initialize(self.model, parameter_groups, config)
         self.resources.callback(self._engine.destroy)
         self._state = DeepSpeedState(self._engine)
@@ -81,7 +83,13 @@ class DeepSpeedEngine(EngineBase):
             self._engine.step()
             grad_norm = float(self._engine.get_global_grad_norm())
             updated = self._engine.was_step_applied()
-        return StepResult(loss_sum, tokens, padding, grad_norm, updated, self.balance_loss())
+        scaled = None
+        if self.loss_scale:
+            # After an overflow DeepSpeed still knows the norm of the step before.
+            scaled = self.loss_scale.after_step(loss_sum, grad_norm if updated else math.nan)
+        return StepResult(
+            loss_sum, tokens, padding, grad_norm, updated, self.balance_loss(), scaled
+        )
 
     def evaluate(self, batch: Microbatch) -> EvaluationResult:
         self._engine.eval()
@@ -95,7 +103,10 @@ class DeepSpeedEngine(EngineBase):
         from deepspeed.utils import safe_get_full_grad
 
         self._forward_backward(batches)
-        gradients = weights.gather(self.model, safe_get_full_grad)
+        factor = self.loss_scale.scale if self.loss_scale else 1.0
+        gradients = weights.gather(
+            self.model, lambda parameter: safe_get_full_grad(parameter) / factor
+        )
         self._drop_gradients()
         return gradients
 
@@ -113,6 +124,8 @@ class DeepSpeedEngine(EngineBase):
             sum(batch.weights.sum() for batch in batches), sum(batch.padding for batch in batches)
         )
         scale = self.data_group.size() / max(1.0, tokens)
+        if self.loss_scale:
+            self._engine.optimizer.loss_scaler.cur_scale = self.loss_scale.scale
         # Balance losses join in backward, inside the model.
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=self.device))
 
@@ -224,6 +237,16 @@ class _MegatronGroups:
     @staticmethod
     def get_data_parallel_world_size() -> int:
         return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+def _require_float16() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError(
+            "training.dtype: DeepSpeed has no float16 on this device; use float32 or bfloat16, or "
+            "engine megatron"
+        )
 
 
 def _initialize(

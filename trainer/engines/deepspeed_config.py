@@ -1,10 +1,12 @@
 """DeepSpeed's configuration, from a recipe."""
 
+import torch
+
 from ..recipe.engine_config import DeepSpeedConfig
 from ..recipe.schema import Recipe
 
 
-def deepspeed_config(recipe: Recipe, engine: DeepSpeedConfig, bf16: bool) -> dict:
+def deepspeed_config(recipe: Recipe, engine: DeepSpeedConfig, dtype: torch.dtype) -> dict:
     """Return DeepSpeed's configuration: the recipe's keys, and those that ``engine`` passes on."""
     training = recipe.training
     optimizer = recipe.optimizer
@@ -26,7 +28,9 @@ def deepspeed_config(recipe: Recipe, engine: DeepSpeedConfig, bf16: bool) -> dic
         # Under ZeRO 0 the engine clips by itself.
         "gradient_clipping": training.max_grad_norm if engine.zero_stage else 0.0,
         "optimizer": {"type": "AdamW", "params": adam},
-        "bf16": {"enabled": bf16, "check_grad_overflow": True},
+        "bf16": {"enabled": dtype == torch.bfloat16, "check_grad_overflow": True},
+        # A constant factor of the loss, as it believes: the engine sets it before each step.
+        "fp16": {"enabled": dtype == torch.float16, "loss_scale": 1.0},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checkpoint.shards import Shards
 from ..data.batches import BatchShard, Microbatch
 from ..recipe.schema import Recipe
+from .loss_scale import ScaledStep
 
 
 class StepResult(NamedTuple):
@@ -30,6 +31,8 @@ class StepResult(NamedTuple):
     """Balance loss of the experts' routers, without its weight: 1 if all experts are used alike, at
     most experts / experts per token. None if experts are not balanced by a loss.
     """
+    scaled: ScaledStep | None = None
+    """What became of the factor of the loss; None unless the dtype is float16."""
 
     @property
     def loss(self) -> float:
@@ -53,6 +56,8 @@ class Engine(Protocol):
     """
 
     device: torch.device
+    capability: int | None
+    """Compute capability of the GPU, 90 for 9.0, 0 for one of AMD's; None on a CPU."""
     dtype: torch.dtype
     """The dtype of weights and activations."""
     num_parameters: int

@@ -38,6 +38,7 @@ divided by the number of labels on all ranks.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,7 +77,7 @@ class MegatronEngine(EngineBase):
         self._ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-            Float16Module(config, self.model) if config.bf16 else self.model,
+            Float16Module(config, self.model) if config.bf16 or config.fp16 else self.model,
         )
         _skip_collectives_of_one_rank(self._ddp)
         self._optimizer = self._build_optimizer()
@@ -94,13 +95,17 @@ class MegatronEngine(EngineBase):
     def step(self, batches: list[Microbatch], lr: float) -> StepResult:
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
+        self._set_loss_factor()
         loss_sum, tokens, padding = self._forward_backward(batches)
 
-        self._optimizer.prepare_grads()
+        self._optimizer.prepare_grads()  # divides them by the loss's factor
         grad_norm = float(self._optimizer.get_grad_norm())
         # Both are those of all ranks, so the ranks agree.
         updated = math.isfinite(loss_sum) and math.isfinite(grad_norm)
-        result = StepResult(loss_sum, tokens, padding, grad_norm, updated, self.balance_loss())
+        scaled = self.loss_scale.after_step(loss_sum, grad_norm) if self.loss_scale else None
+        result = StepResult(
+            loss_sum, tokens, padding, grad_norm, updated, self.balance_loss(), scaled
+        )
         if updated:
             self._update(lr, grad_norm)
         return result
@@ -114,9 +119,10 @@ class MegatronEngine(EngineBase):
 
     def gradients(self, batches: list[Microbatch]) -> dict[str, Tensor] | None:
         self._ddp.zero_grad_buffer()
+        factor = self._set_loss_factor()
         # All-reduced rather than reduce-scattered, so that each rank has its gradients whole.
         self._forward_backward(batches, force_all_reduce=True)
-        gradients = weights.gather(self.model, _main_grad)
+        gradients = weights.gather(self.model, lambda parameter: _main_grad(parameter) / factor)
         self._ddp.zero_grad_buffer()
         return gradients
 
@@ -146,12 +152,29 @@ class MegatronEngine(EngineBase):
                 adam_beta2=optimizer.betas[1],
                 adam_eps=optimizer.eps,
                 bf16=self.model.config.bf16,
+                fp16=self.model.config.fp16,
+                loss_scale=1.0 if self.loss_scale else None,  # a constant: we set it
                 params_dtype=self.dtype,
                 use_distributed_optimizer=True,
             ),
             [self._ddp],
             use_gloo_process_groups=False,
         )
+
+    def _set_loss_factor(self) -> float:
+        """Set and return what Megatron multiplies the loss by; 1 unless the dtype is float16.
+
+        The losses of a microbatch are summed, and their gradients must fit fp16. So the factor is
+        that of their mean, up to a power of two.
+        """
+        if not self.loss_scale:
+            return 1.0
+        training = self.recipe.training
+        tokens = training.micro_batch_size * training.seq_length // self.recipe.parallel.cp
+        factor = self.loss_scale.scale / 2.0 ** (tokens.bit_length() - 1)
+        for optimizer in self._state.optimizers:
+            optimizer.grad_scaler.scale.fill_(factor)
+        return factor
 
     def _update(self, lr: float, grad_norm: float) -> None:
         """Clip the gradients, which are ready, and update the weights."""
@@ -233,6 +256,6 @@ def _forward_step(batches, model):
     return forward(model, batch), loss
 
 
-def _main_grad(parameter) -> Tensor:
+def _main_grad(parameter: Any) -> Tensor:
     """Return the gradient that DDP keeps beside a parameter, in fp32."""
     return parameter.main_grad

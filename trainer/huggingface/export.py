@@ -66,7 +66,7 @@ def _write(saved: SavedRun, target: Target, folder: Path, dtype_name: str | None
     from transformers import GenerationConfig
 
     silence_libraries()
-    dtype = getattr(torch, dtype_name or _training_dtype(saved))
+    dtype = getattr(torch, dtype_name or saved.training_dtype)
     token_ids = write_tokenizer(saved.recipe, folder, saved.to_export.seq_length)
     no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     hf_model = target.build({**no_ids, **token_ids}, dtype)
@@ -75,13 +75,6 @@ def _write(saved: SavedRun, target: Target, folder: Path, dtype_name: str | None
     hf_model.generation_config = GenerationConfig(do_sample=True, **token_ids)
     hf_model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     target.finish_folder(folder)
-
-
-def _training_dtype(saved: SavedRun) -> str:
-    name = saved.recipe.training.dtype
-    if name != "auto":
-        return name
-    return "bfloat16" if saved.manifest.ranks.startswith("cuda") else "float32"
 
 
 def _load_weights(

@@ -4,15 +4,19 @@ with.
 
 import warnings
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..checkpoint.files import Checkpoint, DamagedError, checkpoints
+from ..checkpoint.files import LOSS_SCALE, Checkpoint, DamagedError, checkpoints
 from ..checkpoint.run_folder import RunFolder
 from ..errors import UserError
 from ..recipe.schema import Recipe
 from .model_to_export import ModelToExport
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
 _PREFIX = "model."
 """Of the weights' names in a checkpoint."""
@@ -63,15 +67,30 @@ class SavedRun:
     @cached_property
     def shapes(self) -> dict[str, torch.Size]:
         """The shapes of the whole weights, by global name."""
-        from torch.distributed.checkpoint import FileSystemReader
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        entries = FileSystemReader(self.checkpoint.path).read_metadata().state_dict_metadata
         return {
             name.removeprefix(_PREFIX): entry.size
-            for name, entry in entries.items()
+            for name, entry in self._entries.items()
             if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
         }
+
+    @property
+    def training_dtype(self) -> str:
+        """The dtype that the model was trained in."""
+        name = self.recipe.training.dtype
+        if name != "auto":
+            return name
+        if LOSS_SCALE in self._entries:
+            return "float16"
+        return "bfloat16" if self.manifest.ranks.startswith("cuda") else "float32"
+
+    @cached_property
+    def _entries(self) -> "dict[str, STORAGE_TYPES]":
+        """What the checkpoint has, by name."""
+        from torch.distributed.checkpoint import FileSystemReader
+
+        return FileSystemReader(self.checkpoint.path).read_metadata().state_dict_metadata
 
     def weights(self, names: list[str]) -> dict[str, Tensor]:
         """Read whole weights in fp32, by global name, on whatever ranks they were written. Needs no

@@ -6,13 +6,21 @@ Nothing here imports torch: a recipe is checked before any process starts.
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...attention.errors import InvalidField
 from ...attention.patterns import Pattern, Rule, Selector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from ...attention.backend_choice import BackendChoice
 
 Positive = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
@@ -90,6 +98,23 @@ class ContextSplit(NamedTuple):
     tensor_ranks: int
 
 
+class GPUCall(NamedTuple):
+    """How a rank of some ranks calls a mixer's operation on a GPU."""
+
+    empty: "Callable[..., Tensor]"
+    """``torch.empty`` on that GPU, without memory; nothing can be computed with its tensors."""
+    batch: int
+    tokens: int
+    dtype: "torch.dtype"
+    """Of activations."""
+    tensor_ranks: int
+    context_ranks: int
+
+    def activations(self, *sizes: int) -> "Tensor":
+        """Return a tensor ``[batch, time, *sizes]``."""
+        return self.empty(self.batch, self.tokens, *sizes, dtype=self.dtype)
+
+
 class Visibility(NamedTuple):
     """Which positions of a document depend on one of its tokens: bool ``[positions]``."""
 
@@ -158,6 +183,16 @@ class Block(Section):
     def parameter_count(self, model: ModelSizes, layer: int) -> int:
         """Count the parameters of the mixer of layer ``layer`` (from 0)."""
         return sum(math.prod(shape) for shape in self.parameter_shapes(model, layer).values())
+
+    def backend_choices(self, model: ModelSizes, call: GPUCall) -> "list[BackendChoice]":
+        """Return which backends compute its operation on a GPU, and why no faster ones.
+
+        They choose for themselves, shown tensors without numbers; import here what needs torch.
+
+        Returns:
+            One for each kind of call; none if the mixer has no operation with backends.
+        """
+        return []
 
     # What it costs
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ...attention.errors import InvalidField
 from .base import (
     Block,
     ContextSplit,
+    GPUCall,
     HeadCount,
     MixerContext,
     ModelSizes,
@@ -20,6 +21,9 @@ from .base import (
     Visibility,
 )
 from .linear_design import LinearDesign
+
+if TYPE_CHECKING:
+    from ...attention.backend_choice import BackendChoice
 
 
 class LinearAttentionBlock(Block):
@@ -78,6 +82,30 @@ class LinearAttentionBlock(Block):
 
         design = self.design(context.sizes, context.layer)
         return LinearAttention(context, design)
+
+    def backend_choices(self, model: ModelSizes, call: GPUCall) -> "list[BackendChoice]":
+        import torch
+
+        from ...attention.linear.attention import fastest_backend
+
+        design = self.design(model)
+        heads = design.heads // call.tensor_ranks
+        key_heads = design.key_heads // call.tensor_ranks
+        value_dim = design.value_dim + design.normalised
+        q = call.activations(key_heads, design.feature_dim)
+        beta = call.activations(heads) if design.beta else None
+        decay = None
+        if design.decay != "none":
+            per_token = (call.batch, call.tokens) if design.computes_decay else ()
+            per_key = (design.feature_dim,) if design.decay_rank else ()
+            decay = call.empty(*per_token, heads, *per_key, dtype=torch.float32)
+
+        value_dims = [value_dim]
+        if beta is not None and call.context_ranks > 1:  # the map of a segment's states
+            value_dims.append(value_dim + design.feature_dim)
+        return [
+            fastest_backend(q, q, call.activations(heads, dim), decay, beta) for dim in value_dims
+        ]
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         return self.design(model, layer).parameter_shapes(model.hidden_size)

@@ -61,6 +61,11 @@ class LinearDesign:
         return 2 * dim if self.feature_map in ("hedgehog", "lrpe") else dim
 
     @property
+    def computes_decay(self) -> bool:
+        """Whether each token has decays of its own."""
+        return self.decay in ("sigmoid", "softplus")
+
+    @property
     def width(self) -> int:
         """Dims of all heads' outputs together."""
         return self.heads * self.value_dim
@@ -77,7 +82,7 @@ class LinearDesign:
         has_gates = self.gate != "none" and not self.gate_rank
         gates = self.group * self.value_dim if has_gates else 0
         betas = self.group if self.beta else 0
-        has_decays = self.decay in ("sigmoid", "softplus") and not self.decay_rank
+        has_decays = self.computes_decay and not self.decay_rank
         decays = self.group if has_decays else 0
         return mixed, gates, betas, decays
 
@@ -109,7 +114,7 @@ class LinearDesign:
         if self.decay_rank:
             shapes["decay_in.down.weight"] = (self.decay_rank, hidden_size)
             shapes["decay_in.up.weight"] = (keys, self.decay_rank)
-        if self.decay in ("sigmoid", "softplus"):
+        if self.computes_decay:
             shapes["decay.bias"] = (keys if self.decay_rank else self.heads,)
         if self.decay == "softplus":
             shapes["decay.rate_log"] = (self.heads,)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -27,6 +27,7 @@ from .base import (
     Block,
     ContextSplit,
     Fraction,
+    GPUCall,
     MixerContext,
     ModelSizes,
     Natural,
@@ -35,6 +36,9 @@ from .base import (
     Visibility,
 )
 from .softmax_design import SoftmaxDesign
+
+if TYPE_CHECKING:
+    from ...attention.backend_choice import BackendChoice
 
 _LONGEST = 1 << 40
 """Tokens that no document has: larger numbers of an exported pattern would not fit an int64."""
@@ -92,6 +96,23 @@ class SoftmaxBlock(Block):
 
         shapes = self.parameter_shapes(context.sizes, context.layer)
         return SoftmaxAttention(context, shapes, self.design(context.sizes))
+
+    def backend_choices(self, model: ModelSizes, call: GPUCall) -> "list[BackendChoice]":
+        from ...attention.softmax.attend import fastest_backend
+        from ...attention.softmax.tiles import LogitOptions
+
+        design = self.design(model)
+        heads = design.num_heads // call.tensor_ranks
+        kv_heads = design.num_kv_heads // call.tensor_ranks
+        q = call.activations(heads, design.head_dim)
+        kv = call.activations(kv_heads, design.head_dim)
+        logits = LogitOptions(design.head_dim**-0.5, design.softcap)
+        return [fastest_backend(q, kv, kv, self._pattern_of_calls(design), logits)]
+
+    def _pattern_of_calls(self, design: SoftmaxDesign) -> Pattern:
+        """Return a pattern such as the backends are given."""
+        assert isinstance(design.pattern, Pattern)
+        return design.pattern
 
     def parameter_shapes(self, model: ModelSizes, layer: int) -> Shapes:
         width = model.num_attention_heads * model.kv_channels
@@ -331,6 +352,14 @@ class MoBABlock(SoftmaxBlock):
 
     def attention_pattern(self, num_kv_heads: int) -> MoBA:
         return MoBA(self.block, self.top_k, self.select)
+
+    def _pattern_of_calls(self, design: SoftmaxDesign) -> Pattern:
+        import torch
+
+        from ...attention.patterns.token_lists import TokenLists
+
+        no_lists = torch.empty(1, design.num_kv_heads, 0, self.top_k, dtype=torch.int32)
+        return TokenLists(self.block, no_lists, choosers_per_kv_head=1, listed=())
 
     def _visible_pairs(self, model: ModelSizes, length: int) -> int:
         positions = np.arange(length)

@@ -198,6 +198,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu_initialization=not torch.cuda.is_available(),
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,

@@ -239,6 +239,20 @@ class DataConfig(Section):
         return section
 
 
+TrainingDtype = Literal["float32", "bfloat16", "float16"]
+
+
+def auto_dtype(capability: int | None) -> TrainingDtype:
+    """Return the type of weights and activations that suits a device best.
+
+    Args:
+        capability: compute capability of the GPU, 90 for 9.0, 0 for one of AMD's; None for a CPU.
+    """
+    if capability is None:
+        return "float32"
+    return "float16" if 0 < capability < 80 else "bfloat16"
+
+
 class TrainingConfig(Section):
     steps: Positive
     """Number of weight updates in the whole run."""
@@ -253,9 +267,11 @@ class TrainingConfig(Section):
     """Sequences per data-parallel rank and forward pass."""
     global_batch_size: Positive
     """Sequences per step, over all ranks."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of weights and activations, with fp32 master weights; auto is bfloat16 on CUDA and
-    float32 on CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations, with fp32 master weights; auto is bfloat16 on CUDA, float16
+    on GPUs without it (before compute capability 8.0), and float32 on CPU. Under float16 the loss
+    is scaled so that small gradients do not become 0; steps whose gradients overflow are skipped,
+    and the scale falls."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initial weights and of the order of the data."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -265,6 +281,10 @@ class TrainingConfig(Section):
     stop also writes the batch to the run folder; skip continues with the next step."""
     max_skipped_steps: Positive = 10
     """Number of consecutive steps that skip may skip before it stops."""
+
+    def dtype_on(self, capability: int | None) -> TrainingDtype:
+        """Return the type of weights and activations on a device; see :func:`auto_dtype`."""
+        return auto_dtype(capability) if self.dtype == "auto" else self.dtype
 
 
 class OptimizerConfig(Section):

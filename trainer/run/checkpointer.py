@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from ..checkpoint.files import (
+    LOSS_SCALE,
     Checkpoint,
     DamagedError,
     FileEntry,
@@ -189,6 +190,8 @@ class Checkpointer:
             # random numbers.
             state = {name: shards for name, shards in state.items() if not name.startswith("rng.")}
         reader = FileSystemReader(checkpoint.path)
+        if LOSS_SCALE in state and LOSS_SCALE not in reader.read_metadata().state_dict_metadata:
+            del state[LOSS_SCALE]  # training.dtype: auto had another meaning on another device
         try:
             dcp.load(state, storage_reader=reader, planner=LoadPlanner(), process_group=self._group)
         except CheckpointException as failed:

@@ -24,8 +24,11 @@ class NonFinitePolicy:
         self._skipped_in_a_row = 0
 
     def must_stop(self, result: StepResult) -> bool:
-        """Count the step, and return whether the run must stop because of it."""
-        if result.updated:
+        """Count the step, and return whether the run must stop because of it.
+
+        An overflow of scaled gradients is no reason: the next step has a smaller factor.
+        """
+        if result.updated or (result.scaled and result.scaled.overflowed):
             self._skipped_in_a_row = 0
             return False
         self._skipped_in_a_row += 1

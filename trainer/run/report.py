@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from ..checkpoint.run_folder import RunFolder
 from ..engines.engine import Engine, StepResult
 from ..errors import UserError
+from ..predict.backends import backend_lines
 from ..predict.communication import choices
 from ..recipe.schema import Recipe
 from ..recipe.stages import Stage
@@ -84,6 +85,9 @@ class Report:
         if self._recipe.parallel.cp > 1:
             for choice in choices(self._recipe, engine.dtype.itemsize):
                 self.say(str(choice))
+        if engine.capability is not None:
+            for line in backend_lines(self._recipe, engine.capability):
+                self.say(line)
         for warning in recipe_warnings(self._recipe):
             self.say(f"warning: {warning}")
 
@@ -105,6 +109,8 @@ class Report:
             self._display.step(step, result.loss, bits_per_byte, tokens_per_second)
         if not result.updated:
             what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            if result.scaled and result.scaled.overflowed:
+                what = f"gradients overflow float16; the loss is scaled by {result.scaled.scale:,g}"
             self.say(f"step {step}: {what}: skipped, without an update")
             self.record(step, {"train/skipped": 1})
 
@@ -165,6 +171,9 @@ def train_metrics(
     }
     if result.balance_loss is not None:
         metrics["train/balance_loss"] = result.balance_loss
+    if result.scaled is not None:
+        metrics["train/loss_scale"] = result.scaled.scale
+        metrics["train/overflows"] = result.scaled.overflows
     metrics["data/padding_ratio"] = result.padding / tokens_per_step
     return metrics
 

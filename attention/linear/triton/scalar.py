@@ -34,11 +34,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...arguments import with_dense_heads
+from ...gpu import compute_capability
 from ...operation import without_autocast
 from ...triton_device import (
     INTERPRETED,
     allocate_workspace,
-    compute_capability,
     fits_bulk_copies,
     has_bulk_copies,
 )

@@ -46,8 +46,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...arguments import with_dense_heads
+from ...gpu import compute_capability
 from ...operation import without_autocast
-from ...triton_device import INTERPRETED, compute_capability
+from ...triton_device import INTERPRETED
 from .gradients import input_gradients_kernel, score_gradients_kernel
 from .launch_config import KernelConfig, StagesConfig, padded_dim, stages_config
 from .outputs import outputs_kernel
@@ -79,7 +80,7 @@ class StagedLinearAttention(torch.autograd.Function):
         beta = None if beta is None else beta.float().contiguous()
         state = state.float().contiguous()
         config = _config(q, decay)
-        chunks = pieces_of(documents, v.shape[:2], config.chunk, v.device)
+        chunks = pieces_of(documents, (v.shape[0], v.shape[1]), config.chunk, v.device)
 
         stages = _Stages(q, k, v, decay, beta, scale, chunks, config)
         with torch.cuda.device_of(v):

@@ -5,15 +5,27 @@ import triton.language as tl
 
 from ...triton_device import LOG2E, tensor_descriptor
 from .rules import (
+    BATCH_ROW,
     COLUMNS,
+    K_COLUMN,
+    K_LEN,
+    K_START,
+    KEY_RANGE,
     OFFSET,
     OFFSET_STEP,
+    PART,
+    PLACE,
     POSITION,
     POSITION_STEP,
+    Q_LEN,
+    Q_SLOT,
+    Q_START,
     REACH,
     RESIDUE,
     SEQUENCE_ARGUMENTS,
     SHIFT,
+    SPLIT,
+    SPLITS,
     STEP,
     STOP,
     WIDTH,
@@ -21,7 +33,9 @@ from .rules import (
     in_far_rule,
     key_position,
     load_tile,
+    place_field,
     products_to_logits,
+    program_field,
     query_end,
     rule_field,
     store_tile,
@@ -29,37 +43,46 @@ from .rules import (
 )
 
 
-@triton.jit(do_not_specialize=[*SEQUENCE_ARGUMENTS, "splits"])
+@triton.jit(do_not_specialize=SEQUENCE_ARGUMENTS)
 def dkv_kernel(
-    Q, K, V, LSE, DO, DELTA, DK, DV_OUT, TABLE, POINTERS, LISTS, scale, softcap, sigmoid_bias,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, dk_b, dk_t, dk_h, dv_b, dv_t, dv_h,
-    list_b, list_h, kv_heads, group, q_start, q_len, k_start, k_step, k_size, k_len, splits,
+    Q, K, V, LSE, DO, DELTA, DK, DV_OUT, TABLE, POINTERS, LISTS, PLACES, PROGRAMS,
+    scale, softcap, sigmoid_bias,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, l_b, l_h,
+    dk_b, dk_t, dk_h, dv_b, dv_t, dv_h, list_b, list_h, group, k_step, k_size,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
-    FARS: tl.constexpr, FAR: tl.constexpr, LISTED: tl.constexpr, SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    FARS: tl.constexpr, FAR: tl.constexpr, LISTED: tl.constexpr, ADD: tl.constexpr,
+    SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a tile of ``BN`` keys and values of one KV head.
 
-    All query heads of its group follow one another. Program ids: tile of keys times split, batch
-    row times KV head. The other arguments are those of the forward kernel.
+    All query heads of its group follow one another. Program ids: row of ``PROGRAMS``, KV head. The
+    other arguments are those of the forward kernel.
 
     With ``FAR`` below 0 the launch is for what the bands (or lists) show, and stores to the places
-    of the keys. Otherwise it is for what the bands leave of the tiles of far rule ``FAR``. A
-    sixteenth of the keys can hold most of that work, so the queries of each tile are shared among
-    ``splits`` programs. Their sums go to ``[splits * batch, kv_heads, tiles * BN, dim]``, and
+    of the keys, or with ``ADD`` adds. Otherwise it is for what the bands leave of the tiles of far
+    rule ``FAR``. A sixteenth of the keys can hold most of that work, so the queries of each tile
+    are shared among several programs. The sums of each go to ``[programs, kv_heads, BN, dim]``, and
     :func:`reduce_splits_kernel` adds them to the places of the keys.
     """
-    tile = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    kv = (tl.program_id(1) % kv_heads).to(tl.int64)
-    b = (tl.program_id(1) // kv_heads).to(tl.int64)
-    table = TABLE + kv * (BANDS + FARS) * COLUMNS
-    Q += b * q_b + kv * group * q_h
-    DO += b * g_b + kv * group * g_h
-    LSE += (b * kv_heads + kv) * group * q_len
-    DELTA += (b * kv_heads + kv) * group * q_len
-    first_tile = q_start - q_start % BM  # tiles of queries begin at multiples of BM in the document
+    # Which queries and keys.
+    place = program_field(PROGRAMS, PLACE)
+    tile = program_field(PROGRAMS, PART)
+    q_start = place_field(PLACES, place, Q_START)
+    q_len = place_field(PLACES, place, Q_LEN)
+    k_start = place_field(PLACES, place, K_START)
+    k_len = place_field(PLACES, place, K_LEN)
+    q_slot = place_field(PLACES, place, Q_SLOT).to(tl.int64)
+    k_column = place_field(PLACES, place, K_COLUMN).to(tl.int64)
+    b = place_field(PLACES, place, BATCH_ROW).to(tl.int64)
+    kv = tl.program_id(1).to(tl.int64)
+    key_range = place_field(PLACES, place, KEY_RANGE)
+    table = TABLE + (key_range * tl.num_programs(1) + kv) * (BANDS + FARS) * COLUMNS
+    Q += b * q_b + kv * group * q_h + q_slot * q_t
+    DO += b * g_b + kv * group * g_h + q_slot * g_t
+    first_query = b * l_b + kv * group * l_h + q_slot  # in LSE and DELTA
+    K += b * k_b + kv * k_h + k_column * k_t
+    V += b * v_b + kv * v_h + k_column * v_t
     q_end = q_start + q_len
 
     # Which keys the tile has, and their first and last position.
@@ -75,8 +98,6 @@ def dkv_kernel(
         j_high = key_position(tl.minimum(k_offset + BN, k_len) - 1, k_start, k_step, k_size)
     is_key = (k_offset + tl.arange(0, BN) >= 0) & (k_offset + tl.arange(0, BN) < k_len)
 
-    K += b * k_b + kv * k_h
-    V += b * v_b + kv * v_h
     k_tiles = tensor_descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
     k = load_tile(K, k_tiles, k_offset, k_len, k_t, BN, D, BLOCK_D, True, TMA)
     v_tiles = tensor_descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
@@ -137,14 +158,13 @@ def dkv_kernel(
                     is_mine = is_mine & shown
             i_end = tl.where(is_mine, i_end, 0)
 
-        # As tiles.
+        # As tiles, which begin at multiples of BM in the document.
         i_begin = tl.maximum(i_begin, q_start)
         i_end = tl.minimum(i_end, q_end)
-        begin = (i_begin - first_tile) // BM
-        end = tl.cdiv(tl.maximum(i_end - first_tile, 0), BM)
-        full = tl.cdiv(tl.maximum(i_full - first_tile, q_start - first_tile), BM)
-        full_end = (tl.maximum(tl.minimum(i_full_end, q_end), first_tile) - first_tile) // BM
-        end = tl.where(i_end > i_begin, end, begin)
+        begin = i_begin // BM
+        end = tl.where(i_end > i_begin, tl.cdiv(i_end, BM), begin)
+        full = tl.cdiv(tl.maximum(i_full, q_start), BM)
+        full_end = tl.minimum(i_full_end, q_end) // BM
 
         if FAR >= FIXED:
             # A relative rule: every `block_step`-th block of queries from `first_block` on.
@@ -163,8 +183,8 @@ def dkv_kernel(
             end = num_blocks * tiles_per_block
 
     # The share of this split.
-    share = tl.cdiv(end - begin, splits)
-    begin = begin + split * share
+    share = tl.cdiv(end - begin, program_field(PROGRAMS, SPLITS))
+    begin = begin + program_field(PROGRAMS, SPLIT) * share
     end = tl.minimum(end, begin + share)
     end = tl.maximum(begin, end)
     full = tl.minimum(tl.maximum(full, begin), end)
@@ -176,11 +196,12 @@ def dkv_kernel(
 
         # Tiles of queries that see all keys, without a mask.
         for n in range(full, full_end):
-            q_offset = first_tile + n * BM - q_start
+            q_offset = n * BM - q_start
             q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, False, TMA)
             do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, False, TMA)
-            lse = tl.load(LSE + q_offset + tl.arange(0, BM)) * LOG2E
-            delta = tl.load(DELTA + q_offset + tl.arange(0, BM))
+            query_index = first_query + q_offset + tl.arange(0, BM)
+            lse = tl.load(LSE + query_index) * LOG2E
+            delta = tl.load(DELTA + query_index)
             dk, dv = _add_queries(
                 dk, dv, q, do, lse, delta, k, v, True, scale, softcap, sigmoid_bias,
                 SOFTCAP, SIGMOID, PRECISION, False,
@@ -189,7 +210,7 @@ def dkv_kernel(
         # Those before and after them, with a mask.
         for step in range(begin, end - (full_end - full)):
             n = tl.where(step < full, step, step + full_end - full)
-            i0 = first_tile + n * BM
+            i0 = n * BM
             if LISTED:
                 i0 = (tl.load(entries + n // tiles_per_block) << shift) + n % tiles_per_block * BM
             elif FAR >= FIXED:
@@ -200,8 +221,9 @@ def dkv_kernel(
             is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
             q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
             do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
-            lse = tl.load(LSE + q_offset + tl.arange(0, BM), mask=is_query, other=0.0) * LOG2E
-            delta = tl.load(DELTA + q_offset + tl.arange(0, BM), mask=is_query, other=0.0)
+            query_index = first_query + q_offset + tl.arange(0, BM)
+            lse = tl.load(LSE + query_index, mask=is_query, other=0.0) * LOG2E
+            delta = tl.load(DELTA + query_index, mask=is_query, other=0.0)
             visible = (i >= j[:, None]) & is_query[None, :] & is_key[:, None]
             if not LISTED:
                 if FAR < 0:
@@ -217,16 +239,25 @@ def dkv_kernel(
         # The next query head of the group.
         Q += q_h
         DO += g_h
-        LSE += q_len
-        DELTA += q_len
+        first_query += l_h
 
     if FAR >= 0:
-        # To the split's own sums.
-        k_offset = tile * BN
-        k_len = tl.num_programs(0) // splits * BN
-        b = split * tl.num_programs(1) // kv_heads + b
-    store_tile(DK + b * dk_b + kv * dk_h, k_offset, k_len, dk_t, dk * scale, BN, D, BLOCK_D)
-    store_tile(DV_OUT + b * dv_b + kv * dv_h, k_offset, k_len, dv_t, dv, BN, DV, BLOCK_DV)
+        # To the program's own sums.
+        program = tl.program_id(0).to(tl.int64)
+        DK += (program * tl.num_programs(1) + kv) * BN * D
+        DV_OUT += (program * tl.num_programs(1) + kv) * BN * DV
+        store_tile(DK, 0, BN, D, dk * scale, BN, D, BLOCK_D)
+        store_tile(DV_OUT, 0, BN, DV, dv, BN, DV, BLOCK_DV)
+    else:
+        place = program_field(PROGRAMS, PLACE)
+        b = place_field(PLACES, place, BATCH_ROW).to(tl.int64)
+        k_column = place_field(PLACES, place, K_COLUMN).to(tl.int64)
+        k_len = place_field(PLACES, place, K_LEN)
+        k_offset = program_field(PROGRAMS, PART) * BN
+        DK += b * dk_b + kv * dk_h + k_column * dk_t
+        DV_OUT += b * dv_b + kv * dv_h + k_column * dv_t
+        store_tile(DK, k_offset, k_len, dk_t, dk * scale, BN, D, BLOCK_D, ADD)
+        store_tile(DV_OUT, k_offset, k_len, dv_t, dv, BN, DV, BLOCK_DV, ADD)
 
 
 @triton.jit
@@ -284,45 +315,59 @@ def _add_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["k_start", "k_len", "splits"])
+@triton.jit
 def reduce_splits_kernel(
-    PARTS, OUT, TABLE, p_b, p_t, p_h, o_b, o_t, o_h, kv_heads, batch, k_start, k_len, splits,
+    PARTS, OUT, TABLE, PLACES, PROGRAMS, o_b, o_t, o_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BN: tl.constexpr,
     RULES: tl.constexpr, RULE: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits' sums of one tile of a far rule, in order, to the places of its keys."""
-    tile = tl.program_id(0)
-    kv = (tl.program_id(1) % kv_heads).to(tl.int64)
-    b = (tl.program_id(1) // kv_heads).to(tl.int64)
-    table = TABLE + kv * RULES * COLUMNS
-    offset, _ = _stripe_tile(table, RULE, tile, BN, k_start, RELATIVE)
-    OUT += b * o_b + kv * o_h
-    PARTS += b * p_b + kv * p_h
-    total = load_tile(OUT, OUT, offset, k_len, o_t, BN, D, BLOCK_D, True, False)
-    part_len = tl.num_programs(0) * BN
-    for split in range(0, splits):
-        part = PARTS + (tl.full([], 0, tl.int64) + split) * batch * p_b
-        total += load_tile(part, part, tile * BN, part_len, p_t, BN, D, BLOCK_D, True, False)
-    store_tile(OUT, offset, k_len, o_t, total, BN, D, BLOCK_D)
+    """Add the splits' sums of one tile of a far rule, in order, to the places of its keys.
+
+    ``PARTS`` ``[programs, kv_heads, BN, D]``, fp32, and ``PROGRAMS`` are those of
+    :func:`dkv_kernel`, in which the splits of a tile follow one another. The first of them does the
+    work here.
+    """
+    if program_field(PROGRAMS, SPLIT) == 0:
+        place = program_field(PROGRAMS, PLACE)
+        k_start = place_field(PLACES, place, K_START)
+        k_len = place_field(PLACES, place, K_LEN)
+        k_column = place_field(PLACES, place, K_COLUMN).to(tl.int64)
+        b = place_field(PLACES, place, BATCH_ROW).to(tl.int64)
+        kv = tl.program_id(1).to(tl.int64)
+        key_range = place_field(PLACES, place, KEY_RANGE)
+        table = TABLE + (key_range * tl.num_programs(1) + kv) * RULES * COLUMNS
+        tile = program_field(PROGRAMS, PART)
+        offset, _ = _stripe_tile(table, RULE, tile, BN, k_start, RELATIVE)
+        OUT += b * o_b + kv * o_h + k_column * o_t
+        PARTS += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + kv) * BN * D
+        total = load_tile(OUT, OUT, offset, k_len, o_t, BN, D, BLOCK_D, True, False)
+        for _ in range(0, program_field(PROGRAMS, SPLITS)):
+            total += load_tile(PARTS, PARTS, 0, BN, D, BN, D, BLOCK_D, True, False)
+            PARTS += tl.num_programs(1) * BN * D
+        store_tile(OUT, offset, k_len, o_t, total, BN, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit(do_not_specialize=["q_len", *SEQUENCE_ARGUMENTS])
 def delta_kernel(
-    OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, heads, q_len,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, WITH_LSE: tl.constexpr,
+    OUT, DO, DLSE, DELTA, o_b, o_t, o_h, g_b, g_t, g_h, dl_b, dl_t, dl_h, l_b, l_h,
+    q_len,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``sum(out * grad_out) - grad_lse`` of each query: ``[batch, heads, queries]``."""
-    head = tl.program_id(1) % heads
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = head.to(tl.int64)
-    q_offset = tl.program_id(0) * BM
-    out = load_tile(
-        OUT + b * o_b + h * o_h, OUT, q_offset, q_len, o_t, BM, DV, BLOCK_DV, True, False
-    )
-    do = load_tile(DO + b * g_b + h * g_h, DO, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, False)
+    """Compute ``sum(out * grad_out) - grad_lse`` of each query: ``[batch, queries, heads]``.
+
+    ``DLSE`` is the gradient of the log-sum-exp, or None; ``dl`` are its strides.
+    """
+    tiles = tl.cdiv(q_len, BM)
+    h = tl.program_id(1).to(tl.int64)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    q_offset = tl.program_id(0) % tiles * BM
+    OUT += b * o_b + h * o_h
+    DO += b * g_b + h * g_h
+    out = load_tile(OUT, OUT, q_offset, q_len, o_t, BM, DV, BLOCK_DV, True, False)
+    do = load_tile(DO, DO, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, False)
     queries = q_offset + tl.arange(0, BM)
-    index = (b * heads + h) * q_len + queries
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    if WITH_LSE:
-        delta -= tl.load(DLSE + index, mask=queries < q_len, other=0.0)
-    tl.store(DELTA + index, delta, mask=queries < q_len)
+    if DLSE is not None:
+        dlse = tl.load(DLSE + b * dl_b + h * dl_h + queries * dl_t, mask=queries < q_len, other=0.0)
+        delta -= dlse.to(tl.float32)
+    tl.store(DELTA + b * l_b + h * l_h + queries, delta, mask=queries < q_len)

@@ -5,11 +5,21 @@ import triton.language as tl
 
 from ...triton_device import LOG2E, tensor_descriptor
 from .rules import (
+    BATCH_ROW,
     COLUMNS,
+    K_COLUMN,
+    K_LEN,
+    K_START,
+    KEY_RANGE,
     OFFSET,
     OFFSET_STEP,
+    PART,
+    PLACE,
     POSITION,
     POSITION_STEP,
+    Q_LEN,
+    Q_SLOT,
+    Q_START,
     RESIDUE,
     SEQUENCE_ARGUMENTS,
     SHIFT,
@@ -23,7 +33,9 @@ from .rules import (
     key_position,
     keys_before,
     load_tile,
+    place_field,
     products_to_logits,
+    program_field,
     rule_field,
     store_tile,
     weights_and_gradient,
@@ -70,56 +82,75 @@ def _visit(
 
 @triton.jit(do_not_specialize=[*SEQUENCE_ARGUMENTS, "list_q"])
 def forward_dq_kernel(
-    Q, K, V, OUT, LSE, DO, DELTA, TABLE, LISTS, scale, softcap, sigmoid_bias,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h,
-    list_b, list_h, list_q, heads, group, q_start, q_len, k_start, k_step, k_size, k_len,
+    Q, K, V, OUT, LSE, DO, DELTA, TABLE, LISTS, PLACES, PROGRAMS, scale, softcap, sigmoid_bias,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, g_b, g_t, g_h, l_b, l_h,
+    list_b, list_h, list_q, group, k_step, k_size,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BANDS: tl.constexpr, FIXED: tl.constexpr,
-    FARS: tl.constexpr, LISTED: tl.constexpr, GRAD: tl.constexpr, SOFTCAP: tl.constexpr,
-    SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    FARS: tl.constexpr, LISTED: tl.constexpr, GRAD: tl.constexpr, ADD: tl.constexpr,
+    SOFTCAP: tl.constexpr, SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and log-sum-exp, or with ``GRAD`` dQ, of a tile of ``BM`` queries of one head.
 
-    Program ids: tile of queries, batch row times head. ``OUT`` is the output or dQ. Arguments
-    ``x_b``, ``x_t``, ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for
-    ``DO``). The key tiles have ``BN`` keys. The table has ``BANDS`` bands and ``FARS`` far rules,
-    of which the first ``FIXED`` have fixed stripes.
+    With ``ADD`` these are merged with, or added to, what is there.
+
+    Program ids: row of ``PROGRAMS``, head. ``OUT`` is the output or dQ. Arguments ``x_b``, ``x_t``,
+    ``x_h`` are the strides of a tensor's batch, time and heads (``g`` for ``DO``, ``l`` for ``LSE``
+    and ``DELTA``, of which a head's queries are side by side). The key tiles have ``BN`` keys. The
+    table has ``BANDS`` bands and ``FARS`` far rules, of which the first ``FIXED`` have fixed
+    stripes.
     """
-    # Tiles begin at multiples of BM in the document. The last queries see most keys: they go first.
-    first_tile = q_start - q_start % BM
-    i0 = first_tile + (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1) % heads
-    b = (tl.program_id(1) // heads).to(tl.int64)
-    h = head.to(tl.int64)
-    kv = (head // group).to(tl.int64)
-    table = TABLE + kv * (BANDS + FARS) * COLUMNS
-    K += b * k_b + kv * k_h
-    V += b * v_b + kv * v_h
+    # Which queries and keys.
+    place = program_field(PROGRAMS, PLACE)
+    q_start = place_field(PLACES, place, Q_START)
+    q_len = place_field(PLACES, place, Q_LEN)
+    k_start = place_field(PLACES, place, K_START)
+    k_len = place_field(PLACES, place, K_LEN)
+    q_slot = place_field(PLACES, place, Q_SLOT).to(tl.int64)
+    k_column = place_field(PLACES, place, K_COLUMN).to(tl.int64)
+    b = place_field(PLACES, place, BATCH_ROW).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    kv = h // group
+    key_range = place_field(PLACES, place, KEY_RANGE)
+    table = TABLE + (key_range * (tl.num_programs(1) // group) + kv) * (BANDS + FARS) * COLUMNS
+    Q += b * q_b + h * q_h + q_slot * q_t
+    K += b * k_b + kv * k_h + k_column * k_t
+    V += b * v_b + kv * v_h + k_column * v_t
+    OUT += b * o_b + h * o_h + q_slot * o_t
+    DO += b * g_b + h * g_h + q_slot * g_t
+
+    # Tiles begin at multiples of BM in the document.
+    i0 = q_start - q_start % BM + program_field(PROGRAMS, PART) * BM
     q_offset = i0 - q_start  # below 0 if q_start is inside the tile
     i = i0 + tl.arange(0, BM)
     i_low = tl.maximum(i0, q_start)
     i_high = tl.minimum(i0 + BM, q_start + q_len) - 1
+    is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
 
     # Load what belongs to the queries.
-    q_tiles = tensor_descriptor(Q + b * q_b + h * q_h, q_len, q_t, BM, D, BLOCK_D, TMA)
-    q = load_tile(Q + b * q_b + h * q_h, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
+    q_tiles = tensor_descriptor(Q, q_len, q_t, BM, D, BLOCK_D, TMA)
+    q = load_tile(Q, q_tiles, q_offset, q_len, q_t, BM, D, BLOCK_D, True, TMA)
     k_tiles = tensor_descriptor(K, k_len, k_t, BN, D, BLOCK_D, TMA)
     v_tiles = tensor_descriptor(V, k_len, v_t, BN, DV, BLOCK_DV, TMA)
-    lse_index = (b * heads + h) * q_len + q_offset + tl.arange(0, BM)
-    is_query = (q_offset + tl.arange(0, BM) >= 0) & (q_offset + tl.arange(0, BM) < q_len)
+    lse_index = b * l_b + h * l_h + q_slot + q_offset + tl.arange(0, BM)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
     do, lse, delta = q, m, l  # unused by the forward pass
     if GRAD:
-        do_tiles = tensor_descriptor(DO + b * g_b + h * g_h, q_len, g_t, BM, DV, BLOCK_DV, TMA)
-        do = load_tile(
-            DO + b * g_b + h * g_h, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA
-        )
+        do_tiles = tensor_descriptor(DO, q_len, g_t, BM, DV, BLOCK_DV, TMA)
+        do = load_tile(DO, do_tiles, q_offset, q_len, g_t, BM, DV, BLOCK_DV, True, TMA)
         lse = tl.load(LSE + lse_index, mask=is_query, other=float("inf")) * LOG2E
         # Queries that see nothing: all weights are exp2(s - inf) = 0.
         lse = tl.where(lse == -float("inf"), float("inf"), lse)
         delta = tl.load(DELTA + lse_index, mask=is_query, other=0.0)
         acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    elif ADD:
+        # The online softmax goes on where earlier keys have left it.
+        acc = load_tile(OUT, OUT, q_offset, q_len, o_t, BM, DV, BLOCK_DV, True, False)
+        acc = acc.to(tl.float32)
+        if not SIGMOID:
+            m = tl.load(LSE + lse_index, mask=is_query, other=-float("inf")) * LOG2E
+            l = tl.where(m == -float("inf"), 0.0, 1.0)
     else:
         acc = tl.zeros([BM, BLOCK_DV], tl.float32)
 
@@ -261,9 +292,8 @@ def forward_dq_kernel(
             )  # fmt: skip
 
     # Store the results.
-    OUT += b * o_b + h * o_h
     if GRAD:
-        store_tile(OUT, q_offset, q_len, o_t, acc * scale, BM, D, BLOCK_D)
+        store_tile(OUT, q_offset, q_len, o_t, acc * scale, BM, D, BLOCK_D, ADD)
     elif SIGMOID:
         store_tile(OUT, q_offset, q_len, o_t, acc, BM, DV, BLOCK_DV)
         tl.store(LSE + lse_index, l, mask=is_query)

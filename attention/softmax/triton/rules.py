@@ -6,9 +6,14 @@ then its far rules, each of which shows stripes: ``width`` consecutive keys at r
 From these a program finds its own tiles of keys, or of queries, in closed form. Tiles of which all
 pairs are visible need no mask. Block lists go through the same kernels with ``LISTED``.
 
-Names: ``i`` and ``j`` are positions of queries and keys in the document, offsets are places in the
-tensors. Queries are at consecutive positions from ``q_start`` on. Keys are in blocks of ``k_size``
-positions, ``k_start, k_start + k_step, ...``; consecutive keys are blocks of one position.
+A launch computes all tiles of a :class:`~longspan.attention.softmax.tile_batch.TileBatch`, all
+documents for example. ``PLACES`` says where each of them is, and ``PROGRAMS`` of which tile, and of
+which part of it, each program is.
+
+Names: ``i`` and ``j`` are positions of queries and keys in the document, offsets count from the
+first of the tile's own queries or keys in the tensors. Queries are at consecutive positions from
+``q_start`` on. Keys are in blocks of ``k_size`` positions, ``k_start, k_start + k_step, ...``;
+consecutive keys are blocks of one position.
 
 Everything is deterministic: there are no atomics, and partial sums are added in a fixed order.
 """
@@ -34,9 +39,39 @@ COLUMNS = tl.constexpr(10)
 
 UNLIMITED = tl.constexpr(1 << 30)
 
+# Columns of PLACES.
+BATCH_ROW = tl.constexpr(0)
+Q_SLOT = tl.constexpr(1)  # the first query's token in the tensors
+Q_START = tl.constexpr(2)
+Q_LEN = tl.constexpr(3)
+K_COLUMN = tl.constexpr(4)  # the first key's token in the tensors
+K_START = tl.constexpr(5)
+K_LEN = tl.constexpr(6)
+KEY_RANGE = tl.constexpr(7)  # which of the tables of rules
+PLACE_COLUMNS = tl.constexpr(8)
+
+# Columns of PROGRAMS.
+PLACE = tl.constexpr(0)
+PART = tl.constexpr(1)  # which tile of BM queries, or of BN keys
+SPLIT = tl.constexpr(2)  # which share of the queries of these keys, ...
+SPLITS = tl.constexpr(3)  # ... of so many
+PROGRAM_COLUMNS = tl.constexpr(4)
+
 # Arguments that differ from one sequence to the next. Kernels are not specialized for their values,
 # so that they are compiled once for all.
-SEQUENCE_ARGUMENTS = ["q_start", "q_len", "k_start", "k_len", "list_b", "list_h"]
+SEQUENCE_ARGUMENTS = ["l_b", "l_h", "list_b", "list_h"]
+
+
+@triton.jit
+def program_field(PROGRAMS, column: tl.constexpr):
+    """Load one column of this program's row, anew at each call, as registers are few in loops."""
+    return tl.load(PROGRAMS + tl.program_id(0) * PROGRAM_COLUMNS + column, volatile=True)
+
+
+@triton.jit
+def place_field(PLACES, place, column: tl.constexpr):
+    """Load one column of a place, anew at each call."""
+    return tl.load(PLACES + place * PLACE_COLUMNS + column, volatile=True)
 
 
 @triton.jit
@@ -129,15 +164,22 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    base, offset, length, stride, x, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Store ``x`` ``[SIZE, BLOCK_D]`` from token ``offset`` on, as far as the tensor goes."""
+    base, offset, length, stride, x,
+    SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr = False,
+):  # fmt: skip
+    """Store ``x`` ``[SIZE, BLOCK_D]`` from token ``offset`` on, as far as the tensor goes.
+
+    With ``ADD`` it is added to what is there, in fp32.
+    """
     tokens = tl.arange(0, SIZE)
     dims = tl.arange(0, BLOCK_D)
     start = base + (tl.full([], 0, tl.int64) + offset) * stride
     pointers = start + tokens[:, None] * stride + dims[None, :]
     inside = (offset + tokens >= 0) & (offset + tokens < length)
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=inside[:, None] & (dims < D)[None, :])
+    mask = inside[:, None] & (dims < D)[None, :]
+    if ADD:
+        x += tl.load(pointers, mask=mask, other=0.0)
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

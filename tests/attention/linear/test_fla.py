@@ -94,7 +94,7 @@ def install(monkeypatch):
     def install(**operations):
         monkeypatch.setitem(sys.modules, "fla.ops", SimpleNamespace(**operations))
         monkeypatch.setattr(linear_fla, "_missing", lambda: None)
-        monkeypatch.setattr(linear_fla, "_miscompiled_by", lambda device: None)
+        monkeypatch.setattr(linear_fla, "_miscompiled_by", lambda capability: None)
         monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
         monkeypatch.setattr(linear_fla, "_DTYPES", ({torch.float32},))
 
@@ -207,14 +207,14 @@ def test_missing_or_old_packages_are_reported(monkeypatch, versions, message):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("triton", "capability", "miscompiles"),
-    [("3.6.0", 9, True), ("3.7.1", 9, False), ("3.6.0", 10, False)],
+    [("3.6.0", 90, True), ("3.7.1", 90, False), ("3.6.0", 100, False)],
 )
 def test_families_that_triton_miscompiles_for_hopper_are_refused(
     monkeypatch, triton, capability, miscompiles, family
 ):
     monkeypatch.setattr(linear_fla, "_DEVICES", {"cpu"})
     monkeypatch.setattr(linear_fla, "_missing", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+    monkeypatch.setattr(linear_fla, "compute_capability", lambda device: capability)
     monkeypatch.setattr(
         linear_fla, "import_module", lambda name: SimpleNamespace(__version__=triton)
     )

@@ -29,20 +29,15 @@ VARIANTS = {
 }
 TENSORS = dict.fromkeys(("Q", "K", "V", "OUT", "DO"), "*bf16")
 TENSORS |= dict.fromkeys(("LSE", "DELTA", "DK", "DV_OUT"), "*fp32") | dict.fromkeys(
-    ("TABLE", "LISTS", "POINTERS"), "*i32"
+    ("TABLE", "LISTS", "POINTERS", "PLACES", "PROGRAMS"), "*i32"
 )
 # Arguments that may not be multiples of 16.
 UNALIGNED = {
-    "heads",
-    "kv_heads",
     "group",
-    "q_start",
-    "q_len",
-    "k_start",
     "k_step",
     "k_size",
-    "k_len",
-    "splits",
+    "l_b",
+    "l_h",
     "list_b",
     "list_h",
     "list_q",
@@ -60,7 +55,8 @@ def compiled(arch: int, kernel: str, dim: int, variant: str) -> dict:
     constants = {
         "D": dim, "DV": dim, "BLOCK_D": dim, "BLOCK_DV": dim, "BM": config.queries,
         "BN": config.keys, "BANDS": bands, "FIXED": fixed, "FARS": far_rules, "LISTED": lists,
-        "SOFTCAP": False, "SIGMOID": False, "TMA": has_bulk_copies(arch), "PRECISION": "tf32",
+        "ADD": False, "SOFTCAP": False, "SIGMOID": False, "TMA": has_bulk_copies(arch),
+        "PRECISION": "tf32",
     } | ({"FAR": far} if kernel == "dkv" else {"GRAD": kernel == "dq"})  # fmt: skip
     signature = {}
     hints = {}

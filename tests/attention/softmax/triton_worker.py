@@ -5,6 +5,7 @@ Arguments: CASE ...
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -23,9 +24,10 @@ from longspan.attention import (
     attend,
 )
 from longspan.attention.patterns.rules import Blocks
-from longspan.attention.softmax.backends import tile_backward, tile_forward
-from longspan.attention.softmax.tiles import LogitOptions, Tile, merge_
-from longspan.attention.softmax.triton import backend as triton_backend
+from longspan.attention.softmax.backends import Gradients, backward_, forward_
+from longspan.attention.softmax.tile_batch import Document, TileBatch, TilePlace
+from longspan.attention.softmax.tiles import LogitOptions
+from longspan.attention.softmax.triton import rule_table
 
 from tests.attention.softmax.oracle import document_ids, errors, make, relative
 
@@ -117,61 +119,85 @@ def compare(
 
 
 def tiles() -> dict[str, float]:
-    """Compare merged tiles with the whole: keys in three parts, one a compact buffer of stripes."""
+    """Compare merged tiles with the whole: keys in parts, one of them a compact buffer of stripes.
+
+    Two documents, of which each launch has a part, and two rows of the batch.
+    """
     pattern = S2(16, 1, 3)
     length = 112
-    q, k, v = (x.detach() for x in make(1, length, 2, 1, 16, None, torch.float32))
+    documents = (Document(0, length), Document(length, 2 * length))
+    q, k, v = (x.detach() for x in make(2, 2 * length, 2, 1, 16, None, torch.float32))
     upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     logits = LogitOptions(0.25)
-    whole = Tile(pattern, (Blocks(0, 1, length),), (Blocks(0, 1, length),), logits)
-    out, lse = tile_forward(q.double(), k.double(), v.double(), whole, "reference")
-    expected = tile_backward(
-        upstream.double(), *(x.double() for x in (q, k, v)), out, lse, whole, "reference"
+    whole = TileBatch.of_documents(
+        2, 2 * length, [(b, *each) for b in range(2) for each in documents]
     )
+    call = (pattern, logits)
+
+    def computed(batches, kind, backend):
+        q, k, v, upstream = (x.to(kind) for x in (q_k_v_upstream))
+        out = torch.full_like(q, torch.nan)
+        lse = torch.full(q.shape[:3], torch.nan, dtype=kind)
+        for batch, keys in batches:
+            forward_(q, k[:, keys], v[:, keys], *call, batch, backend, out, lse)
+        gradients = [torch.zeros_like(x) for x in (q, k, v)]
+        for batch, keys in batches:
+            parts = Gradients(
+                gradients[0], torch.zeros_like(k[:, keys]), torch.zeros_like(v[:, keys]), True
+            )
+            backward_(
+                upstream, q, k[:, keys], v[:, keys], out, lse, None, *call, batch, backend, parts
+            )
+            gradients[1][:, keys] += parts.k
+            gradients[2][:, keys] += parts.v
+        return out, lse, *gradients
+
+    q_k_v_upstream = (q, k, v, upstream)
+    expected = computed([(whole, slice(None))], torch.float64, "reference")
+
     # The seven blocks of keys in parts: the stripes 0, 3 and 6; most of the blocks between them, as
     # two ranges; and the rest, half a block.
-    key_parts = [
-        (Blocks(0, 3, 3, 16),),
-        (Blocks(16, 1, 24), Blocks(64, 1, 32)),
-        (Blocks(40, 1, 8),),
-    ]
-    ours = torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf)
-    q_positions = (Blocks(0, 1, 50), Blocks(50, 1, 62))
-    gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for k_positions in key_parts:
-        keys = torch.cat([torch.from_numpy(blocks.positions()) for blocks in k_positions])
-        tile = Tile(pattern, q_positions, k_positions, logits)
-        merge_(*ours, *tile_forward(q, k[:, keys], v[:, keys], tile, "triton"), logits)
-        grad_q, grad_k, grad_v = tile_backward(
-            upstream, q, k[:, keys], v[:, keys], out.float(), lse.float(), tile, "triton"
-        )
-        gradients[0] += grad_q
-        gradients[1][:, keys] += grad_k
-        gradients[2][:, keys] += grad_v
-
+    key_parts = [Blocks(0, 3, 3, 16), Blocks(16, 1, 24), Blocks(64, 1, 32), Blocks(40, 1, 8)]
+    batches = []
+    for queries in (Blocks(0, 1, 50), Blocks(50, 1, 62)):
+        for part in key_parts:
+            keys = torch.cat(
+                [each.start + torch.from_numpy(part.positions()) for each in documents]
+            )
+            places = tuple(
+                TilePlace(
+                    slice(0, 2),
+                    slice(each.start + queries.start, each.start + queries.start + len(queries)),
+                    slice(number * len(part), (number + 1) * len(part)),
+                    each,
+                    queries,
+                    part,
+                )
+                for number, each in enumerate(documents)
+            )
+            batches.append((TileBatch(places, is_first=part is key_parts[0]), keys))
+    ours = computed(batches, torch.float32, "triton")
     names = ("out", "lse", "q", "k", "v")
-    pairs = zip(names, (*ours, *gradients), (out, lse, *expected), strict=True)
-    return {name: relative(a, b) for name, a, b in pairs}
+    return {name: relative(a, b) for name, a, b in zip(names, ours, expected, strict=True)}
 
 
 def mutants() -> None:
     """Check that a stripe off by one, or a band one block too short, fails the comparison."""
-    table_row = triton_backend._table_row
+    table_row = rule_table._table_row
 
     def shifted_stripe(rule, keys, size):
         if rule is not None and rule.step != 1:
-            rule = triton_backend.replace(rule, residue=(rule.residue + 1) % rule.step)
+            rule = replace(rule, residue=(rule.residue + 1) % rule.step)
         return table_row(rule, keys, size)
 
     def shortened_band(rule, keys, size):
         if rule is not None and rule.is_band and rule.reach:
-            rule = triton_backend.replace(rule, reach=rule.reach - 1)
+            rule = replace(rule, reach=rule.reach - 1)
         return table_row(rule, keys, size)
 
     for mutant in (shifted_stripe, shortened_band):
-        triton_backend._table_row = mutant
-        triton_backend._rule_table.cache_clear()
-        triton_backend._rule_table_on.cache_clear()
+        rule_table._table_row = mutant
+        rule_table.rule_table.cache_clear()
         error_by_name = compare(S2(16, 2, 3))
         assert min(error_by_name.values()) > 1e-3, error_by_name
 

@@ -79,6 +79,8 @@ def test_the_command_prints_a_plan_and_draws_a_picture(longspan, tmp_path):
     assert "predicted for 64 x h200; nothing here was measured" in completed.stdout
     assert "dp 4 x cp 16 x pp 1 x tp 1" in completed.stdout
     assert "sparse: schedule " in completed.stdout
+    assert "backends: linear triton; full triton" in completed.stdout
+    assert "warning: sparse is computed by torch's formulas" in completed.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -153,6 +153,14 @@ def test_the_script_contains_the_options(longspan, tiny_recipe, tmp_path):
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
+def test_every_process_on_a_cpu_gets_a_core(longspan, tiny_recipe, tmp_path):
+    script = tmp_path / "run" / "slurm" / "train.sbatch"
+    for given, cores in (([], 2), (["--cpus-per-task", "12"], 12)):
+        options = [*ON_CPUS, "--processes-per-node", "2", "--time", "60", *given]
+        assert longspan("slurm", tiny_recipe, *options).returncode == 0
+        assert f"#SBATCH --cpus-per-task={cores}\n" in script.read_text()
+
+
 def test_submitting_without_slurm_is_refused(longspan, tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     completed = longspan("slurm", tiny_recipe, *ON_CPUS, "--time", "60", "--submit")
@@ -193,7 +201,8 @@ def test_only_a_job_that_saved_is_requeued(longspan, tiny_recipe, tmp_path, save
     options = [*ON_CPUS, "--time", "60", "--setup", 'echo "$OF_A_MODULE" >setup']
     assert longspan("slurm", tiny_recipe, *options).returncode == 0
     work = (
-        "test ! -e run/STOP || exit 9; touch started; until test -e run/STOP; do sleep 0.05; done"
+        'echo "$@" >srun; test ! -e run/STOP || exit 9; touch started; '
+        "until test -e run/STOP; do sleep 0.05; done"
     )
     commands = {
         "srun": f"{work}; mkdir run/checkpoints/step-00000006" if saves else work,
@@ -207,6 +216,7 @@ def test_only_a_job_that_saved_is_requeued(longspan, tiny_recipe, tmp_path, save
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "here",
         "SLURM_NNODES": "1",
+        "SLURM_CPUS_ON_NODE": "6",
         "PATH": f"{commands_folder}:{os.environ['PATH']}",
     }
     command = ["bash", run / "slurm" / "train.sbatch"]
@@ -216,6 +226,7 @@ def test_only_a_job_that_saved_is_requeued(longspan, tiny_recipe, tmp_path, save
     _wait_until(lambda: job.poll() is not None or (tmp_path / "started").exists(), 20, "the start")
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=20)
+    assert "--cpus-per-task 6 torchrun " in (tmp_path / "srun").read_text()
     queue = tmp_path / "queue"
     if saves:
         assert (job.returncode, queue.read_text(), errors) == (0, "requeue 7\n", "")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from longspan.trainer.predict.estimate import DEVICES as DEVICES_BY_NAME
+from longspan.trainer.recipe.file import load_recipe
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 HERE = Path(__file__).parent
@@ -56,6 +58,38 @@ def test_a_recipe_in_rehearsal(longspan, tmp_path, recipe, device):
     assert found["kernels_per_layer"] <= budget["kernels"], found["top_kernels"]
     assert printed.startswith("rehearsed rank 0 of ")
     assert "would fail: none" in printed
+    for planned in planned_backends(recipe, budget["overrides"], device):
+        assert any(
+            f": {planned.backend}, " in line and planned.reasons in line
+            for line in found["backends"]
+        )
+
+
+def planned_backends(recipe, overrides, device):
+    from longspan.trainer.predict.backends import block_backends
+
+    return block_backends(load_recipe(recipe, overrides), DEVICES_BY_NAME[device].capability)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "documents"),
+    [
+        ("llama-1.3b", [], 1000),
+        ("s2-llama-1.3b", [], 128),  # as many as there are blocks
+        ("s2-llama-1.3b", ["parallel.cp=4", "--gpus", "8", "--rank", "1"], 128),
+    ],
+)
+def test_many_documents_launch_no_more_than_one(longspan, tmp_path, recipe, arguments, documents):
+    kernels = []
+    for number in (1, documents):
+        found, _ = rehearsed(
+            longspan, tmp_path, recipe, "model.num_hidden_layers=4", *arguments,
+            "--documents", str(number),
+        )  # fmt: skip
+        assert found["faults"] == []
+        kernels.append(found["kernels_per_layer"])
+    assert kernels[1] <= kernels[0]
 
 
 def test_requests_that_make_no_sense_are_refused(longspan):

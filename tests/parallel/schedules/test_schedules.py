@@ -501,6 +501,48 @@ def test_gpu_kernels_support_the_tiles_of_plans(backend, schedule):
                 assert sizes_of_spaced_blocks <= allowed_sizes
 
 
+@pytest.mark.parametrize("schedule", ["ring", "gather", "stripes", "heads 2 x stripes"])
+@pytest.mark.parametrize("layout", [Layout.zigzag(1024, 4), Layout.contiguous(1024, 4)], ids=repr)
+def test_tiles_that_are_computed_together_share_no_tokens(layout, schedule):
+    """No token is a query, or a key, twice in a group, and groups keep the order of tiles.
+
+    They are as few for many documents as for one, but for those at the edges of segments.
+    """
+    (chosen,) = schedules_named(schedule, 4)
+    for pattern, rank in itertools.product((Causal(), S2(64, 2, 4)), range(4)):
+        num_groups = []
+        for starts in ((0,), tuple(range(0, 1024, 8))):
+            rows = (BatchRows(0, 1, starts, 1024), BatchRows(1, 3, (0,), 1024))
+            plan = plan_attention(layout, pattern, 4, 2, rows, chosen, rank)
+            num_groups.append(sum(len(stage.groups) for stage in plan.stages))
+            for stage in plan.stages:
+                assert_groups(stage)
+        assert num_groups[1] <= num_groups[0]
+
+
+def assert_groups(stage):
+    jobs_of_groups = [group.tiles.places for group in stage.groups]
+    number_of_group = {
+        id(job): number for number, jobs in enumerate(jobs_of_groups) for job in jobs
+    }
+    assert sorted(number_of_group) == sorted(map(id, stage.jobs))
+    assert sum(map(len, jobs_of_groups)) == len(stage.jobs)
+    for jobs in jobs_of_groups:
+        for tokens in ("query_slots", "key_columns"):
+            places = [
+                (row, token)
+                for job in jobs
+                for row in range(job.batch.start, job.batch.stop)
+                for token in range(getattr(job, tokens).start, getattr(job, tokens).stop)
+            ]
+            assert len(set(places)) == len(places)
+    # The tiles of a query are in the order of the jobs.
+    for earlier, later in itertools.combinations(stage.jobs, 2):
+        same_queries = (earlier.batch, earlier.query_slots) == (later.batch, later.query_slots)
+        if same_queries and earlier.kv_heads == later.kv_heads:
+            assert number_of_group[id(earlier)] < number_of_group[id(later)]
+
+
 def test_every_schedule_works_on_one_rank(threads):
     for schedule in ("grid", "heads", "heads 2 x ring", "stripes"):
         assert attend_error(threads, Layout.zigzag(LENGTH, 1), S2(4, 2, 3), schedule) < 1e-10

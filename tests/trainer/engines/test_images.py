@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,23 @@ def test_doctor_names_what_is_not_used(monkeypatch, tmp_path, capsys):
         line.split(maxsplit=1) for line in lines
     ]
     assert not any("transformer-engine" in line for line in lines)
+
+
+def test_fp32_stays_fp32_on_gpus():
+    """NVIDIA's images set this variable; torch reads it when it is imported."""
+    program = """
+import os, torch
+from longspan.launch.process import _prepare_gpu
+before = torch.get_float32_matmul_precision()
+_prepare_gpu()
+print(before, torch.get_float32_matmul_precision(), os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
+"""
+    for given, kept in (({}, "1"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")):
+        environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", **given}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.split() == ["high", "highest", kept], done.stderr
 
 
 def test_megatron_core_imported_with_their_optimizer_is_refused(monkeypatch, tiny_recipe):

@@ -193,8 +193,9 @@ def test_other_arrangements_resume_with_the_same_tokens_and_losses(run_ranks, ru
 
 
 @pytest.mark.wide
-def test_tied_embeddings_in_bf16_resume_bit_by_bit(run_ranks, run):
-    options = ["parallel.pp=2", "training.dtype=bfloat16", "training.steps=6"]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tied_embeddings_in_16_bits_resume_bit_by_bit(run_ranks, run, dtype):
+    options = ["parallel.pp=2", f"training.dtype={dtype}", "training.steps=6"]
     run_ranks(2, *options)
     undisturbed = recorded_steps(run)
     shutil.rmtree(run)
