@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import TypeVar
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +80,14 @@ def on_device_of_first_argument(function: Callable[..., Result]) -> Callable[...
             return function(x, *rest)
 
     return launch
+
+
+def table_on(table: np.ndarray, device: torch.device) -> Tensor:
+    """Return an int32 copy of a table on a device, without waiting for it."""
+    on_host = torch.from_numpy(table.astype(np.int32))
+    if device.type == "cuda":
+        on_host = on_host.pin_memory()
+    return on_host.to(device, non_blocking=True)
 
 
 def allocate_workspace(size: int, alignment: int, stream: int | None) -> Tensor:

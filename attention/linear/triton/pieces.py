@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...documents import DocumentSpan, document_spans
+from ...documents import DocumentSpan, document_spans, kept_for
+from ...triton_device import table_on
 
 
 class Pieces(NamedTuple):
@@ -39,28 +39,17 @@ def pieces_of(
 ) -> Pieces:
     """Return the pieces of at most ``size`` tokens.
 
-    On a GPU the answer is kept for each tensor of ids, as every layer asks for it. Such a tensor
-    must only be written to by torch, which counts its versions.
-
     Args:
         documents: int ``[batch, time]``, or None if each batch row is one document.
         shape: ``(batch, time)``.
     """
     if documents is None:
         return _pieces_of_rows(shape, size, device)
-    if not documents.is_cuda or documents.is_inference():
-        return _cut(document_spans(documents), shape, size, device)
-    version, by_size = _pieces_of_tensor.get(documents, (None, {}))
-    if version != documents._version:
-        by_size = {}
-        _pieces_of_tensor[documents] = (documents._version, by_size)
-    if size not in by_size:
-        by_size[size] = _cut(document_spans(documents), shape, size, device)
-    return by_size[size]
-
-
-_pieces_of_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Tensor of ids -> (its version, its pieces by their size)."""
+    return kept_for(
+        documents,
+        ("pieces", size),
+        lambda: _cut(document_spans(documents), shape, size, device),
+    )
 
 
 @lru_cache(maxsize=32)
@@ -94,8 +83,8 @@ def _cut(
 
     table = np.stack([row[document], piece_start, piece_stop, before, after], 1)
     return Pieces(
-        torch.from_numpy(table.astype(np.int32)).to(device),
-        torch.from_numpy(np.stack([first_piece, counts], 1).astype(np.int32)).to(device),
+        table_on(table, device),
+        table_on(np.stack([first_piece, counts], 1), device),
         2 * batch + int((~is_last).sum()),
     )
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from ...gpu import compute_capability
 from ...patterns import ClosedFormPattern, Pattern
 from ...patterns.block_lists import BlockLists
+from ...triton_device import table_on
 from ..tile_batch import TileBatch
 from ..tiles import LogitOptions
 from .launch_config import KernelConfig, kernel_config
-from .programs import Places, on_device
+from .programs import Places
 from .rule_table import HeadRules, RuleTable, pattern_rules, rule_table, smallest_block
 
 
@@ -80,33 +81,33 @@ class LaunchPlans:
         places = self.places
         if kernel != "dkv":
             name, tile, make = "query programs", config.queries, places.query_programs
-            programs = self._on_device((name, tile), lambda: make(tile))
+            programs = self._table((name, tile), lambda: make(tile))
         elif far < 0:
             name, tile, make = "key programs", config.keys, places.key_programs
-            programs = self._on_device((name, tile), lambda: make(tile))
+            programs = self._table((name, tile), lambda: make(tile))
         else:
             rows = places.far_programs(self._rules(config), far, config.queries, config.keys)
-            programs = on_device(rows, self.shapes.device)
+            programs = table_on(rows, self.shapes.device)
         if not len(programs):
             return None
         heads = self.shapes.kv_heads if kernel == "dkv" else self.shapes.heads
         group_size = self.shapes.heads // self.shapes.kv_heads
-        rules = self._on_device(
+        rules = self._table(
             ("rules", self._head_rules, config.keys), lambda: self._rules(config).rules
         )
         return LaunchPlan(
             grid=(len(programs), heads),
-            tables=(self._on_device("places", lambda: places.table), programs),
+            tables=(self._table("places", lambda: places.table), programs),
             rules=rules,
             keys=(group_size, places.key_step, places.key_size),
             constants=self._constants(config, add, bulk),
         )
 
-    def _on_device(self, key: Hashable, make: Callable[[], np.ndarray]) -> Tensor:
+    def _table(self, key: Hashable, make: Callable[[], np.ndarray]) -> Tensor:
         """Return a table on the device, the same for all patterns of the batch."""
         key = (key, self.shapes.device)
         if key not in self.tiles.kept:
-            self.tiles.kept[key] = on_device(make(), self.shapes.device)
+            self.tiles.kept[key] = table_on(make(), self.shapes.device)
         return self.tiles.kept[key]
 
     @cached_property

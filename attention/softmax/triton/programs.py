@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...patterns import Blocks
 from ..tile_batch import TileBatch
@@ -129,11 +127,3 @@ def _programs(
 ) -> np.ndarray:
     columns = np.broadcast_arrays(place, part, split, splits)
     return np.stack(columns, 1).astype(np.int32)
-
-
-def on_device(table: np.ndarray, device: torch.device) -> Tensor:
-    """Return an int32 copy of a table on a device, without waiting for it."""
-    on_host = torch.from_numpy(table.astype(np.int32))
-    if device.type == "cuda":
-        on_host = on_host.pin_memory()
-    return on_host.to(device, non_blocking=True)
