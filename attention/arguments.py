@@ -13,6 +13,18 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Return whether Triton kernels are to compute what has a formula of few operations.
+
+    torch's compiler fuses such a formula itself.
+    """
+    if not x.is_cuda or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    from .triton_device import device_unsupported_reason
+
+    return device_unsupported_reason(x) is None
+
+
 def with_dense_heads(x: Tensor) -> Tensor:
     """Return ``x`` with the numbers of a head side by side in memory; a copy only if needed.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ...attention import apply_rotary
+from ...attention.rotary import split_heads
 from ...parallel import Sequence, attend
 from ..megatron_core import TransformerConfig
 from .base import MixerContext, Shapes
@@ -24,8 +25,7 @@ class SoftmaxAttention(Mixer):
         self.design = design
         self.kv_schedule = context.kv_schedule
         self.pattern = design.pattern.from_head(self.first_head)
-        num_gates = design.group if design.output_gate else 0
-        self.heads_per_kv_head = [design.group, num_gates, 1, 1]  # queries, gates, key, value
+        self.num_gates = design.group if design.output_gate else 0
         self._add_qk_norms(context.config)
         self.sinks = self.split_parameter("sinks", zeros) if design.attention_sink else None
 
@@ -67,18 +67,21 @@ class SoftmaxAttention(Mixer):
         design = self.design
         # [batch, time, local KV heads, heads per KV head, head_dim]
         projected = self.project(hidden).unflatten(-1, (-1, design.head_dim))
-        q, gate, k, v = projected.split(self.heads_per_kv_head, dim=-2)
-        q = q.flatten(2, 3)
-        k = k.squeeze(-2)
-        v = v.squeeze(-2)
+        tables = None
+        if design.rotary_dim:
+            tables = sequence.rotary(design.rotary_dim, self.rope_theta)
+        if not design.qk_norm:
+            q, gate, k, v = split_heads(projected, design.group, self.num_gates, tables)
+            return q, k, v, gate
+
+        q, gate, k, v = split_heads(projected, design.group, self.num_gates, None)
         if design.qk_norm == "all":
             q = self.q_norm(q).view_as(q)
             k = self.k_norm(k).view_as(k)
-        elif design.qk_norm:
+        else:
             q = self.q_layernorm(q)
             k = self.k_layernorm(k)
-        if design.rotary_dim:
-            tables = sequence.rotary(design.rotary_dim, self.rope_theta)
+        if tables is not None:
             q = apply_rotary(q, *tables)
             k = apply_rotary(k, *tables)
         return q, k, v, gate

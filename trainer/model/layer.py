@@ -13,7 +13,6 @@ from ..layers.mixer import MegatronSizes
 from ..layers.norm import RMSNorm
 from ..layers.recompute import LayerMemory, OnHost, in_tiles, recomputed
 from ..megatron_core import (
-    MLP,
     ColumnParallelLinear,
     MegatronModule,
     MLPSubmodules,
@@ -25,6 +24,7 @@ from ..megatron_core import (
     get_num_layers_to_build,
     get_transformer_layer_offset,
 )
+from .gated_mlp import GatedMLP, identity
 from .moe import moe_spec
 
 
@@ -78,7 +78,7 @@ def _layer_spec(
         mlp = moe_spec()
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        mlp = ModuleSpec(MLP, submodules=linears)
+        mlp = ModuleSpec(GatedMLP, submodules=linears)
     params = {
         "block": block,
         "rope_theta": rope_theta,
@@ -137,8 +137,7 @@ class HybridLayer(MegatronModule):
         config = self.config
         if self.block.mlp_activation == "identity":
             config = copy.copy(config)
-            config.activation_func = _identity
-            config.bias_activation_fusion = False
+            config.activation_func = identity
         if self.block.mlp == "moe":
             return spec(config=config, layer_number=self.layer_number, pg_collection=pg_collection)
         return spec(
@@ -211,10 +210,6 @@ class HybridLayer(MegatronModule):
         if self.config.sequence_parallel:
             length *= self.tp_group.size()
         return Sequence.single(batch, length, hidden_states.device)
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

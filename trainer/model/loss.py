@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...attention.arguments import has_kernels
 from ...attention.operation import without_autocast
 
 
@@ -206,6 +207,77 @@ def _tiles(
         yield _Tile(tokens, logits, sums[1], losses, label_rows, is_local)
 
 
+class _TileGradients(NamedTuple):
+    """The losses of a tile's tokens and their gradients, as far as this rank's rows go."""
+
+    tokens: slice
+    losses: Tensor
+    """Without the tokens' weights: ``[tokens]``."""
+    logits: Tensor | None
+    """Gradients of the weighted losses, ``[tokens, real rows]`` in the dtype of the hidden states;
+    None if nobody wants them. The next tile may reuse the memory."""
+
+
+def _tile_gradients(
+    hidden: Tensor,
+    real_weight: Tensor,
+    local_labels: Tensor,
+    token_weights: Tensor,
+    group: dist.ProcessGroup | None,
+    tile_size: int,
+    wants_gradients: bool,
+) -> Iterator[_TileGradients]:
+    """Yield losses and gradients of ``tile_size`` tokens after another, by torch's operations."""
+    dtype = _accumulation_dtype(hidden)
+    for tile in _tiles(hidden, real_weight, local_labels, group, dtype, tile_size):
+        if not wants_gradients:
+            yield _TileGradients(tile.tokens, tile.losses, None)
+            continue
+        # scale * (softmax - one_hot(label)), in the memory of the exponentials
+        scale = token_weights[tile.tokens].to(dtype)
+        grad_logits = tile.exponentials.mul_((scale / tile.sums)[:, None])
+        if len(real_weight):
+            grad_logits.scatter_add_(1, tile.label_rows, -(scale * tile.is_local)[:, None])
+        yield _TileGradients(tile.tokens, tile.losses, grad_logits.to(hidden.dtype))
+
+
+def _fused_tile_gradients(
+    hidden: Tensor,
+    real_weight: Tensor,
+    local_labels: Tensor,
+    token_weights: Tensor,
+    group: dist.ProcessGroup | None,
+    tile_size: int,
+    wants_gradients: bool,
+) -> Iterator[_TileGradients]:
+    """Yield what :func:`_tile_gradients` does, by two kernels that leave logits in their dtype."""
+    from .loss_triton import logits_to_gradients, row_statistics
+
+    num_real = len(real_weight)
+    buffer = hidden.new_empty(min(tile_size, len(hidden)), num_real)
+    for start in range(0, len(hidden), tile_size):
+        tokens = slice(start, start + tile_size)
+        labels = local_labels[tokens]
+        logits = torch.mm(hidden[tokens], real_weight.T, out=buffer[: len(labels)])
+        largest, sums, label_logits = row_statistics(logits, labels)
+        label_logits -= largest
+        if group is not None and group.size() > 1:
+            own_largest = largest.clone()
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            is_local = (labels >= 0) & (labels < num_real)
+            from_largest = own_largest - largest
+            totals = torch.stack(
+                [(label_logits + from_largest).where(is_local, 0.0), sums * from_largest.exp()]
+            )
+            dist.all_reduce(totals, group=group)
+            label_logits, sums = totals
+        losses = sums.log() - label_logits
+        if wants_gradients:
+            scale = token_weights[tokens].float()
+            logits_to_gradients(logits, labels, largest, sums, scale)
+        yield _TileGradients(tokens, losses, logits if wants_gradients else None)
+
+
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, local_labels, token_weights, group, num_real, tile_size):
@@ -215,25 +287,28 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
         total = hidden.new_zeros((), dtype=dtype)
         real_weight = weight[:num_real]
-        for tile in _tiles(hidden, real_weight, local_labels, group, dtype, tile_size):
-            x = hidden[tile.tokens]
-            scale = token_weights[tile.tokens].to(dtype)
-            total += (scale * tile.losses).sum()
-            if grad_hidden is None and grad_weight is None:
+        tiles = (_fused_tile_gradients if has_kernels(hidden) else _tile_gradients)(
+            hidden,
+            real_weight,
+            local_labels,
+            token_weights,
+            group,
+            tile_size,
+            want_hidden or want_weight,
+        )
+        for tile in tiles:
+            total += (token_weights[tile.tokens].to(dtype) * tile.losses).sum()
+            if tile.logits is None:
                 continue
-            # scale * (softmax - one_hot(label)), in the memory of the exponentials
-            grad_logits = tile.exponentials.mul_((scale / tile.sums)[:, None])
-            if num_real:
-                grad_logits.scatter_add_(1, tile.label_rows, -(scale * tile.is_local)[:, None])
-            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, real_weight, out=grad_hidden[tile.tokens])
+                torch.mm(tile.logits, real_weight, out=grad_hidden[tile.tokens])
             if grad_weight is None:
                 continue
+            x = hidden[tile.tokens]
             if grad_weight.dtype == hidden.dtype:
-                grad_weight[:num_real].addmm_(grad_logits.T, x)
+                grad_weight[:num_real].addmm_(tile.logits.T, x)
             else:
-                grad_weight[:num_real] += grad_logits.T @ x
+                grad_weight[:num_real] += tile.logits.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -245,5 +320,7 @@ class _CrossEntropySum(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
+            # Multiplied in fp32 and rounded by one kernel, without an fp32 product in between.
+            rounded = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            grad_weight = torch.mul(grad_weight, upstream, out=rounded)
         return grad_hidden, grad_weight, None, None, None, None, None

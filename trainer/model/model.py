@@ -203,7 +203,7 @@ def transformer_config(recipe: Recipe, dtype: torch.dtype) -> TransformerConfig:
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
         embedding_init_method=_leave_as_is,
-        bias_activation_fusion=torch.cuda.is_available(),
+        bias_activation_fusion=False,  # GatedMLP has a kernel of its own
         gradient_accumulation_fusion=False,
         batch_p2p_sync=False,  # else the host waits for the GPU at every message between stages
         calculate_per_token_loss=True,

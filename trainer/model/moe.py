@@ -1,9 +1,11 @@
 """Mixtures of experts: Megatron-core's layer, with a router and experts of our own."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..megatron_core import (
     ColumnParallelLinear,
@@ -14,10 +16,10 @@ from ..megatron_core import (
     MoESubmodules,
     RowParallelLinear,
     SequentialMLP,
-    SharedExpertMLP,
     TopKRouter,
 )
 from ..recipe.schema import ModelConfig
+from .gated_mlp import SharedExpert, gated_activation
 
 
 def moe_spec() -> ModuleSpec:
@@ -26,7 +28,7 @@ def moe_spec() -> ModuleSpec:
     submodules = MoESubmodules(
         router=BalancedRouter,
         experts=ModuleSpec(GroupedExperts, submodules=linears),
-        shared_experts=ModuleSpec(SharedExpertMLP, submodules=linears),
+        shared_experts=ModuleSpec(SharedExpert, submodules=linears),
     )
     return ModuleSpec(MoELayer, submodules=submodules)
 
@@ -52,8 +54,10 @@ def moe_config(model: ModelConfig) -> dict:
 
 
 class GroupedExperts(SequentialMLP):
-    """Megatron's experts, each with parameters of its own, that multiply their tokens at once
-    (torch's ``grouped_mm``).
+    """Megatron's experts, each with parameters of its own, which multiply their tokens in place.
+
+    torch's ``grouped_mm`` would need a copy of all experts' weights beside one another, forward and
+    backward: as much traffic as the products themselves have time for.
     """
 
     def forward(
@@ -63,21 +67,46 @@ class GroupedExperts(SequentialMLP):
 
         Args:
             tokens: ``[tokens, hidden]``, sorted by expert; the output has the same shape.
-            tokens_per_expert: ``[local experts]``.
+            tokens_per_expert: ``[local experts]``, on the host, where Megatron-core has them.
             probs: ``[tokens]``, by which the experts' outputs are multiplied.
         """
-        if tokens.dtype == torch.float64:  # grouped_mm has no fp64
-            return super().forward(tokens, tokens_per_expert, probs)
-        # From the host, where Megatron-core has the counts: few numbers, for which nobody waits.
-        expert_ends = tokens_per_expert.to(tokens.device, non_blocking=True).cumsum(0).int()
+        counts = tokens_per_expert.tolist()
+        first = [expert.linear_fc1.weight for expert in self.local_experts]
+        second = [expert.linear_fc2.weight for expert in self.local_experts]
+        inner = _GroupedProduct.apply(tokens, counts, *first)
+        active = gated_activation(inner, self.config.activation_func, probs)
+        return _GroupedProduct.apply(active, counts, *second), None
 
-        def multiply(x: Tensor, name: str) -> Tensor:
-            weights = torch.stack([getattr(expert, name).weight for expert in self.local_experts])
-            return F.grouped_mm(x, weights.transpose(1, 2), offs=expert_ends)
 
-        gate, up = multiply(tokens, "linear_fc1").chunk(2, -1)
-        inner = self.config.activation_func(gate) * up * probs[:, None]
-        return multiply(inner.to(tokens.dtype), "linear_fc2"), None
+class _GroupedProduct(torch.autograd.Function):
+    """``tokens @ weight.T`` with the weight of each group of tokens; keeps no copy of a weight."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, *weights)
+        ctx.counts = counts
+        out = tokens.new_empty(len(tokens), len(weights[0]))
+        groups = zip(tokens.split(counts), weights, out.split(counts), strict=True)
+        for group, weight, out_group in groups:
+            torch.mm(group, weight.T, out=out_group)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, *weights = ctx.saved_tensors
+        grad_tokens = torch.empty_like(tokens)
+        grad_weights = []
+        for group, weight, grad_group, grad in zip(
+            tokens.split(ctx.counts),
+            weights,
+            grad_tokens.split(ctx.counts),
+            grad_out.split(ctx.counts),
+            strict=True,
+        ):
+            torch.mm(grad, weight, out=grad_group)
+            grad_weights.append(grad.T @ group)
+        return grad_tokens, None, *grad_weights
 
 
 class BalancedRouter(TopKRouter):
