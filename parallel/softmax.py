@@ -26,8 +26,8 @@ from ..attention.softmax.attend import (
     queries_without_keys,
     sink_logits_gradient,
 )
-from ..attention.softmax.backends import Gradients, backward_, forward_
-from ..attention.softmax.tiles import LogitOptions, new_lse
+from ..attention.softmax.backends import backward_, forward_, new_lse
+from ..attention.softmax.tiles import Gradients, LogitOptions
 from .collectives import check_same_plan, check_shard, gather_sequence
 from .head_exchange import gather_tokens, scatter_tokens
 from .kv_exchange import GradientReturn, KVExchange, as_buffer, new_buffer_rows
@@ -203,7 +203,7 @@ class _DistributedCall:
         """
         dtype = accumulation_dtype(q)
         out = q.new_empty(*q.shape[:3], v.shape[3], dtype=dtype)
-        lse = new_lse(q, dtype)
+        lse = new_lse(q, self.backend)
         for stage, keys, values in self.stages(k, v):
             for group in stage.groups:
                 heads, kv_heads = _head_indices(group, q, k)

@@ -14,9 +14,9 @@ from ..documents import check_documents, document_spans, kept_for
 from ..operation import operation, without_autocast
 from ..patterns import Pattern, Selector
 from ..patterns.token_lists import select_token_lists
-from .backends import BACKENDS, TILE_BACKENDS, Gradients, backward_, forward_, place_tile
+from .backends import BACKENDS, TILE_BACKENDS, backward_, forward_, new_lse, place_tile
 from .tile_batch import TileBatch
-from .tiles import LogitOptions, Tile, new_lse
+from .tiles import Gradients, LogitOptions, Tile
 
 
 @operation
@@ -241,7 +241,7 @@ class _AttentionCall:
         if tile := self.only_tile:
             return TILE_BACKENDS[self.backend]().forward(q, k, v, tile)
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = new_lse(q, accumulation_dtype(q))
+        lse = new_lse(q, self.backend)
         forward_(q, k, v, self.pattern, self.logits, self.documents, self.backend, out, lse)
         return out, lse
 

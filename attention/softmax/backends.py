@@ -6,23 +6,14 @@ To add one, write a module with the functions of :class:`TileBackend` and a load
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
+from ..arguments import accumulation_dtype
 from ..patterns import Pattern
 from .tile_batch import TileBatch, TilePlace
-from .tiles import LogitOptions, Tile, merge_
-
-
-class Gradients(NamedTuple):
-    """Memory for the gradients of queries, keys and values, in fp32 (fp64 for fp64)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    accumulate: bool
-    """Whether to add to what is there. Otherwise the tiles hold every token."""
+from .tiles import Gradients, LogitOptions, Tile, merge_, new_head_major_lse
 
 
 class Backend(Protocol):
@@ -147,6 +138,17 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "reference": _load_reference,
 }
 """Name -> loader. A backend is imported on first use: some need packages that may be missing."""
+
+
+def new_lse(q: Tensor, backend: str) -> Tensor:
+    """Return memory for the log-sum-exp of each query, as the backend prefers it.
+
+    ``[batch, time, heads]`` in fp32 (fp64 for fp64).
+    """
+    dtype = accumulation_dtype(q)
+    if backend in BATCH_BACKENDS:
+        return new_head_major_lse(q, dtype)
+    return q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def forward_(

@@ -5,6 +5,7 @@ results add up: over parts of a tile in a backend, over ranks in :mod:`longspan.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +56,17 @@ class Tile:
     logits: LogitOptions
 
 
-def new_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
+class Gradients(NamedTuple):
+    """Memory for the gradients of queries, keys and values, in fp32 (fp64 for fp64)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    accumulate: bool
+    """Whether to add to what is there. Otherwise the tiles hold every token."""
+
+
+def new_head_major_lse(q: Tensor, dtype: torch.dtype) -> Tensor:
     """Return memory for the log-sum-exp of each query of ``q``: ``[batch, time, heads]``.
 
     The queries of a head are side by side in it, as kernels read them.

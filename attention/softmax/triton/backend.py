@@ -22,9 +22,8 @@ from ...triton_device import (
     has_bulk_copies,
     on_device_of_first_argument,
 )
-from ..backends import Gradients
 from ..tile_batch import TileBatch
-from ..tiles import LogitOptions, new_lse
+from ..tiles import Gradients, LogitOptions, new_head_major_lse
 from .block_lists import lists_by_key, lists_by_query
 from .dkv import delta_kernel, dkv_kernel, reduce_splits_kernel
 from .forward_dq import forward_dq_kernel
@@ -127,7 +126,7 @@ def backward(
     triton.set_allocator(allocate_workspace)
     grad_out, q, k, v, out = map(with_dense_heads, (grad_out, q, k, v, out))
     if lse.stride(1) != 1:  # kernels read a head's queries side by side
-        lse = new_lse(q, lse.dtype).copy_(lse)
+        lse = new_head_major_lse(q, lse.dtype).copy_(lse)
     delta = _delta(out, grad_out, lse, grad_lse)
     bulk = _use_bulk_copies(q, k, v, grad_out)
     inputs = _Inputs(q, k, v, lse, bulk, grad_out, delta)

@@ -24,9 +24,9 @@ from longspan.attention import (
     attend,
 )
 from longspan.attention.patterns.rules import Blocks
-from longspan.attention.softmax.backends import Gradients, backward_, forward_
+from longspan.attention.softmax.backends import backward_, forward_
 from longspan.attention.softmax.tile_batch import Document, TileBatch, TilePlace
-from longspan.attention.softmax.tiles import LogitOptions
+from longspan.attention.softmax.tiles import Gradients, LogitOptions
 from longspan.attention.softmax.triton import rule_table
 
 from tests.attention.softmax.oracle import document_ids, errors, make, relative
