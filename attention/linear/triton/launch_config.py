@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ...triton_device import matrix_instruction
 
 MAX_KEY_DIM = 256
@@ -21,17 +23,23 @@ class ScanConfig:
     """Loads in flight."""
 
 
-def scan_config(capability: int, bytes_per_number: int, dim: int) -> ScanConfig:
+def scan_config(capability: int, dtype: torch.dtype, dim: int) -> ScanConfig:
     """Return how to launch the scan, so that registers all but suffice.
 
     Args:
         capability: compute capability of the GPU, as 90 for 9.0.
-        bytes_per_number: of the inputs.
+        dtype: of the inputs.
         dim: of ``X`` and ``Y``.
     """
-    if bytes_per_number == 4:  # no tensor cores
+    if dtype == torch.float32:  # no tensor cores
         return ScanConfig(16, 16, 8, 1)
     instruction = matrix_instruction(capability)
+    if dtype == torch.float16 and dim > 128:  # states are bf16 besides, so registers are short
+        return {
+            "mma": ScanConfig(16, 16, 4, 2),
+            "wgmma": ScanConfig(64, 16, 4, 2),
+            "tcgen05": ScanConfig(64, 32, 8, 2),
+        }[instruction]
     if instruction == "mma":
         return ScanConfig(32, 64 if dim <= 128 else 16, 8, 2)
     if instruction == "tcgen05":
@@ -95,13 +103,14 @@ def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool
     instruction = matrix_instruction(capability)
     is_large = dim > 128
     if instruction == "mma":
+        small_scan = KernelConfig(32, 2, 1 if by_key else 2)
         return StagesConfig(
             chunk=32,
             value_block=64,
             scores=KernelConfig(32, 2),
             states=KernelConfig(16 if is_large else 32, 2),
             outputs=KernelConfig(64, 4),
-            state_gradients=KernelConfig(16, 4) if is_large else KernelConfig(32, 2),
+            state_gradients=KernelConfig(16, 4) if is_large else small_scan,
             score_gradients=KernelConfig(64, 2),
             input_gradients=KernelConfig(64, 8),
         )
@@ -116,7 +125,7 @@ def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool
         outputs=KernelConfig(64, 4),
         state_gradients=state_gradients,
         score_gradients=KernelConfig(64, 4),
-        input_gradients=KernelConfig(32 if by_key else 64, 8),
+        input_gradients=KernelConfig(32 if by_key or dim <= 64 else 64, 8),
     )
 
 

@@ -246,6 +246,6 @@ def _segment(length: int, programs: int, device: torch.device) -> int:
 
 def _scan_config(x: Tensor, z: Tensor) -> ScanConfig:
     """Return the launch config; the interpreter, which has no bf16, uses that of bf16 for fp32."""
-    bytes_per_number = 2 if INTERPRETED else z.element_size()
-    config = scan_config(compute_capability(z.device), bytes_per_number, x.shape[3])
+    dtype = torch.bfloat16 if INTERPRETED else z.dtype
+    config = scan_config(compute_capability(z.device), dtype, x.shape[3])
     return replace(config, block=min(config.block, padded_dim(z.shape[3])))
