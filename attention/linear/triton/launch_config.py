@@ -114,6 +114,10 @@ def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool
             score_gradients=KernelConfig(64, 2),
             input_gradients=KernelConfig(64, 8),
         )
+    if by_key or dim <= 64:
+        input_gradients = KernelConfig(32, 8 if by_key else 4)
+    else:
+        input_gradients = KernelConfig(64, 8)
     state_gradients = KernelConfig(32 if is_large else 64, 8 if instruction == "tcgen05" else 4)
     if by_key and is_large and instruction == "wgmma":  # its loads do not fit twice
         state_gradients = KernelConfig(16, 4, 1)
@@ -121,11 +125,13 @@ def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool
         chunk=64,
         value_block=64,
         scores=KernelConfig(32, 8) if by_key else KernelConfig(64, 4),
-        states=KernelConfig(32 if is_large else 64, 4),
+        states=KernelConfig(
+            32 if is_large else 64, 8 if instruction == "tcgen05" and is_large else 4
+        ),
         outputs=KernelConfig(64, 4),
         state_gradients=state_gradients,
         score_gradients=KernelConfig(64, 4),
-        input_gradients=KernelConfig(32 if by_key or dim <= 64 else 64, 8),
+        input_gradients=input_gradients,
     )
 
 
