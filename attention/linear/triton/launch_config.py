@@ -119,7 +119,9 @@ def stages_config(capability: int, bytes_per_number: int, dim: int, by_key: bool
     else:
         input_gradients = KernelConfig(64, 8)
     state_gradients = KernelConfig(32 if is_large else 64, 8 if instruction == "tcgen05" else 4)
-    if by_key and is_large and instruction == "wgmma":  # its loads do not fit twice
+    if is_large and instruction == "tcgen05":
+        state_gradients = KernelConfig(16, 8)
+    elif by_key and is_large and instruction == "wgmma":  # its loads do not fit twice
         state_gradients = KernelConfig(16, 4, 1)
     return StagesConfig(
         chunk=64,
